@@ -1,0 +1,1109 @@
+"""From an .h5ad file to what the model is trained on; from a simulation to an .h5ad file.
+
+    python data.py FILE.h5ad                                  what the reader makes of a file
+    python data.py FILE.h5ad --perturbation-column gene --control non-targeting
+
+In reading order: opening a file that may be damaged or hostile; columns; counts; `read_h5ad`;
+labels -> dosages (`read_screen`); splits; batches; the writer; `simulate`; the command line.
+
+`read_h5ad` needs h5py and numpy alone and reads the files of anndata 0.5 to 0.13. It never imports
+anndata, never unpickles, and follows no link out of the file. All that is wrong with a file or with
+an option is raised as a DataError, one sentence for the user.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fnmatch
+import math
+import os
+import sys
+
+import h5py
+import numpy as np
+import torch
+
+NONE = -1  # fills the free places of a row of dosages, as in sams_vae.py
+BLOCK = 2**22  # values per block of a streaming pass: a few tens of megabytes at the most
+COUNT_TYPES = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]
+
+
+class DataError(ValueError):
+    """What is wrong with a file or an option, and what to do: one sentence for the user."""
+
+
+class NotCounts(DataError):
+    """A matrix that could be read, but whose values are not counts."""
+
+
+# ============================================================================================
+# Opening a file that may be damaged or hostile
+# ============================================================================================
+
+
+@contextlib.contextmanager
+def _h5_file(path):
+    """Open an .h5ad file to read; every failure inside becomes a DataError that names the file."""
+    path = os.fspath(path)
+    try:
+        if os.path.isdir(path):
+            raise DataError("is a folder; an .h5ad file was expected")
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if not head:
+            raise DataError("is empty")
+        if head.startswith(b"\x1f\x8b"):
+            raise DataError("is compressed as a whole; unpack it first: gunzip FILE.gz")
+        if not h5py.is_hdf5(path):
+            raise DataError(f"is not an HDF5 file, it starts with {head!r}")
+        with h5py.File(path, "r") as file:
+            if "obs" not in file and "matrix" in file:
+                raise DataError("looks like a 10x .h5 matrix, which has no labels: read it with "
+                                "scanpy.read_10x_h5, add the labels to obs and save it as .h5ad")
+            if "mod" in file and "obs" in file and "X" not in file:
+                raise DataError("looks like an .h5mu file of several modalities: save the RNA "
+                                "modality on its own, mdata['rna'].write('rna.h5ad')")
+            yield file
+    except NotCounts as error:
+        raise NotCounts(f"{path}: {error}") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, KeyError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read, it may be truncated or damaged; "
+                        f"HDF5 says: {reason}") from error
+
+
+def _member(file, name, required=True):
+    """The group or data set `name`, or None. Links are followed one by one, so none leads outside.
+
+    An external link, an external raw storage or a virtual data set could make a file read any other
+    file of this machine; they are refused, and so are links that dangle or loop.
+    """
+    node, parts, followed = file, [p for p in name.split("/") if p], 0
+    while parts:
+        part = parts.pop(0)
+        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+        if isinstance(link, h5py.HardLink):
+            node = node[part]
+        elif isinstance(link, h5py.SoftLink):
+            followed += 1
+            if followed > 32:
+                raise DataError(f"{name} is a loop of soft links")
+            node = file if link.path.startswith("/") else node
+            parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
+        elif link is not None:
+            raise DataError(f"{name} is a link out of the file, which is not followed: "
+                            "copy the data into the file")
+        elif followed:
+            raise DataError(f"{name} is a soft link to something that is not in the file")
+        elif required:
+            raise DataError(f"{name} is missing; present: {', '.join(sorted(file)) or 'nothing'}")
+        else:
+            return None
+    if isinstance(node, h5py.Dataset):
+        _check_storage(file, name, node)
+    elif not isinstance(node, h5py.Group):
+        raise DataError(f"{name} is neither a group nor a data set")
+    return node
+
+
+def _check_storage(file, name, dataset):
+    """Refuse a data set whose declared size the file does not hold, before anything is allocated."""
+    if dataset.is_virtual or dataset.external:
+        raise DataError(f"{name} keeps its values in other files: copy the data into the file")
+    if dataset.shape is None:
+        raise DataError(f"{name} is a data set without values")
+    creation = dataset.id.get_create_plist()
+    declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    stored = dataset.id.get_storage_size()
+    if declared == 0:
+        return
+    if dataset.chunks:
+        grid = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
+        # Deflate cannot compress better than 1032 : 1.
+        least = declared / 1100 if creation.get_nfilters() else declared
+        complete = stored >= least and dataset.id.get_num_chunks() >= grid
+    elif creation.get_layout() == h5py.h5d.CONTIGUOUS:
+        offset = dataset.id.get_offset()
+        complete = offset is not None and offset + declared <= file.id.get_filesize()
+        stored = stored if complete else 0
+    else:
+        complete = stored >= declared
+    if not complete:
+        raise DataError(f"{name} declares {dataset.shape} values of {dataset.dtype}, {declared:,} "
+                        f"bytes, and the file does not hold them ({stored:,} bytes stored): "
+                        "it is truncated or was never finished")
+
+
+def _attribute(node, name):
+    """An attribute, decoded where it is bytes; None where there is none."""
+    value = node.attrs.get(name)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+# ============================================================================================
+# Columns of obs and var: all the ways in which anndata has written them
+# ============================================================================================
+
+
+def _to_numpy(name, raw):
+    """Values as h5py gives them -> a 1-D array: str objects, numbers in native byte order, bools."""
+    raw = np.atleast_1d(raw)
+    if raw.ndim != 1:
+        raise DataError(f"{name} has {raw.ndim} dimensions; a column has one")
+    if raw.dtype.kind in "OS":
+        if not all(isinstance(v, (bytes, str)) for v in raw):
+            raise DataError(f"{name} holds values that are neither text nor numbers")
+        text = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in raw.tolist()]
+        return np.array(text + [None], dtype=object)[:-1]  # the None keeps numpy from guessing
+    if raw.dtype.kind not in "biuf":
+        raise DataError(f"{name} holds values of type {raw.dtype}, neither text nor numbers")
+    return raw.astype(raw.dtype.newbyteorder("="), copy=False)
+
+
+def _with_missing(values, missing):
+    """Values with None where `missing` is true; unchanged if it is true nowhere."""
+    if missing.any():
+        values = values.astype(object)
+        values[missing] = None
+    return values
+
+
+def _plain(file, name):
+    """A data set of text or numbers."""
+    node = _member(file, name)
+    if not isinstance(node, h5py.Dataset):
+        raise DataError(f"{name} is a group where a data set was expected")
+    if _attribute(node, "encoding-type") not in (None, "array", "string-array", "string"):
+        raise DataError(f"{name} has the unknown encoding {_attribute(node, 'encoding-type')!r}")
+    return _to_numpy(name, node[()])
+
+
+def _plain_or_nullable(file, name):
+    """A data set, or a group of `values` and a `mask` that is true where a value is missing."""
+    node = _member(file, name)
+    if isinstance(node, h5py.Dataset):
+        return _plain(file, name)
+    encoding = _attribute(node, "encoding-type")
+    known = (None, "nullable-integer", "nullable-boolean", "nullable-string-array")
+    if encoding not in known or "values" not in node or "mask" not in node:
+        raise DataError(f"{name} has the unknown encoding {encoding!r}")
+    values, mask = _plain(file, f"{name}/values"), _plain(file, f"{name}/mask")
+    if len(mask) != len(values):
+        raise DataError(f"{name} has {len(values)} values and a mask of {len(mask)}")
+    return _with_missing(values, mask.astype(bool))
+
+
+def _decode(name, codes, categories):
+    """A categorical column: categories[codes], None where the code is -1."""
+    if codes.dtype.kind not in "iu":
+        raise DataError(f"{name} has category codes of type {codes.dtype}; integers were expected")
+    codes = codes.astype(np.int64)
+    wrong = np.flatnonzero((codes < -1) | (codes >= len(categories)))
+    if len(wrong):
+        raise DataError(f"{name} has the category code {codes[wrong[0]]} in row {wrong[0]}, but "
+                        f"only {len(categories)} categories")
+    if not len(categories):
+        return np.full(len(codes), None, dtype=object)
+    return _with_missing(categories[codes], codes == -1)
+
+
+def _column(file, table, column):
+    """The column `column` of the table obs, var, raw/var or raw.var, as a numpy array."""
+    frame, name = _member(file, table), f"{table}/{column}"
+    if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: one compound data set
+        values = _to_numpy(name, frame[column])
+        categories = _member(file, f"uns/{column}_categories", required=False)
+        if categories is None:
+            return values
+        return _decode(name, values, _plain(file, f"uns/{column}_categories"))
+    node = _member(file, name)
+    if isinstance(node, h5py.Group) and "codes" in node and "categories" in node:  # since 0.8
+        categories = _plain_or_nullable(file, f"{name}/categories")
+        return _decode(name, _plain(file, f"{name}/codes"), categories)
+    values = _plain_or_nullable(file, name)
+    categories = node.attrs.get("categories")
+    if isinstance(categories, h5py.Reference):  # 0.7: a reference into obs/__categories
+        categories = file[categories]
+        if not isinstance(categories, h5py.Dataset):
+            raise DataError(f"{name} refers to categories that are not a data set")
+        _check_storage(file, f"categories of {name}", categories)
+        return _decode(name, values, _to_numpy(name, categories[()]))
+    return values
+
+
+def _index_name(file, table):
+    frame = _member(file, table)
+    if isinstance(frame, h5py.Dataset):
+        if not frame.dtype.names:
+            raise DataError(f"{table} is neither a table nor a group of columns")
+        return frame.dtype.names[0]
+    names = [_attribute(frame, "_index"), "_index", "index"]
+    for name in names:
+        if isinstance(name, str) and name in frame:
+            return name
+    raise DataError(f"{table} has no index; it holds: {', '.join(frame) or 'nothing'}")
+
+
+def _names(file, table):
+    """The index of a table: names of cells or genes, as str objects."""
+    values = _column(file, table, _index_name(file, table))
+    return np.array([*map(str, values), None], dtype=object)[:-1]
+
+
+def _column_names(file, table):
+    frame, index = _member(file, table), _index_name(file, table)
+    if isinstance(frame, h5py.Dataset):
+        return [name for name in frame.dtype.names if name != index]
+    order = _to_numpy(table, frame.attrs.get("column-order", np.array([], "S1"))).tolist()
+    order = [c for c in order if c in frame] + sorted(c for c in frame if c not in order)
+    return [c for c in order if c not in (index, "__categories")]
+
+
+# ============================================================================================
+# Counts: every value checked in the one pass that reads it, kept in the narrowest exact type
+# ============================================================================================
+
+
+@dataclasses.dataclass
+class Counts:
+    """A matrix of counts, cells x genes, in memory: dense, or compressed sparse rows (CSR).
+
+    values      (N, G) if dense, (entries,) if sparse; uint8, uint16, uint32 or uint64
+    columns     (entries,) gene of each entry, or None if dense
+    indptr      (N + 1,) where each cell's entries start and end, or None if dense
+    """
+
+    shape: tuple
+    values: np.ndarray
+    columns: np.ndarray | None = None
+    indptr: np.ndarray | None = None
+
+    def dense(self, rows=None):
+        """The counts of the given rows (indices, a slice or a boolean mask; all by default).
+
+        Returns a numpy array of exact integers, rows x genes.
+        """
+        if self.indptr is None:
+            return self.values.copy() if rows is None else self.values[rows]
+        rows = np.atleast_1d(np.arange(self.shape[0])[slice(None) if rows is None else rows])
+        row, entry = _entries_of(self.indptr[rows], self.indptr[rows + 1])
+        out = np.zeros((len(rows), self.shape[1]), self.values.dtype)
+        out[row, self.columns[entry]] = self.values[entry]
+        return out
+
+    def library(self):
+        """Total counts of each cell, (N,) int64."""
+        if self.indptr is None:
+            return self.values.sum(1, dtype=np.int64)
+        total = np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])
+        return total[self.indptr[1:]] - total[self.indptr[:-1]]
+
+
+def _entries_of(start, end):
+    """Rows whose entries lie in start..end -> for all entries, the row's number and the position."""
+    length = end - start
+    row = np.repeat(np.arange(len(length)), length)
+    first = np.cumsum(length) - length
+    return row, np.arange(len(row)) + np.repeat(start - first, length)
+
+
+def _as_counts(name, values, dtype, place):
+    """Values in the first of COUNT_TYPES, from `dtype` on, that holds them all exactly.
+
+    A cast is exact if and only if its result compares equal, NaN, inf and negative values included:
+    one cast and one comparison check every value. place(i) names the cell and gene of value i.
+    Returns the counts and how many values were rounded because they were within 1e-6 of one.
+    """
+    with np.errstate(invalid="ignore"):
+        for candidate in COUNT_TYPES[COUNT_TYPES.index(dtype):]:
+            counts = values.astype(candidate)
+            if (counts == values).all():
+                return counts, 0
+        rounded = np.rint(values)
+        near = (np.abs(values - rounded) <= 1e-6) & (rounded >= 0) & (rounded < 2**63)
+    if near.all():
+        return _as_counts(name, rounded, dtype, place)[0], int((rounded != values).sum())
+    first = int(np.argmin(near.ravel()))
+    value = values.ravel()[first]
+    what = ("not a finite number" if not np.isfinite(value) else "negative" if value < 0 else
+            "too large" if value >= 2**63 else
+            "not an integer; the values look normalised or log-transformed")
+    raise NotCounts(f"{name} holds {value:g} for {place(first)}, which is no count: it is {what}")
+
+
+def _put(out, where, counts):
+    """out[where] = counts; returns out, widened first if its type does not hold these counts."""
+    if counts.dtype.itemsize > out.dtype.itemsize:
+        out = out.astype(counts.dtype)
+    out[where] = counts
+    return out
+
+
+def _read_dense(name, dataset, shape, cell_and_gene):
+    """A dense matrix, in blocks of whole chunks."""
+    if dataset.shape != shape:
+        raise DataError(f"{name} has shape {dataset.shape}, but obs and var say {shape}")
+    if dataset.dtype.kind not in "biuf":
+        raise NotCounts(f"{name} holds values of type {dataset.dtype}, not counts")
+    chunk_rows, chunk_columns = dataset.chunks or (1, shape[1])
+    # Whole rows, unless one row of chunks is larger than a block: then tiles of whole chunks.
+    width = min(shape[1], max(1, BLOCK // (chunk_rows * chunk_columns)) * chunk_columns)
+    height = max(1, BLOCK // (chunk_rows * width)) * chunk_rows
+    buffer = np.empty(min(height, shape[0]) * width, dataset.dtype.newbyteorder("="))
+    out, n_rounded = np.empty(shape, COUNT_TYPES[0]), 0
+    for r in range(0, shape[0], height):
+        for c in range(0, shape[1], width):
+            rows, columns = slice(r, min(r + height, shape[0])), slice(c, min(c + width, shape[1]))
+            tile = (rows.stop - r, columns.stop - c)
+            block = buffer[:tile[0] * tile[1]].reshape(tile)
+            dataset.read_direct(block, (rows, columns))
+
+            def place(i, r=r, c=c, n_columns=tile[1]):
+                return cell_and_gene(r + i // n_columns, c + i % n_columns)
+
+            counts, n = _as_counts(name, block, out.dtype, place)
+            out, n_rounded = _put(out, (rows, columns), counts), n_rounded + n
+    return Counts(shape, out), n_rounded
+
+
+def _read_sparse(name, file, shape, by_row, cell_and_gene):
+    """A sparse matrix, stored by rows (CSR) or by columns (CSC, which is transposed)."""
+    data, indices = _member(file, f"{name}/data"), _member(file, f"{name}/indices")
+    indptr = _member(file, f"{name}/indptr")
+    for part, node in (("data", data), ("indices", indices), ("indptr", indptr)):
+        if not isinstance(node, h5py.Dataset) or node.ndim != 1:
+            raise DataError(f"{name}/{part} is not a one-dimensional data set")
+        if part != "data" and node.dtype.kind not in "iu":
+            raise DataError(f"{name}/{part} holds values of type {node.dtype}; integers were expected")
+    if data.dtype.kind not in "biuf":
+        raise NotCounts(f"{name} holds values of type {data.dtype}, not counts")
+    n_major, n_minor = shape if by_row else shape[::-1]
+    n_entries = len(indices)
+
+    # No index is used before it was checked.
+    if len(indptr) != n_major + 1:
+        raise DataError(f"{name}/indptr has {len(indptr)} values; {n_major + 1} were expected for {shape}")
+    indptr = indptr[()].astype(np.int64)
+    falls = np.flatnonzero(np.diff(indptr) < 0)
+    if indptr[0] != 0:
+        raise DataError(f"{name}/indptr starts at {indptr[0]} and not at 0")
+    if len(falls):
+        i = falls[0]
+        raise DataError(f"{name}/indptr falls from {indptr[i]} to {indptr[i + 1]} at position {i + 1}"
+                        + (": it has overflowed 32 bits" if indptr[i + 1] < 0 else ""))
+    if len(data) != n_entries or indptr[-1] != n_entries:
+        raise DataError(f"{name} is inconsistent: data has {len(data)} values, indices {n_entries}, "
+                        f"and indptr ends at {indptr[-1]}")
+
+    def checked_indices(start, end):
+        minor = indices[start:end]
+        wrong = np.flatnonzero((minor < 0) | (minor >= n_minor))
+        if len(wrong):
+            raise DataError(f"{name}/indices holds {minor[wrong[0]]} at position {start + wrong[0]}; "
+                            f"it must be at least 0 and below {n_minor}")
+        return minor.astype(np.int64)
+
+    blocks = [(s, min(s + BLOCK, n_entries)) for s in range(0, n_entries, BLOCK)]
+    columns = np.empty(n_entries, next(t for t in COUNT_TYPES if shape[1] <= np.iinfo(t).max + 1))
+    values, n_rounded = np.empty(n_entries, COUNT_TYPES[0]), 0
+    if by_row:
+        row_ends = indptr
+    else:  # where each row will start: one pass over the indices
+        per_row = sum((np.bincount(checked_indices(*b), minlength=n_minor) for b in blocks),
+                      start=np.zeros(n_minor, np.int64))
+        row_ends = np.concatenate([[0], np.cumsum(per_row)])
+        free = row_ends[:-1].copy()  # the next free place of each row
+    for start, end in blocks:
+        minor = checked_indices(start, end)
+
+        def place(i, start=start, minor=minor):
+            major = np.searchsorted(indptr, start + i, side="right") - 1
+            return cell_and_gene(*((major, minor[i]) if by_row else (minor[i], major)))
+
+        counts, n = _as_counts(name, data[start:end], values.dtype, place)
+        n_rounded += n
+        if by_row:
+            where = slice(start, end)
+            columns[where] = minor
+        else:
+            order = np.argsort(minor, kind="stable")
+            rows = minor[order]
+            run_start = np.searchsorted(rows, rows, side="left")
+            where = free[rows] + np.arange(len(rows)) - run_start
+            free += np.bincount(minor, minlength=n_minor)
+            major = np.searchsorted(indptr, np.arange(start, end), side="right") - 1
+            columns[where], counts = major[order], counts[order]
+        values = _put(values, where, counts)
+    return _sum_duplicates(Counts(shape, values, columns, row_ends)), n_rounded
+
+
+def _sum_duplicates(counts):
+    """Sort the entries of each row by gene and add up those of the same gene, in place by blocks."""
+    values, columns, indptr = counts.values, counts.columns, counts.indptr
+    new_indptr, written = np.zeros_like(indptr), 0
+    starts = np.arange(0, len(values), BLOCK)
+    first_rows = np.unique(np.searchsorted(indptr, starts, side="right") - 1).tolist()
+    for r, r_end in zip(first_rows, [*first_rows[1:], len(indptr) - 1]):
+        start, end = indptr[r], indptr[r_end]
+        row, _ = _entries_of(indptr[r:r_end], indptr[r + 1:r_end + 1])
+        key = row * counts.shape[1] + columns[start:end]
+        block = values[start:end]
+        in_order = (np.diff(key) > 0).all()
+        if not in_order:
+            order = np.argsort(key, kind="stable")
+            is_first = np.diff(key[order], prepend=-1) > 0
+            sums = np.add.reduceat(block[order], np.flatnonzero(is_first), dtype=np.uint64)
+            block, _ = _as_counts("", sums, values.dtype, str)
+            key, row = key[order][is_first], row[order][is_first]
+        where = slice(written, written + len(key))
+        if not in_order or written < start:
+            values = _put(values, where, block)
+            columns[where] = key - row * counts.shape[1]
+        new_indptr[r + 1:r_end + 1] = written + np.cumsum(np.bincount(row, minlength=r_end - r))
+        written += len(key)
+    return Counts(counts.shape, values[:written], columns[:written], new_indptr)
+
+
+# ============================================================================================
+# read_h5ad
+# ============================================================================================
+
+
+class H5ad:
+    """An .h5ad file whose counts are in memory; columns of obs are read when asked for.
+
+    path, found      the file, and in words where its counts were found and in which form
+    shape            (cells, genes)
+    counts           a Counts
+    gene_names, cell_names    arrays of str
+    """
+
+    def __init__(self, path, found, counts, gene_names, cell_names, obs_columns):
+        self.path, self.found, self.counts = path, found, counts
+        self.gene_names, self.cell_names = gene_names, cell_names
+        self.shape, self.obs_columns = counts.shape, obs_columns
+
+    def obs(self, column):
+        """The obs column as a numpy array (cells,); a missing label is None.
+
+        Raises DataError where there is no such column or it is damaged.
+        """
+        with _h5_file(self.path) as file:
+            if column not in self.obs_columns:
+                raise DataError(f"obs has no column {column!r}; its columns are: "
+                                + (", ".join(self.obs_columns) or "none"))
+            values = _column(file, "obs", column)
+            if len(values) != self.shape[0]:
+                raise DataError(f"obs/{column} has {len(values)} values for {self.shape[0]} cells")
+            return values
+
+
+def read_h5ad(path, layer=None):
+    """Read counts and names of an .h5ad file. Returns an H5ad.
+
+    layer   a layer's name, or "raw"; by default X, or, where X is absent or holds no counts, the
+            counts in layers/counts or raw/X: a line then says so.
+
+    Every value is checked. Raises DataError, one sentence, for all that is wrong with the file.
+    """
+    with _h5_file(path) as file:
+        cell_names = _names(file, "obs")
+        layers = _member(file, "layers", required=False)
+        layers = sorted(layers) if isinstance(layers, h5py.Group) else []
+        raw_x, raw_var = ("raw/X", "raw/var") if "raw" in file else ("raw.X", "raw.var")
+        has_x, has_raw = "X" in list(file), _member(file, raw_x, required=False) is not None
+
+        candidates = [("X", "var")] if has_x else []
+        candidates += [("layers/counts", "var")] if "counts" in layers else []
+        candidates += [(raw_x, raw_var)] if has_raw else []
+        chosen = {"raw": (raw_x, raw_var), "X": ("X", "var")}.get(layer, (f"layers/{layer}", "var"))
+        if layer is None and not candidates:
+            raise DataError("has neither X nor layers/counts nor raw/X")
+        if layer is not None and _member(file, chosen[0], required=False) is None:
+            choices = layers + ["X"] * has_x + ["raw"] * has_raw
+            raise DataError(f"has no {chosen[0]}; --layer can be: {', '.join(choices) or 'nothing'}")
+
+        problem = None
+        asked = candidates if layer is None else [chosen]
+        for name, var in asked:
+            try:
+                counts, gene_names, form = _read_matrix(file, name, var, cell_names)
+            except NotCounts as error:
+                problem = problem or error
+                continue
+            if layer is None and name != "X":
+                print(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
+            return H5ad(os.fspath(path), f"{name}, {form}", counts, gene_names, cell_names,
+                        _column_names(file, "obs"))
+
+        # None of them holds counts: say what is wrong with the first, and what could be asked for.
+        others = [(n, f"layers/{n}", "var") for n in layers]
+        others += [("X", "X", "var")] * has_x + [("raw", raw_x, raw_var)] * has_raw
+        good = [n for n, name, var in others
+                if (name, var) not in asked and _holds_counts(file, name, var, cell_names)]
+        advice = f"use --layer {good[0]}" if good else (
+            f"no counts are in {', '.join(name for _, name, _ in others)} either: start from the "
+            "file with the raw counts" if len(others) > 1 else
+            "the file has no other layer and no raw: start from the file with the raw counts")
+        raise NotCounts(f"{problem}; {advice}")
+
+
+def _read_matrix(file, name, var, cell_names):
+    """Counts, gene names and form of the matrix `name`. Raises NotCounts or DataError."""
+    gene_names = _names(file, var)
+    shape = (len(cell_names), len(gene_names))
+    if 0 in shape:
+        raise DataError(f"{name} has {shape[0]} cells and {shape[1]} genes")
+    node = _member(file, name)
+
+    def cell_and_gene(row, column):
+        return f"cell {cell_names[row]!r}, gene {gene_names[column]!r}"
+
+    if isinstance(node, h5py.Dataset):
+        form = f"dense {node.dtype}"
+        counts, n_rounded = _read_dense(name, node, shape, cell_and_gene)
+    else:
+        encoding = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
+        if encoding not in ("csr_matrix", "csr", "csc_matrix", "csc"):
+            raise DataError(f"{name} has the unknown encoding {encoding!r}")
+        declared = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+        if declared is not None and tuple(np.asarray(declared).tolist()) != shape:
+            raise DataError(f"{name} declares the shape {tuple(np.asarray(declared).tolist())}, "
+                            f"but obs and var say {shape}")
+        form = f"sparse {encoding[:3].upper()}"
+        counts, n_rounded = _read_sparse(name, file, shape, form == "sparse CSR", cell_and_gene)
+    if n_rounded:
+        print(f"{file.filename}: {n_rounded:,} values of {name} within 1e-6 of an integer were "
+              "rounded to it")
+    return counts, gene_names, form
+
+
+def _holds_counts(file, name, var, cell_names):
+    try:
+        return _member(file, name, required=False) is not None and bool(
+            _read_matrix(file, name, var, cell_names))
+    except DataError:
+        return False
+# ============================================================================================
+# Labels -> dosages
+# ============================================================================================
+
+# How perturbation labels look in the files of others, tried in this order where no column is named.
+# A control's name may contain *. Only `condition` is known to join combinations, by "+": nothing
+# else is split unless asked for, since "_" joins combinations in one family and numbers the guides
+# of a single gene (ZAP70_1) in another.
+FAMILIES = [  # obs column (or prefix of one-hot columns), names of controls, separator
+    ("sgID_AB", ["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
+    ("guide_", [], None),  # Norman et al., the paper's file: 0/1 columns guide_<GENE>, all 0: control
+    ("condition", ["ctrl", "control", "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
+    ("perturbation", ["control"], None),  # scPerturb
+    ("gene", ["non-targeting"], None),  # Replogle et al., original; Arc
+    ("target_gene", ["non-targeting"], None),  # Arc, Virtual Cell Challenge
+    ("gene_target", ["NT"], None),  # Mixscape
+]
+ONE_HOT = "guide_"
+
+
+@dataclasses.dataclass
+class Screen:
+    """A perturbation screen: the cells of a file that can be used, with their dosages.
+
+    counts          all cells of the file; `rows` (N,) are the rows of those that are kept
+    d               (N, P) int64, perturbations of each kept cell, filled up with NONE; control: all NONE
+    perturbations   the T names that d refers to, sorted
+    conditions      (N,) str: names of the cell's perturbations joined by "+", or "control"
+    split           (N,) str or None: what a column of the file says of each cell's split
+    notes           lines that say what was chosen and what was dropped
+    """
+
+    path: str
+    counts: Counts
+    rows: np.ndarray
+    gene_names: np.ndarray
+    cell_names: np.ndarray
+    d: np.ndarray
+    perturbations: list
+    conditions: np.ndarray
+    split: np.ndarray | None
+    notes: list
+
+
+def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
+                one_hot_prefix=None, layer=None, split_column=None):
+    """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
+
+    perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
+    control                label of the control cells, "*" stands for any characters
+    combination_separator  what joins the perturbations of a combination; nothing is split without
+    one_hot_prefix         instead of a column of labels, 0/1 columns with this prefix
+    layer                  as in read_h5ad
+    split_column           obs column that says train, validation or test
+
+    Raises DataError where the file, or the choice of column and control, is wrong.
+    """
+    data = read_h5ad(path, layer)
+    try:
+        if perturbation_column is None and one_hot_prefix is None:
+            chosen = _find_family(data, control, combination_separator)
+        else:
+            chosen = _read_labels(data, perturbation_column or one_hot_prefix, control,
+                                  combination_separator, one_hot=perturbation_column is None)
+        column, sets, note = chosen
+        split = None if split_column is None else _read_split(data, split_column)
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith(data.path) else f"{path}: {error}") from None
+
+    library, missing = data.counts.library(), np.array([s is None for s in sets])
+    keep = (library > 0) & ~missing
+    notes = [f"{data.found}: {data.shape[0]:,} cells x {data.shape[1]:,} genes, "
+             f"{int(library.sum()):,} counts", note]
+    for n, why in ((int((library == 0).sum()), "without any count"),
+                   (int(missing.sum()), f"without a label in {column}")):
+        notes += [f"dropped {n:,} cells {why}"] if n else []
+
+    rows = np.flatnonzero(keep)
+    sets = [sets[i] for i in rows]
+    perturbations = sorted(set().union(*sets))
+    index = {name: t for t, name in enumerate(perturbations)}
+    d = np.full((len(rows), max(map(len, sets), default=0)), NONE)
+    for i, names in enumerate(sets):
+        d[i, :len(names)] = [index[name] for name in sorted(names)]
+    conditions = np.array(["+".join(sorted(s)) or "control" for s in sets], dtype=object)
+
+    labels, n_cells = np.unique(conditions.astype(str), return_counts=True)
+    controls = int((d == NONE).all(1).sum())
+    if not controls or controls == len(rows):
+        raise DataError(f"{path}: {'all' if controls else 'none'} of the {len(rows):,} cells that "
+                        "have counts and a label are controls; training needs controls and "
+                        "perturbed cells")
+    few = int((n_cells < 10).sum())
+    pairs = sum("+" in c for c in {"+".join(sorted(s)) for s in set(sets)} if c)
+    notes.append(f"{len(rows):,} cells kept, {controls:,} of them controls; {len(perturbations):,} "
+                 f"perturbations, alone or in {pairs:,} combinations; commonest: "
+                 + ", ".join(f"{labels[i]} ({n_cells[i]:,})" for i in np.argsort(-n_cells, kind="stable")[:5]))
+    if few:
+        notes.append(f"{few:,} conditions have fewer than 10 cells; they are kept")
+    return Screen(os.fspath(path), data.counts, rows, data.gene_names, data.cell_names[rows], d,
+                  perturbations, conditions, None if split is None else split[rows], notes)
+
+
+def _read_labels(data, column, control, separator, one_hot):
+    """(column, for each cell its set of perturbation names or None, a line that says what was read)."""
+    known = {name: controls for name, controls, _ in FAMILIES}
+    if one_hot:
+        columns = [c for c in data.obs_columns if c.startswith(column)]
+        columns = [(c, v) for c, v in ((c, data.obs(c)) for c in columns)
+                   if v.dtype.kind in "biuf" and np.isin(v, (0, 1)).all()]
+        if not columns:
+            raise DataError(f"no column of obs starts with {column!r} and holds only 0 and 1")
+        table = np.stack([v.astype(bool) for _, v in columns], axis=1)
+        names = np.array([c.removeprefix(column) for c, _ in columns], dtype=object)
+        sets = [frozenset(names[row]) for row in table]
+        return column, sets, (f"{len(names)} one-hot columns {column}*; control: a cell with none")
+
+    values = data.obs(column)
+    patterns = [control] if control is not None else known.get(
+        column, list(dict.fromkeys(c for _, controls, _ in FAMILIES for c in controls)))
+    parsed = {}
+    for value in values:
+        if value not in parsed:
+            label = "" if value is None or value != value else str(value).strip()
+            parsed[value] = _parse(label, patterns, separator)
+    sets = [parsed[value] for value in values]
+    found = sorted({str(v) for v, names in parsed.items() if names == frozenset()})
+    text = f"labels in obs column {column!r}"
+    if not found:
+        raise DataError(f"no control cell in obs column {column!r}, looked for "
+                        f"{' or '.join(map(repr, patterns))}: name it with --control; "
+                        f"its labels are {_commonest(values, 12)}")
+    if len(found) > 1 and control is None and not any("*" in p for p in patterns):
+        raise DataError(f"obs column {column!r} holds several controls, {', '.join(found)}: name "
+                        "the one to use with --control")
+    text += f"; control: {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if found[3:] else "")
+    text += f"; combinations are split at {separator!r}" if separator else ""
+    joined = [c for c in "+_|" if not separator and any(c in str(v) for v in parsed)]
+    if joined:
+        text += (f"; some labels contain {' and '.join(map(repr, joined))}, nothing was split "
+                 "(--combination-separator would)")
+    return column, sets, text
+
+
+def _parse(label, controls, separator):
+    """A label -> the set of its perturbations: None if missing, empty if it is a control."""
+    def is_control(part):
+        return any(fnmatch.fnmatchcase(part, c) if "*" in c else part == c for c in controls)
+
+    if label in ("", "nan"):
+        return None
+    if is_control(label):
+        return frozenset()
+    parts = [part.strip() for part in label.split(separator)] if separator else [label]
+    return frozenset(part for part in parts if part and not is_control(part))
+
+
+def _find_family(data, control, separator):
+    """The first of FAMILIES that fits; an error where families that fit disagree, or none fits."""
+    fits = []
+    for column, _, family_separator in FAMILIES:
+        one_hot = column == ONE_HOT
+        if not one_hot and column not in data.obs_columns:
+            continue
+        try:
+            fit = _read_labels(data, column, control, separator or family_separator, one_hot)
+        except DataError:
+            continue
+        if any(fit[1]):
+            fits.append(fit)
+    # Columns that agree on the control cells describe the same screen, at most in other detail
+    # (guide or gene): the first is taken. If they disagree, guessing would be gambling.
+    for other in fits[1:]:
+        if any((a == frozenset()) != (b == frozenset()) for a, b in zip(fits[0][1], other[1])):
+            raise DataError(f"obs columns {fits[0][0]!r} and {other[0]!r} both look like "
+                            "perturbation labels but disagree on the control cells: choose with "
+                            f"--perturbation-column; {_describe_obs(data)}")
+    if not fits:
+        raise DataError("no obs column looks like perturbation labels with control cells: name it "
+                        f"with --perturbation-column and --control; {_describe_obs(data)}")
+    return fits[0]
+
+
+def _commonest(values, n):
+    labels, counts = np.unique(np.array([str(v) for v in values]), return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return ", ".join(f"{labels[i]} ({counts[i]:,})" for i in order[:n]) + (
+        f" and {len(labels) - n:,} more" if len(labels) > n else "")
+
+
+def _describe_obs(data):
+    """The columns of obs, with the commonest values of each that could be labels."""
+    described = []
+    for column in data.obs_columns:
+        try:
+            values = data.obs(column)
+        except DataError:
+            continue
+        labels = values.dtype.kind not in "f" and len({*values.tolist()}) <= max(1, len(values) // 2)
+        described.append(f"{column}: {_commonest(values, 3)}" if labels else column)
+    return "obs has the columns " + "; ".join(described)
+
+
+def _read_split(data, column):
+    """train, validation, test or None for each cell."""
+    words = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+             "validation": "validation", "test": "test", "ood": "test"}
+    return np.array([words.get(str(v).lower()) for v in data.obs(column)] + [None], dtype=object)[:-1]
+
+
+# ============================================================================================
+# Splits
+# ============================================================================================
+
+
+def train_test_split(n, train_size, seed):
+    """Positions (train, test) of n cells: scikit-learn's train_test_split(range(n), train_size=..,
+    random_state=seed), to the last element, without scikit-learn.
+    """
+    n_train = math.floor(train_size * n)
+    shuffled = np.random.RandomState(seed).permutation(n)
+    return shuffled[n - n_train:], shuffled[:n - n_train]
+
+
+def split_cells(screen, seed=0):
+    """{"train", "validation", "test"}: positions among the screen's kept cells.
+
+    The file's own split where the screen has one; else the paper's for Replogle: 80/20 into train
+    and validation / test, then 80/20 into train / validation, together 64/16/20.
+    """
+    if screen.split is not None:
+        parts = {name: np.flatnonzero(screen.split == name) for name in ("train", "validation", "test")}
+    else:
+        rest, test = train_test_split(len(screen.rows), 0.8, seed)
+        train, validation = train_test_split(len(rest), 0.8, seed)
+        parts = {"train": rest[train], "validation": rest[validation], "test": test}
+    for name, cells in parts.items():
+        if not len(cells):
+            raise DataError(f"{screen.path}: no cells are left for {name} ({len(screen.rows):,} "
+                            "cells in all)")
+    return parts
+
+
+# ============================================================================================
+# Batches: the whole screen lies on the device, a batch is an index
+# ============================================================================================
+
+
+def _tensor(array, device):
+    """A numpy array of counts or indices as a tensor on the device, in the narrowest integer type.
+
+    torch computes with uint8 but hardly with wider unsigned types: those become signed, by a free
+    change of view where the largest value allows it.
+    """
+    if array.dtype.kind == "u" and array.dtype != np.uint8:
+        size = array.dtype.itemsize
+        fits = array.max(initial=0) <= np.iinfo(f"i{size}").max
+        array = array.view(f"i{size}") if fits else array.astype(f"i{2 * size}")
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+class Batches:
+    """A screen that lies on the device. batches(cells) -> counts x (B, G) floats, dosages d (B, P).
+
+    cells are positions among the screen's kept cells, a tensor on the device. Sparse counts stay
+    sparse: rows are made dense a batch at a time.
+    """
+
+    def __init__(self, screen, device="cpu"):
+        counts = screen.counts
+        self.device, self.n_genes = torch.device(device), counts.shape[1]
+        self.rows = torch.from_numpy(screen.rows).to(device)
+        self.d = torch.from_numpy(screen.d).to(device)
+        self.values = _tensor(counts.values, device)
+        self.sparse = counts.indptr is not None
+        if self.sparse:
+            self.columns, self.indptr = _tensor(counts.columns, device), _tensor(counts.indptr, device)
+
+    def __call__(self, cells):
+        rows = self.rows[cells]
+        if not self.sparse:
+            return self.values[rows].float(), self.d[cells]
+        start, length = self.indptr[rows], self.indptr[rows + 1] - self.indptr[rows]
+        row = torch.repeat_interleave(torch.arange(len(rows), device=self.device), length)
+        entry = torch.arange(len(row), device=self.device) + (start - length.cumsum(0) + length)[row]
+        x = torch.zeros(len(rows), self.n_genes, device=self.device)
+        x[row, self.columns[entry].long()] = self.values[entry].float()
+        return x, self.d[cells]
+
+    def in_order(self, cells, size=512):
+        """All the given cells (a numpy array of positions) once, in batches of at most `size`."""
+        for part in torch.from_numpy(cells).to(self.device).split(size):
+            yield self(part)
+
+
+class Shuffle:
+    """Endless random batches of positions 0..n-1: every epoch visits each once, in a new order.
+
+    All batches have the same size; one that reaches the end of an epoch goes on in the next. The
+    state is two numbers, so that training can be resumed in the middle of an epoch.
+    """
+
+    def __init__(self, n, size, seed, epoch=0, position=0):
+        self.n, self.size, self.seed = n, size, seed
+        self.epoch, self.position = epoch, position
+        self.order = self._order()
+
+    def _order(self):
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+
+    def __next__(self):
+        parts, missing = [], self.size
+        while missing:
+            part = self.order[self.position:self.position + missing]
+            parts.append(part)
+            missing -= len(part)
+            self.position += len(part)
+            if self.position == self.n:
+                self.epoch, self.position = self.epoch + 1, 0
+                self.order = self._order()
+        return np.concatenate(parts)
+
+
+def training_statistics(batches, cells):
+    """Mean and standard deviation of log(1 + x) of each gene over the given cells, (G,) each."""
+    mean = sum(torch.log1p(x).double().sum(0) for x, _ in batches.in_order(cells)) / len(cells)
+    square = sum(((torch.log1p(x).double() - mean) ** 2).sum(0) for x, _ in batches.in_order(cells))
+    return mean.float(), (square / len(cells)).sqrt().float()
+
+
+# ============================================================================================
+# Writing .h5ad files
+# ============================================================================================
+
+
+def write_h5ad(path, X, obs, var, layers=None, uns=None):
+    """Write an .h5ad file that anndata (0.8 or newer) and read_h5ad open. Nothing half-written.
+
+    X, layers' values    2-D arrays (obs x var)
+    obs, var             dicts of columns, numbers or text; the first one is the index
+    uns                  dict of arrays, numbers, text, lists of text, and such dicts
+    """
+    def write(group, name, value, encoding=None):
+        if isinstance(value, dict):
+            node = group.create_group(name)
+            node.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+            for key, item in value.items():
+                write(node, key, item)
+            return
+        value = np.asarray(value)
+        text = value.dtype.kind in "OU"
+        if text:
+            node = group.create_dataset(name, data=value.astype(object), dtype=h5py.string_dtype())
+        else:
+            node = group.create_dataset(name, data=value)
+        kind = ("string-array" if value.ndim else "string") if text else (
+            "array" if value.ndim else "numeric-scalar")
+        node.attrs.update({"encoding-type": kind, "encoding-version": "0.2.0"})
+
+    def write_table(file, name, columns):
+        index, *others = columns
+        write(file, name, columns)
+        file[name].attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
+                                 "_index": index})
+        file[name].attrs.create("column-order", np.array(others, dtype=object), (len(others),),
+                                h5py.string_dtype())
+
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        write(file, "X", X)
+        write_table(file, "obs", obs)
+        write_table(file, "var", var)
+        write(file, "layers", layers or {})
+        write(file, "uns", uns or {})
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name beside `path` that is renamed to it if and only if the block succeeds."""
+    temporary = f"{os.fspath(path)}.writing"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+# ============================================================================================
+# A simulated screen with known masks and effects
+# ============================================================================================
+
+
+def simulate(path, seed=0, n_perturbations=300, cells_per_condition=16, effect_size=4.0,
+             n_latent=6, n_genes=200, n_pairs=60, n_controls=100):
+    """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
+
+    Each perturbation alone and n_pairs random pairs, cells_per_condition cells each, and n_controls
+    controls. Every perturbation touches one latent dimension, and each further one with probability
+    0.05; effects are +-N(effect_size, 0.5). Two-layer decoder, Gamma-Poisson counts with inverse
+    dispersion 10, library sizes log-normal around 5,000. Half of the pairs are held out: all their
+    cells are in `split` test, the others 64/16/20 in train, validation and test.
+
+    Written beside the counts: obs `condition` and `split`; uns `simulation` with the perturbations'
+    names and the true `mask` and `effect` (T, L).
+
+    Why so many perturbations of few cells each? N(0, I), the prior of the basal state, looks the
+    same from every angle, and so do decoder and encoder, which can undo any rotation of the latent
+    space. What pins the axes down is the sparsity of the masks alone. Rotating the axes by a little
+    makes masks denser, and each further entry of 1 costs about log(1 / alpha) nats, once for each
+    perturbation and however many cells it has: so many perturbations are a strong force towards the
+    true axes, and many cells are not. Effects must be clear against the unit variance of the basal
+    state, or too few entries are found in the first place. With 60 perturbations of 80 cells each,
+    as many cells, the model explains the data as well, but often in rotated axes.
+    """
+    rng = np.random.default_rng(seed)
+    mask = rng.random((n_perturbations, n_latent)) < 0.05
+    mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
+    effect = rng.choice([-1, 1], mask.shape) * rng.normal(effect_size, 0.5, mask.shape)
+
+    # Conditions, then the dosages of all cells: two places a cell, and a zero row for NONE.
+    all_pairs = np.stack(np.triu_indices(n_perturbations, 1), axis=1)
+    pairs = all_pairs[np.sort(rng.choice(len(all_pairs), n_pairs, replace=False))]
+    singles = np.stack([np.arange(n_perturbations), np.full(n_perturbations, NONE)], axis=1)
+    conditions = np.concatenate([singles, pairs])
+    d = np.concatenate([np.full((n_controls, 2), NONE),
+                        np.repeat(conditions, cells_per_condition, axis=0)])
+    held_out = np.zeros(len(conditions), bool)
+    held_out[n_perturbations:] = rng.permutation(n_pairs) < n_pairs // 2
+    held_out = np.concatenate([np.zeros(n_controls, bool), np.repeat(held_out, cells_per_condition)])
+    order = rng.permutation(len(d))
+    d, held_out, n = d[order], held_out[order], len(d)
+
+    # Algorithm 1 and the likelihood of section 2.2.
+    offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])
+    z = rng.normal(size=(n, n_latent)) + offset[d].sum(axis=1)  # eq. 1
+    hidden = z @ rng.normal(0, 1.5 / np.sqrt(n_latent), (n_latent, 64)) + rng.normal(size=64)
+    hidden = np.where(hidden > 0, hidden, 0.2 * hidden)
+    logits = hidden @ rng.normal(0, 0.6 / np.sqrt(64), (64, n_genes)) + rng.normal(size=n_genes)
+    rho = np.exp(logits - logits.max(axis=1, keepdims=True))
+    rho /= rho.sum(axis=1, keepdims=True)
+    library = rng.lognormal(np.log(5000), 0.3, (n, 1))
+    x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
+
+    names = np.array([*(f"P{t + 1:03d}" for t in range(n_perturbations)), ""], dtype=object)
+    split = np.where(held_out, "test", rng.choice(["train", "validation", "test"], n, p=[.64, .16, .2]))
+    write_h5ad(
+        path, X=x.astype(np.uint16),
+        obs={"cell": [f"cell{i}" for i in range(n)],
+             "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
+             "split": split.astype(object)},
+        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
+        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect}})
+
+
+def read_simulation(path):
+    """(perturbation names, true mask, true effect) of a simulated screen; None for any other file."""
+    with _h5_file(path) as file:
+        if _member(file, "uns/simulation", required=False) is None:
+            return None
+        names = _plain(file, "uns/simulation/perturbations")
+        mask, effect = (_member(file, f"uns/simulation/{x}")[()] for x in ("mask", "effect"))
+        return list(names), mask.astype(bool), effect
+
+
+# ============================================================================================
+# The command line
+# ============================================================================================
+
+
+def add_screen_options(parser):
+    """The options that say how a file is read, the same for data.py and train.py."""
+    group = parser.add_argument_group("reading the file")
+    group.add_argument("--perturbation-column", metavar="COLUMN",
+                       help="obs column of perturbation labels (default: well-known names are tried)")
+    group.add_argument("--control", metavar="LABEL",
+                       help="label of control cells; * stands for any characters")
+    group.add_argument("--combination-separator", metavar="TEXT",
+                       help="what joins perturbations in a label, such as +")
+    group.add_argument("--one-hot-prefix", metavar="PREFIX",
+                       help="read 0/1 columns of obs with this prefix in place of a column of labels")
+    group.add_argument("--layer", help="layer that holds the counts, or raw (default: X, else "
+                                       "layers/counts, else raw/X)")
+    group.add_argument("--split-column", metavar="COLUMN",
+                       help="obs column with train, validation, test (default: random 64/16/20)")
+
+
+def screen_options(args):
+    """The values of these options, as arguments of read_screen."""
+    return {name: getattr(args, name) for name in (
+        "perturbation_column", "control", "combination_separator", "one_hot_prefix", "layer",
+        "split_column")}
+
+
+def run(main):
+    """Run a command; a DataError becomes one sentence on standard error and exit status 2."""
+    try:
+        main()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    """Print what the reader makes of a file."""
+    parser = argparse.ArgumentParser(description="Print what the reader makes of an .h5ad file.")
+    parser.add_argument("file")
+    add_screen_options(parser)
+    args = parser.parse_args()
+    screen = read_screen(args.file, **screen_options(args))
+    print(f"{screen.path}")
+    for note in screen.notes:
+        print(f"  {note}")
+    sizes = {name: len(cells) for name, cells in split_cells(screen).items()}
+    print("  split: " + ", ".join(f"{n:,} {name}" for name, n in sizes.items()))
+
+
+if __name__ == "__main__":
+    run(main)

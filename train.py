@@ -1,0 +1,341 @@
+"""Train SAMS-VAE or CPA-VAE on an .h5ad file, or on a simulated screen.
+
+    python train.py                               simulate a screen, train on it, evaluate: minutes
+    python train.py --data replogle.h5ad          train as in the paper's Table 1
+    python train.py --data screen.h5ad --perturbation-column gene --control non-targeting
+    python train.py --resume runs/NAME            go on where a run was stopped
+
+A run is a folder, runs/NAME: config.json (every option), log.jsonl (a line per log step and per
+validation), best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+
+import data
+from data import DataError
+from sams_vae import CPAVAE, SAMSVAE, elbo
+
+MODELS = {"sams-vae": SAMSVAE, "cpa-vae": CPAVAE}
+
+# Every option that is not about reading the file: its default, and where the default comes from.
+# "Replogle" and "Norman" are the paper's settings for its two data sets (A.4).
+OPTIONS = [
+    # the model (2.1 to 2.4)
+    ("--model", "sams-vae", "sams-vae, or cpa-vae: every mask entry fixed to 1"),
+    ("--correlated-basal", True, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
+    ("--correlated-effects", True, "q(e | m) in place of q(e) (paper: best row of Table 1)"),
+    ("--n-latent", 100, "latent dimensions (Replogle; Norman 200)"),
+    ("--n-hidden", 400, "width of encoder and decoder (paper)"),
+    ("--n-layers", 1, "hidden layers of encoder and decoder (paper)"),
+    ("--effect-hidden", 200, "width of f_emb (Replogle; Norman 400)"),
+    ("--effect-layers", 2, "hidden layers of f_emb (Replogle; Norman 4)"),
+    ("--alpha", 0.001, "prior probability of a mask entry (Replogle; Norman 0.01)"),
+    ("--beta", 1.0, "prior variance of an effect (paper)"),
+    # the optimisation
+    ("--steps", 150_000, "training steps (Replogle; Norman 30,000)"),
+    ("--batch-size", 512, "cells per step (paper)"),
+    ("--particles", 5, "Monte Carlo samples per step (paper)"),
+    ("--lr", 3e-4, "learning rate of Adam (paper)"),
+    ("--weight-decay", 1e-6, "of Adam (paper)"),
+    ("--clip", 0.0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
+    ("--seed", 0, "of the weights and of training (paper: five seeds)"),
+    ("--split-seed", 0, "of the random split (Replogle 0)"),
+    # the run
+    ("--log-every", 50, "steps between lines of log.jsonl (ours)"),
+    ("--validate-every", 500, "steps between validations, each saving last.pt (ours)"),
+]
+
+# What changes where there is no --data. A small screen needs a small model, and minutes allow few
+# steps: hence the higher learning rate. Everything here can be overridden by its flag, too.
+SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
+                 batch_size=256, lr=5e-3, split_column="split")
+SIMULATION_OPTIONS = [
+    ("--simulated-perturbations", 300, "perturbations of the simulated screen"),
+    ("--simulated-cells", 25, "cells per perturbation and pair of the simulated screen"),
+    ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
+]
+
+
+def parse_arguments(arguments=None):
+    """(resume folder or None, name or None, device, configuration, options given explicitly)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="FILE.h5ad", help="counts (default: simulate a screen)")
+    parser.add_argument("--resume", metavar="runs/NAME", help="go on with this run")
+    parser.add_argument("--name", help="the run's folder is runs/NAME (default: made of the options)")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    data.add_screen_options(parser)
+    group = parser.add_argument_group("the model and its training")
+    for flag, default, text in OPTIONS + SIMULATION_OPTIONS:
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
+            "type": type(default)}
+        choices = {"choices": sorted(MODELS)} if flag == "--model" else {}
+        group.add_argument(flag, default=argparse.SUPPRESS, help=f"{text}; {default}", **kind,
+                           **choices)
+    args = parser.parse_args(arguments)
+
+    def name_of(flag):
+        return flag[2:].replace("-", "_")
+
+    own = {name_of(flag) for flag, _, _ in OPTIONS + SIMULATION_OPTIONS}
+    given = {k: v for k, v in vars(args).items() if k in own}
+    given |= {k: v for k, v in data.screen_options(args).items() if v is not None}
+    config = {"data": args.data and os.path.abspath(args.data)}
+    config |= dict.fromkeys(data.screen_options(args))
+    config |= {name_of(flag): default for flag, default, _ in OPTIONS}
+    if args.data is None:
+        config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS} | SIMULATED
+    config |= given
+    for option in ("steps", "batch_size", "particles", "n_latent", "n_hidden", "n_layers",
+                   "effect_hidden", "effect_layers", "log_every", "validate_every"):
+        if config[option] < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, not {config[option]}")
+    if not 0 < config["alpha"] < 1:
+        parser.error(f"--alpha must lie between 0 and 1, not {config['alpha']}")
+    return args, config, given
+
+
+def default_device(name=None):
+    """The device of that name, or a GPU if there is one, or the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def new_folder(name, config):
+    """Create runs/NAME; without a name, one made of the options that is still free."""
+    if name is not None:
+        if os.path.exists(os.path.join("runs", name)):
+            raise DataError(f"runs/{name} exists: choose another --name, or --resume runs/{name}")
+    else:
+        source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
+        guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
+                                               ("effects", config["correlated_effects"])) if on)
+        base = f"{source}-{config['model']}-{guide or 'mean-field'}-seed{config['seed']}"
+        name, n = base, 1
+        while os.path.exists(os.path.join("runs", name)):
+            name, n = f"{base}-{n + 1}", n + 1
+    folder = os.path.join("runs", name)
+    os.makedirs(folder)
+    return folder
+
+
+def build_model(config, training):
+    """The model of a configuration; `training` holds n_cells (T,), x_mean and x_std (G,)."""
+    options = ("n_latent", "n_hidden", "n_layers", "effect_hidden", "effect_layers",
+               "correlated_basal", "correlated_effects", "alpha", "beta")
+    return MODELS[config["model"]](training["n_cells"], training["x_mean"], training["x_std"],
+                                   **{option: config[option] for option in options})
+
+
+def load_checkpoint(folder, name):
+    """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code."""
+    path = os.path.join(folder, name)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {folder} is no run, or its first "
+                        "validation was not reached") from None
+    except Exception as error:  # damaged files raise a dozen kinds of exception
+        raise DataError(f"{path}: cannot be read as a checkpoint: "
+                        f"{str(error).splitlines()[0]}") from None
+
+
+def read_config_screen(config, checkpoint=None):
+    """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
+    screen = data.read_screen(config["data"], **{
+        k: config[k] for k in ("perturbation_column", "control", "combination_separator",
+                               "one_hot_prefix", "layer", "split_column")})
+    if checkpoint is not None and (
+            checkpoint["gene_names"] != list(screen.gene_names)
+            or checkpoint["perturbations"] != screen.perturbations
+            or checkpoint["n_kept_cells"] != len(screen.rows)):
+        raise DataError(f"{config['data']}: other genes, perturbations or cells than the run was "
+                        "trained on; give it the same file")
+    return screen
+
+
+@torch.no_grad()
+def validation_loss(model, batches, cells, n_particles):
+    """-ELBO / N over the validation cells, with n_t of the training cells.
+
+    Always with the same random numbers, so that checkpoints are compared under the same noise, and
+    without touching the generator that training uses.
+    """
+    devices = [batches.device] if batches.device.type == "cuda" else []
+    total = 0.0
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        for x, d in batches.in_order(cells):
+            total = total - elbo(model, x, d, n_particles)[0] * len(x)
+    return float(total) / len(cells)
+
+
+def main(arguments=None):
+    """Train."""
+    args, config, given = parse_arguments(arguments)
+    device = default_device(args.device)
+
+    # A new run, or an old one from where it stopped.
+    if args.resume:
+        folder = args.resume.rstrip("/")
+        checkpoint = load_checkpoint(folder, "last.pt")
+        config = checkpoint["config"]
+        changed = sorted(k for k in given if k != "steps" and given[k] != config[k])
+        if changed or args.name or args.data:
+            raise DataError(f"--resume takes its options from {folder}; only --steps and --device can "
+                            "be changed")
+        config["steps"] = given.get("steps", config["steps"])
+        screen = read_config_screen(config, checkpoint)
+        split = {name: cells.numpy() for name, cells in checkpoint["split"].items()}
+    else:
+        checkpoint = None
+        if config["data"] is not None:  # before the folder is made: a wrong file leaves nothing
+            screen = read_config_screen(config)
+        folder = new_folder(args.name, config)
+        if config["data"] is None:
+            config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
+            config["simulated"] = True
+            data.simulate(config["data"], config["seed"], config["simulated_perturbations"],
+                          config["simulated_cells"], config["simulated_effect"])
+            screen = read_config_screen(config)
+        split = data.split_cells(screen, config["split_seed"])
+    with data.replacing(os.path.join(folder, "config.json")) as path, open(path, "w") as file:
+        json.dump(config, file, indent=2)
+    print(f"{screen.path}", *screen.notes, sep="\n  ")
+
+    # The screen moves to the device once; what the model knows of the training cells is computed.
+    batches = data.Batches(screen, device)
+    if checkpoint is None:
+        d = screen.d[split["train"]]
+        n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
+        x_mean, x_std = data.training_statistics(batches, split["train"])
+        training = {"n_cells": torch.from_numpy(n_cells), "x_mean": x_mean.cpu(),
+                    "x_std": x_std.cpu()}
+    else:
+        training = checkpoint["training"]
+
+    torch.manual_seed(config["seed"])
+    model = build_model(config, training).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"],
+                                 weight_decay=config["weight_decay"], fused=True)
+    shuffle = data.Shuffle(len(split["train"]), config["batch_size"], config["seed"])
+    step, best = 0, math.inf
+    log_path = os.path.join(folder, "log.jsonl")
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        shuffle = data.Shuffle(shuffle.n, shuffle.size, shuffle.seed, **checkpoint["shuffle"])
+        step, best = checkpoint["step"], checkpoint["best"]
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
+        with open(log_path) as file:  # lines written after the checkpoint will be written again
+            lines = [line for line in file if json.loads(line)["step"] <= step]
+        with data.replacing(log_path) as path, open(path, "w") as file:
+            file.writelines(lines)
+    log = open(log_path, "a", buffering=1)
+
+    def save(name):
+        rng = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
+        with data.replacing(os.path.join(folder, name)) as path:
+            torch.save({
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "step": step, "best": best, "config": config, "rng": rng,
+                "shuffle": {"epoch": shuffle.epoch, "position": shuffle.position},
+                "training": training, "split": {k: torch.from_numpy(v) for k, v in split.items()},
+                "gene_names": list(screen.gene_names), "perturbations": screen.perturbations,
+                "n_kept_cells": len(screen.rows)}, path)
+
+    # Ctrl-C and a polite kill end the loop after the step that is running, and leave last.pt.
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: stop.append(n))
+
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} training"
+          f" cells, steps {step:,} to {config['steps']:,} on {device}")
+    terminal = sys.stdout.isatty()
+    totals, n_since, since, first_step, started = {}, 0, time.time(), step, time.time()
+    first_bad = torch.full((), math.inf, device=device)
+    while step < config["steps"] and not stop:
+        # One step: a batch, an estimate of the ELBO, its gradient, Adam.
+        x, d = batches(torch.from_numpy(next(shuffle)).to(device))
+        value, terms = elbo(model, x, d, config["particles"])
+        optimizer.zero_grad(set_to_none=True)
+        (-value).backward()
+        if config["clip"]:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+        optimizer.step()
+        step, n_since = step + 1, n_since + 1
+
+        # Nothing above or here waits for a GPU: sums, and the first non-finite step, stay on it.
+        terms["loss"] = -value.detach()
+        totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
+        first_bad = torch.where(torch.isfinite(value.detach()), first_bad,
+                                first_bad.clamp(max=step))
+        last = step == config["steps"] or bool(stop)
+        validate = step % config["validate_every"] == 0 or last
+        if step % config["log_every"] and not validate:
+            continue
+
+        # Every now and then: look at the numbers. A run that has gone wrong is not saved.
+        if math.isfinite(first_bad.item()):
+            sys.exit(f"error: the loss was not finite at step {int(first_bad)}; {folder}/last.pt "
+                     "holds the last validation before it; a lower --lr or --clip 100 may help")
+        seconds = time.time() - since
+        line = {"step": step, "epoch": shuffle.epoch}
+        line |= {name: round(float(total) / n_since, 4) for name, total in totals.items()}
+        line["mask_probability"] = round(model.mask_probability().mean().item(), 5)
+        line["cells_per_second"] = round(n_since * config["batch_size"] / seconds)
+        totals, n_since = {}, 0
+        if validate:
+            loss = validation_loss(model, batches, split["validation"], config["particles"])
+            line["validation_loss"] = round(loss, 4)
+            if not math.isfinite(loss):
+                sys.exit(f"error: the validation loss was not finite at step {step}; a lower --lr "
+                         "or --clip 100 may help")
+            if loss < best:
+                best = loss
+                save("best.pt")
+            save("last.pt")
+        log.write(json.dumps(line) + "\n")
+        since = time.time()
+        if terminal:
+            left = (config["steps"] - step) * (time.time() - started) / (step - first_step)
+            print(f"\rstep {step:,}  loss {line['loss']:.2f} = -{line['log_likelihood']:.2f} "
+                  f"+ {line['kl_basal']:.2f} + {line['kl_mask']:.3f} + {line['kl_effect']:.3f}  "
+                  f"mask {line['mask_probability']:.4f}  {line['cells_per_second']:,} cells/s  "
+                  f"{left // 60:.0f}:{left % 60:02.0f} left  validation {best:.2f} ", end="",
+                  flush=True)
+    log.close()
+    if terminal:
+        print()
+    if stop:
+        print(f"stopped at step {step:,}; to go on: python train.py --resume {folder}")
+        sys.exit(128 + stop[0])
+    print(f"{step:,} steps in {time.time() - started:.0f} s; lowest validation loss {best:.2f}")
+    if config.get("simulated"):
+        import evaluate  # it imports this module
+
+        evaluate.main([folder])
+    else:
+        print(f"next: python evaluate.py {folder}")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -111,7 +111,7 @@ def _member(file, name, required=True):
 
 
 def _check_storage(file, name, dataset):
-    """Refuse a data set whose declared size the file does not hold, before anything is allocated."""
+    """Refuse a data set of a larger size than the file holds, before anything is allocated."""
     if dataset.is_virtual or dataset.external:
         raise DataError(f"{name} keeps its values in other files: copy the data into the file")
     if dataset.shape is None:
@@ -149,8 +149,13 @@ def _attribute(node, name):
 # ============================================================================================
 
 
+def _objects(values):
+    """Any values -> a 1-D array of objects; the None keeps numpy from guessing another type."""
+    return np.array([*values, None], dtype=object)[:-1]
+
+
 def _to_numpy(name, raw):
-    """Values as h5py gives them -> a 1-D array: str objects, numbers in native byte order, bools."""
+    """What h5py reads -> a 1-D array of str objects, native numbers or bools."""
     raw = np.atleast_1d(raw)
     if raw.ndim != 1:
         raise DataError(f"{name} has {raw.ndim} dimensions; a column has one")
@@ -158,7 +163,7 @@ def _to_numpy(name, raw):
         if not all(isinstance(v, (bytes, str)) for v in raw):
             raise DataError(f"{name} holds values that are neither text nor numbers")
         text = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in raw.tolist()]
-        return np.array(text + [None], dtype=object)[:-1]  # the None keeps numpy from guessing
+        return _objects(text)
     if raw.dtype.kind not in "biuf":
         raise DataError(f"{name} holds values of type {raw.dtype}, neither text nor numbers")
     return raw.astype(raw.dtype.newbyteorder("="), copy=False)
@@ -251,7 +256,7 @@ def _index_name(file, table):
 def _names(file, table):
     """The index of a table: names of cells or genes, as str objects."""
     values = _column(file, table, _index_name(file, table))
-    return np.array([*map(str, values), None], dtype=object)[:-1]
+    return _objects(map(str, values))
 
 
 def _column_names(file, table):
@@ -304,7 +309,7 @@ class Counts:
 
 
 def _entries_of(start, end):
-    """Rows whose entries lie in start..end -> for all entries, the row's number and the position."""
+    """Row r holds entries start[r]..end[r]: row number and position of all entries, in order."""
     length = end - start
     row = np.repeat(np.arange(len(length)), length)
     first = np.cumsum(length) - length
@@ -378,7 +383,8 @@ def _read_sparse(name, file, shape, by_row, cell_and_gene):
         if not isinstance(node, h5py.Dataset) or node.ndim != 1:
             raise DataError(f"{name}/{part} is not a one-dimensional data set")
         if part != "data" and node.dtype.kind not in "iu":
-            raise DataError(f"{name}/{part} holds values of type {node.dtype}; integers were expected")
+            raise DataError(f"{name}/{part} holds values of type {node.dtype}; integers were "
+                            "expected")
     if data.dtype.kind not in "biuf":
         raise NotCounts(f"{name} holds values of type {data.dtype}, not counts")
     n_major, n_minor = shape if by_row else shape[::-1]
@@ -386,25 +392,26 @@ def _read_sparse(name, file, shape, by_row, cell_and_gene):
 
     # No index is used before it was checked.
     if len(indptr) != n_major + 1:
-        raise DataError(f"{name}/indptr has {len(indptr)} values; {n_major + 1} were expected for {shape}")
+        raise DataError(f"{name}/indptr has {len(indptr)} values; a matrix of shape {shape} needs "
+                        f"{n_major + 1}")
     indptr = indptr[()].astype(np.int64)
     falls = np.flatnonzero(np.diff(indptr) < 0)
     if indptr[0] != 0:
         raise DataError(f"{name}/indptr starts at {indptr[0]} and not at 0")
     if len(falls):
         i = falls[0]
-        raise DataError(f"{name}/indptr falls from {indptr[i]} to {indptr[i + 1]} at position {i + 1}"
-                        + (": it has overflowed 32 bits" if indptr[i + 1] < 0 else ""))
+        raise DataError(f"{name}/indptr falls from {indptr[i]} to {indptr[i + 1]} at position "
+                        f"{i + 1}" + (": it has overflowed 32 bits" if indptr[i + 1] < 0 else ""))
     if len(data) != n_entries or indptr[-1] != n_entries:
-        raise DataError(f"{name} is inconsistent: data has {len(data)} values, indices {n_entries}, "
-                        f"and indptr ends at {indptr[-1]}")
+        raise DataError(f"{name} is inconsistent: data has {len(data)} values, indices "
+                        f"{n_entries}, and indptr ends at {indptr[-1]}")
 
     def checked_indices(start, end):
         minor = indices[start:end]
         wrong = np.flatnonzero((minor < 0) | (minor >= n_minor))
         if len(wrong):
-            raise DataError(f"{name}/indices holds {minor[wrong[0]]} at position {start + wrong[0]}; "
-                            f"it must be at least 0 and below {n_minor}")
+            raise DataError(f"{name}/indices holds {minor[wrong[0]]} at position "
+                            f"{start + wrong[0]}; it must be at least 0 and below {n_minor}")
         return minor.astype(np.int64)
 
     blocks = [(s, min(s + BLOCK, n_entries)) for s in range(0, n_entries, BLOCK)]
@@ -442,7 +449,7 @@ def _read_sparse(name, file, shape, by_row, cell_and_gene):
 
 
 def _sum_duplicates(counts):
-    """Sort the entries of each row by gene and add up those of the same gene, in place by blocks."""
+    """Sort the entries of each row by gene, add up those of the same gene; in place, by blocks."""
     values, columns, indptr = counts.values, counts.columns, counts.indptr
     new_indptr, written = np.zeros_like(indptr), 0
     starts = np.arange(0, len(values), BLOCK)
@@ -525,7 +532,8 @@ def read_h5ad(path, layer=None):
             raise DataError("has neither X nor layers/counts nor raw/X")
         if layer is not None and _member(file, chosen[0], required=False) is None:
             choices = layers + ["X"] * has_x + ["raw"] * has_raw
-            raise DataError(f"has no {chosen[0]}; --layer can be: {', '.join(choices) or 'nothing'}")
+            raise DataError(f"has no {chosen[0]}; --layer can be: "
+                            + (", ".join(choices) or "nothing"))
 
         problem = None
         asked = candidates if layer is None else [chosen]
@@ -598,7 +606,7 @@ def _holds_counts(file, name, var, cell_names):
 # of a single gene (ZAP70_1) in another.
 FAMILIES = [  # obs column (or prefix of one-hot columns), names of controls, separator
     ("sgID_AB", ["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
-    ("guide_", [], None),  # Norman et al., the paper's file: 0/1 columns guide_<GENE>, all 0: control
+    ("guide_", [], None),  # Norman et al., the paper's file: 0/1 columns, one per guide
     ("condition", ["ctrl", "control", "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
     ("perturbation", ["control"], None),  # scPerturb
     ("gene", ["non-targeting"], None),  # Replogle et al., original; Arc
@@ -613,7 +621,7 @@ class Screen:
     """A perturbation screen: the cells of a file that can be used, with their dosages.
 
     counts          all cells of the file; `rows` (N,) are the rows of those that are kept
-    d               (N, P) int64, perturbations of each kept cell, filled up with NONE; control: all NONE
+    d               (N, P) int64, perturbations of each kept cell; NONE in free places and controls
     perturbations   the T names that d refers to, sorted
     conditions      (N,) str: names of the cell's perturbations joined by "+", or "control"
     split           (N,) str or None: what a column of the file says of each cell's split
@@ -646,16 +654,14 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     Raises DataError where the file, or the choice of column and control, is wrong.
     """
     data = read_h5ad(path, layer)
-    try:
-        if perturbation_column is None and one_hot_prefix is None:
-            chosen = _find_family(data, control, combination_separator)
-        else:
-            chosen = _read_labels(data, perturbation_column or one_hot_prefix, control,
-                                  combination_separator, one_hot=perturbation_column is None)
-        column, sets, note = chosen
-        split = None if split_column is None else _read_split(data, split_column)
-    except DataError as error:
-        raise DataError(str(error) if str(error).startswith(data.path) else f"{path}: {error}") from None
+    if perturbation_column is not None:
+        labels = _read_labels(data, perturbation_column, control, combination_separator)
+    elif one_hot_prefix is not None:
+        labels = _read_one_hot(data, one_hot_prefix)
+    else:
+        labels = _find_family(data, control, combination_separator)
+    column, sets, note = labels
+    split = None if split_column is None else _read_split(data, split_column)
 
     library, missing = data.counts.library(), np.array([s is None for s in sets])
     keep = (library > 0) & ~missing
@@ -674,62 +680,58 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
         d[i, :len(names)] = [index[name] for name in sorted(names)]
     conditions = np.array(["+".join(sorted(s)) or "control" for s in sets], dtype=object)
 
-    labels, n_cells = np.unique(conditions.astype(str), return_counts=True)
     controls = int((d == NONE).all(1).sum())
     if not controls or controls == len(rows):
-        raise DataError(f"{path}: {'all' if controls else 'none'} of the {len(rows):,} cells that "
-                        "have counts and a label are controls; training needs controls and "
-                        "perturbed cells")
-    few = int((n_cells < 10).sum())
-    pairs = sum("+" in c for c in {"+".join(sorted(s)) for s in set(sets)} if c)
+        raise DataError(f"{path}: {'all' if controls else 'none'} of the {len(rows):,} cells with "
+                        "counts and a label are controls; training needs controls and perturbed "
+                        "cells")
+    pairs = len({s for s in sets if len(s) > 1})
     notes.append(f"{len(rows):,} cells kept, {controls:,} of them controls; {len(perturbations):,} "
-                 f"perturbations, alone or in {pairs:,} combinations; commonest: "
-                 + ", ".join(f"{labels[i]} ({n_cells[i]:,})" for i in np.argsort(-n_cells, kind="stable")[:5]))
-    if few:
-        notes.append(f"{few:,} conditions have fewer than 10 cells; they are kept")
+                 f"perturbations, {pairs:,} combinations; commonest: {_commonest(conditions, 5)}")
+    few = int((np.unique(conditions.astype(str), return_counts=True)[1] < 10).sum())
+    notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
     return Screen(os.fspath(path), data.counts, rows, data.gene_names, data.cell_names[rows], d,
                   perturbations, conditions, None if split is None else split[rows], notes)
 
 
-def _read_labels(data, column, control, separator, one_hot):
-    """(column, for each cell its set of perturbation names or None, a line that says what was read)."""
+def _read_labels(data, column, control, separator):
+    """Column, each cell's set of perturbation names (None: missing), a line on what was read."""
+    values = ["" if v is None or v != v else str(v).strip() for v in data.obs(column).tolist()]
     known = {name: controls for name, controls, _ in FAMILIES}
-    if one_hot:
-        columns = [c for c in data.obs_columns if c.startswith(column)]
-        columns = [(c, v) for c, v in ((c, data.obs(c)) for c in columns)
-                   if v.dtype.kind in "biuf" and np.isin(v, (0, 1)).all()]
-        if not columns:
-            raise DataError(f"no column of obs starts with {column!r} and holds only 0 and 1")
-        table = np.stack([v.astype(bool) for _, v in columns], axis=1)
-        names = np.array([c.removeprefix(column) for c, _ in columns], dtype=object)
-        sets = [frozenset(names[row]) for row in table]
-        return column, sets, (f"{len(names)} one-hot columns {column}*; control: a cell with none")
-
-    values = data.obs(column)
-    patterns = [control] if control is not None else known.get(
-        column, list(dict.fromkeys(c for _, controls, _ in FAMILIES for c in controls)))
-    parsed = {}
-    for value in values:
-        if value not in parsed:
-            label = "" if value is None or value != value else str(value).strip()
-            parsed[value] = _parse(label, patterns, separator)
-    sets = [parsed[value] for value in values]
-    found = sorted({str(v) for v, names in parsed.items() if names == frozenset()})
-    text = f"labels in obs column {column!r}"
+    controls = [control] if control is not None else known.get(
+        column, list(dict.fromkeys(c for _, names, _ in FAMILIES for c in names)))
+    parsed = {label: _parse(label, controls, separator) for label in dict.fromkeys(values)}
+    found = [label for label, names in parsed.items() if names == frozenset()]
     if not found:
-        raise DataError(f"no control cell in obs column {column!r}, looked for "
-                        f"{' or '.join(map(repr, patterns))}: name it with --control; "
+        raise DataError(f"{data.path}: no control cell in obs column {column!r}, looked for "
+                        f"{' or '.join(map(repr, controls))}: name it with --control; "
                         f"its labels are {_commonest(values, 12)}")
-    if len(found) > 1 and control is None and not any("*" in p for p in patterns):
-        raise DataError(f"obs column {column!r} holds several controls, {', '.join(found)}: name "
-                        "the one to use with --control")
-    text += f"; control: {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if found[3:] else "")
-    text += f"; combinations are split at {separator!r}" if separator else ""
-    joined = [c for c in "+_|" if not separator and any(c in str(v) for v in parsed)]
-    if joined:
-        text += (f"; some labels contain {' and '.join(map(repr, joined))}, nothing was split "
+    if len(found) > 1 and control is None and column not in known:
+        raise DataError(f"{data.path}: obs column {column!r} holds several names of controls, "
+                        f"{', '.join(found[:5])}: name the one to use with --control")
+    note = f"labels in obs column {column!r}; control: {', '.join(found[:3])}"
+    note += f" and {len(found) - 3} more" if len(found) > 3 else ""
+    joined = [c for c in "+_|" if any(c in label for label in parsed)]
+    if separator:
+        note += f"; combinations are split at {separator!r}"
+    elif joined:
+        note += (f"; some contain {' and '.join(map(repr, joined))}, nothing was split "
                  "(--combination-separator would)")
-    return column, sets, text
+    return column, [parsed[value] for value in values], note
+
+
+def _read_one_hot(data, prefix):
+    """The same from 0/1 columns of obs, one per perturbation; a cell with none is a control."""
+    columns = {c.removeprefix(prefix): data.obs(c) for c in data.obs_columns
+               if c.startswith(prefix)}
+    columns = {name: v.astype(bool) for name, v in columns.items()
+               if v.dtype.kind in "biuf" and np.isin(v, (0, 1)).all()}
+    if not columns:
+        raise DataError(f"{data.path}: no column of obs starts with {prefix!r} and holds only "
+                        "0 and 1")
+    names = np.array(list(columns), dtype=object)
+    sets = [frozenset(names[row]) for row in np.stack(list(columns.values()), axis=1)]
+    return f"{prefix}*", sets, f"{len(names)} one-hot columns {prefix}*; control: cells with none"
 
 
 def _parse(label, controls, separator):
@@ -749,25 +751,24 @@ def _find_family(data, control, separator):
     """The first of FAMILIES that fits; an error where families that fit disagree, or none fits."""
     fits = []
     for column, _, family_separator in FAMILIES:
-        one_hot = column == ONE_HOT
-        if not one_hot and column not in data.obs_columns:
-            continue
         try:
-            fit = _read_labels(data, column, control, separator or family_separator, one_hot)
+            if column == ONE_HOT:
+                fits.append(_read_one_hot(data, column))
+            elif column in data.obs_columns:
+                fits.append(_read_labels(data, column, control, separator or family_separator))
         except DataError:
             continue
-        if any(fit[1]):
-            fits.append(fit)
     # Columns that agree on the control cells describe the same screen, at most in other detail
     # (guide or gene): the first is taken. If they disagree, guessing would be gambling.
     for other in fits[1:]:
         if any((a == frozenset()) != (b == frozenset()) for a, b in zip(fits[0][1], other[1])):
-            raise DataError(f"obs columns {fits[0][0]!r} and {other[0]!r} both look like "
-                            "perturbation labels but disagree on the control cells: choose with "
-                            f"--perturbation-column; {_describe_obs(data)}")
+            raise DataError(f"{data.path}: obs columns {fits[0][0]!r} and {other[0]!r} both look "
+                            "like perturbation labels but disagree on the control cells: choose "
+                            f"with --perturbation-column; {_describe_obs(data)}")
     if not fits:
-        raise DataError("no obs column looks like perturbation labels with control cells: name it "
-                        f"with --perturbation-column and --control; {_describe_obs(data)}")
+        raise DataError(f"{data.path}: no obs column looks like perturbation labels with control "
+                        "cells: name it with --perturbation-column and --control; "
+                        + _describe_obs(data))
     return fits[0]
 
 
@@ -786,8 +787,8 @@ def _describe_obs(data):
             values = data.obs(column)
         except DataError:
             continue
-        labels = values.dtype.kind not in "f" and len({*values.tolist()}) <= max(1, len(values) // 2)
-        described.append(f"{column}: {_commonest(values, 3)}" if labels else column)
+        could_be_labels = values.dtype.kind != "f" and len({*values.tolist()}) <= len(values) / 2
+        described.append(f"{column}: {_commonest(values, 3)}" if could_be_labels else column)
     return "obs has the columns " + "; ".join(described)
 
 
@@ -795,7 +796,7 @@ def _read_split(data, column):
     """train, validation, test or None for each cell."""
     words = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
              "validation": "validation", "test": "test", "ood": "test"}
-    return np.array([words.get(str(v).lower()) for v in data.obs(column)] + [None], dtype=object)[:-1]
+    return _objects(words.get(str(v).lower()) for v in data.obs(column))
 
 
 # ============================================================================================
@@ -819,7 +820,8 @@ def split_cells(screen, seed=0):
     and validation / test, then 80/20 into train / validation, together 64/16/20.
     """
     if screen.split is not None:
-        parts = {name: np.flatnonzero(screen.split == name) for name in ("train", "validation", "test")}
+        parts = {name: np.flatnonzero(screen.split == name)
+                 for name in ("train", "validation", "test")}
     else:
         rest, test = train_test_split(len(screen.rows), 0.8, seed)
         train, validation = train_test_split(len(rest), 0.8, seed)
@@ -864,7 +866,8 @@ class Batches:
         self.values = _tensor(counts.values, device)
         self.sparse = counts.indptr is not None
         if self.sparse:
-            self.columns, self.indptr = _tensor(counts.columns, device), _tensor(counts.indptr, device)
+            self.columns = _tensor(counts.columns, device)
+            self.indptr = _tensor(counts.indptr, device)
 
     def __call__(self, cells):
         rows = self.rows[cells]
@@ -872,7 +875,8 @@ class Batches:
             return self.values[rows].float(), self.d[cells]
         start, length = self.indptr[rows], self.indptr[rows + 1] - self.indptr[rows]
         row = torch.repeat_interleave(torch.arange(len(rows), device=self.device), length)
-        entry = torch.arange(len(row), device=self.device) + (start - length.cumsum(0) + length)[row]
+        shift = start - (length.cumsum(0) - length)  # from the place in the batch to that in values
+        entry = torch.arange(len(row), device=self.device) + shift[row]
         x = torch.zeros(len(rows), self.n_genes, device=self.device)
         x[row, self.columns[entry].long()] = self.values[entry].float()
         return x, self.d[cells]
@@ -981,7 +985,7 @@ def replacing(path):
 # ============================================================================================
 
 
-def simulate(path, seed=0, n_perturbations=300, cells_per_condition=16, effect_size=4.0,
+def simulate(path, seed=0, n_perturbations=400, cells_per_condition=25, effect_size=4.0,
              n_latent=6, n_genes=200, n_pairs=60, n_controls=100):
     """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
 
@@ -1017,7 +1021,7 @@ def simulate(path, seed=0, n_perturbations=300, cells_per_condition=16, effect_s
                         np.repeat(conditions, cells_per_condition, axis=0)])
     held_out = np.zeros(len(conditions), bool)
     held_out[n_perturbations:] = rng.permutation(n_pairs) < n_pairs // 2
-    held_out = np.concatenate([np.zeros(n_controls, bool), np.repeat(held_out, cells_per_condition)])
+    held_out = np.append(np.zeros(n_controls, bool), np.repeat(held_out, cells_per_condition))
     order = rng.permutation(len(d))
     d, held_out, n = d[order], held_out[order], len(d)
 
@@ -1033,7 +1037,8 @@ def simulate(path, seed=0, n_perturbations=300, cells_per_condition=16, effect_s
     x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
 
     names = np.array([*(f"P{t + 1:03d}" for t in range(n_perturbations)), ""], dtype=object)
-    split = np.where(held_out, "test", rng.choice(["train", "validation", "test"], n, p=[.64, .16, .2]))
+    split = rng.choice(["train", "validation", "test"], n, p=[0.64, 0.16, 0.2])
+    split = np.where(held_out, "test", split)
     write_h5ad(
         path, X=x.astype(np.uint16),
         obs={"cell": [f"cell{i}" for i in range(n)],
@@ -1044,7 +1049,7 @@ def simulate(path, seed=0, n_perturbations=300, cells_per_condition=16, effect_s
 
 
 def read_simulation(path):
-    """(perturbation names, true mask, true effect) of a simulated screen; None for any other file."""
+    """(perturbation names, true mask, true effect) of a simulated screen; None for other files."""
     with _h5_file(path) as file:
         if _member(file, "uns/simulation", required=False) is None:
             return None
@@ -1062,13 +1067,13 @@ def add_screen_options(parser):
     """The options that say how a file is read, the same for data.py and train.py."""
     group = parser.add_argument_group("reading the file")
     group.add_argument("--perturbation-column", metavar="COLUMN",
-                       help="obs column of perturbation labels (default: well-known names are tried)")
+                       help="obs column of labels (default: well-known names are tried)")
     group.add_argument("--control", metavar="LABEL",
                        help="label of control cells; * stands for any characters")
     group.add_argument("--combination-separator", metavar="TEXT",
                        help="what joins perturbations in a label, such as +")
     group.add_argument("--one-hot-prefix", metavar="PREFIX",
-                       help="read 0/1 columns of obs with this prefix in place of a column of labels")
+                       help="in place of labels: 0/1 columns of obs with this prefix")
     group.add_argument("--layer", help="layer that holds the counts, or raw (default: X, else "
                                        "layers/counts, else raw/X)")
     group.add_argument("--split-column", metavar="COLUMN",

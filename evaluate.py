@@ -148,7 +148,7 @@ def baseline_effects(mean, n_cells, dosages):
 
 def evaluate(folder, iwelbo_particles=100, ate_particles=2500, ate_samples=1, effects_from="all",
              seed=0, device=None, data_path=None):
-    """Evaluate runs/NAME's best checkpoint; writes metrics.json and effects.h5ad. Returns metrics."""
+    """Evaluate a run's best checkpoint, write metrics.json and effects.h5ad, return the metrics."""
     device = default_device(device)
     checkpoint = load_checkpoint(folder, "best.pt")
     config = checkpoint["config"] | ({"data": data_path} if data_path else {})
@@ -230,21 +230,17 @@ def table(metrics):
     if "mask_f1" in metrics:
         lines.append(f"mask: precision {metrics['mask_precision']:.3f}, recall "
                      f"{metrics['mask_recall']:.3f}, F1 {metrics['mask_f1']:.3f}")
-    groups = [(suffix, words) for suffix, words in (
-        ("", "all"), ("_pairs", "pairs"), ("_held_out", "held out"))
-        if suffix == "" or metrics[f"n_conditions{suffix}"]]
-    columns = [(f"{scale}{suffix}", f"{words} ({metrics[f'n_conditions{suffix}']}), "
-                f"{scale.replace('_', '-')}") for scale in SCALES for suffix, words in groups]
-    rows = [("", metrics["model"]), ("no_change_", "no change"),
-            ("perturbed_mean_", "perturbed mean"), ("additive_", "additive")]
-    lines += ["", f"ATE-Pearson, data effects from {metrics['effects_from']} cells "
-                  f"(number of conditions)", "",
-              "| | " + " | ".join(head for _, head in columns) + " |",
-              "|---|" + "---|" * len(columns)]
-    for prefix, name in rows:
-        values = [metrics[f"{prefix}ate_pearson_{key}"] for key, _ in columns]
-        lines.append(f"| {name} | " + " | ".join("-" if v is None else f"{v:.3f}"
-                                                 for v in values) + " |")
+    columns = [("", metrics["model"]), ("no_change_", "no change"),
+               ("perturbed_mean_", "perturbed mean"), ("additive_", "additive")]
+    lines += ["", f"| ATE-Pearson, effects in {metrics['effects_from']} cells | "
+              + " | ".join(name for _, name in columns) + " |", "|---|" + "---|" * len(columns)]
+    for scale in SCALES:
+        for suffix, words in (("", "conditions"), ("_pairs", "pairs"), ("_held_out", "held out")):
+            n = metrics[f"n_conditions{suffix}"]
+            values = [metrics[f"{name}ate_pearson_{scale}{suffix}"] for name, _ in columns]
+            if n:
+                lines.append(f"| {scale.replace('_', '-')}, {n} {words} | " + " | ".join(
+                    "-" if v is None else f"{v:.3f}" for v in values) + " |")
     return "\n".join(lines)
 
 

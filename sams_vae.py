@@ -250,7 +250,7 @@ class SAMSVAE(nn.Module):
         return mask, effect, kl_mask, kl_effect
 
     def encode(self, x, z_pert):
-        """Mean and variance of q(z_basal | x, z_pert), each (K, B, L); (B, L) where K plays no part."""
+        """Mean and variance of q(z_basal | x, z_pert): (K, B, L), or (B, L) if it sees x alone."""
         x = (torch.log1p(x) - self.x_mean) / self.x_std
         parts = (x, z_pert) if self.correlated_basal else (x,)
         return loc_and_variance(self.encoder(*parts))
@@ -352,8 +352,9 @@ def predictive_iwelbo(model, batches, n_particles=100, chunk=2**23):
         log 1/K sum_k p(x, z_k^b | M_k, E_k) / q(z_k^b | x, M_k, E_k),   z_k^b ~ q:
 
     a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)], the log density of a new cell
-    under the posterior predictive. The ratio p/q of the global latents does not enter: that is the joint
-    IWELBO of eq. 6 and 7. The authors' Table 1 reports the mean of this quantity over test cells.
+    under the posterior predictive. The ratio p/q of the global latents does not enter, as it does
+    in the joint IWELBO of eq. 6 and 7. The mean of this quantity over test cells is what the
+    authors' code computes for Table 1.
 
     batches yields (x (B, G), d (B, P)). At most about `chunk` numbers per temporary array: memory
     grows with neither K nor N, except for the draws of (M, E) themselves, (K, T, L).
@@ -412,12 +413,13 @@ def average_treatment_effects(model, dosages, n_particles=2500, n_samples=1, lib
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_effects(t, len(k))
         z_basal = torch.randn(len(k), 1, n_latent, device=device)
-        z = z_basal + sum_effects(mask, effect, arms)  # (K, 1 + C, L): z_basal is shared by the arms
+        z = z_basal + sum_effects(mask, effect, arms)  # (K, 1 + C, L): the arms share z_basal
         # Gamma-Poisson mixture: lambda = mean * gamma with E[gamma] = 1, Var[gamma] = 1 / theta.
         gamma = torch.distributions.Gamma(theta, theta).sample((n_samples, len(k)))  # (S, K, G)
         for arm in range(len(arms)):
             mean = library * model.log_rho(z[:, arm]).exp()  # (K, G)
-            x = torch.poisson(mean * gamma, poisson_noise.manual_seed(seed + int(k[0])))  # (S, K, G)
+            poisson_noise.manual_seed(seed + int(k[0]))  # the same for every arm
+            x = torch.poisson(mean * gamma, poisson_noise)  # (S, K, G)
             y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
             counts[arm] += mean.double().sum(0)
             log_normalised[arm] += y.mean(0).double().sum(0)

@@ -56,10 +56,10 @@ OPTIONS = [
 
 # What changes where there is no --data. A small screen needs a small model, and minutes allow few
 # steps: hence the higher learning rate. Everything here can be overridden by its flag, too.
-SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
-                 batch_size=256, lr=5e-3, split_column="split")
+SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=6000,
+                 batch_size=256, lr=1e-2, split_column="split")
 SIMULATION_OPTIONS = [
-    ("--simulated-perturbations", 300, "perturbations of the simulated screen"),
+    ("--simulated-perturbations", 400, "perturbations of the simulated screen"),
     ("--simulated-cells", 25, "cells per perturbation and pair of the simulated screen"),
     ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
 ]
@@ -71,7 +71,7 @@ def parse_arguments(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FILE.h5ad", help="counts (default: simulate a screen)")
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with this run")
-    parser.add_argument("--name", help="the run's folder is runs/NAME (default: made of the options)")
+    parser.add_argument("--name", help="the run's folder is runs/NAME (default: from the options)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     data.add_screen_options(parser)
     group = parser.add_argument_group("the model and its training")
@@ -195,8 +195,8 @@ def main(arguments=None):
         config = checkpoint["config"]
         changed = sorted(k for k in given if k != "steps" and given[k] != config[k])
         if changed or args.name or args.data:
-            raise DataError(f"--resume takes its options from {folder}; only --steps and --device can "
-                            "be changed")
+            raise DataError(f"--resume takes its options from {folder}; only --steps and --device "
+                            "can be changed")
         config["steps"] = given.get("steps", config["steps"])
         screen = read_config_screen(config, checkpoint)
         split = {name: cells.numpy() for name, cells in checkpoint["split"].items()}
@@ -267,8 +267,8 @@ def main(arguments=None):
         signal.signal(number, lambda n, frame: stop.append(n))
 
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} training"
-          f" cells, steps {step:,} to {config['steps']:,} on {device}")
+    print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
+          f"training cells, steps {step:,} to {config['steps']:,} on {device}")
     terminal = sys.stdout.isatty()
     totals, n_since, since, first_step, started = {}, 0, time.time(), step, time.time()
     first_bad = torch.full((), math.inf, device=device)

@@ -787,7 +787,8 @@ def _describe_obs(data):
             values = data.obs(column)
         except DataError:
             continue
-        could_be_labels = values.dtype.kind != "f" and len({*values.tolist()}) <= len(values) / 2
+        n = len({*values.tolist()})
+        could_be_labels = values.dtype.kind != "f" and n <= max(20, len(values) / 2)
         described.append(f"{column}: {_commonest(values, 3)}" if could_be_labels else column)
     return "obs has the columns " + "; ".join(described)
 
@@ -985,7 +986,7 @@ def replacing(path):
 # ============================================================================================
 
 
-def simulate(path, seed=0, n_perturbations=400, cells_per_condition=25, effect_size=4.0,
+def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_size=4.0,
              n_latent=6, n_genes=200, n_pairs=60, n_controls=100):
     """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
 

@@ -184,9 +184,9 @@ class SAMSVAE(nn.Module):
         self.alpha, self.beta = alpha, beta
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
         self.register_buffer("x_mean", torch.as_tensor(x_mean, dtype=torch.float32))
-        # A gene that is constant in training carries no information: it must not divide by zero.
+        # A gene that is constant in training, up to rounding, must not divide by zero.
         x_std = torch.as_tensor(x_std, dtype=torch.float32)
-        self.register_buffer("x_std", torch.where(x_std > 0, x_std, 1.0))
+        self.register_buffer("x_std", torch.where(x_std > 1e-6, x_std, 1.0))
 
         # p(x | z): decoder and inverse dispersion (2.2).
         self.decoder = MLP([n_latent], n_hidden, n_layers, n_genes)

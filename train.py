@@ -59,7 +59,7 @@ OPTIONS = [
 SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=6000,
                  batch_size=256, lr=1e-2, split_column="split")
 SIMULATION_OPTIONS = [
-    ("--simulated-perturbations", 400, "perturbations of the simulated screen"),
+    ("--simulated-perturbations", 500, "perturbations of the simulated screen"),
     ("--simulated-cells", 25, "cells per perturbation and pair of the simulated screen"),
     ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
 ]

@@ -1,0 +1,1107 @@
+"""What the project claims, proved: the mathematics first, then files, training and evaluation.
+
+    pip install pytest && python -m pytest
+
+Every test is a sentence. None needs a network, a GPU or a file from elsewhere. Tests against
+anndata and scikit-learn run where these are installed, those against a GPU where there is one.
+"""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, average_treatment_effects, elbo, kl_bernoulli,
+                      kl_normal, nb_log_likelihood, predictive_iwelbo, straight_through_bernoulli,
+                      sum_effects)
+
+torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
+HERE = os.path.dirname(os.path.abspath(__file__))
+GUIDES = list(itertools.product([False, True], repeat=2))  # correlated_basal, correlated_effects
+
+
+def small_model(kind=SAMSVAE, n_cells=(5, 3, 2), n_genes=6, n_latent=3, basal=True, effects=True,
+                alpha=0.2, beta=1.0, seed=0):
+    """A model with random parameters everywhere, so that no term is at its optimum by accident."""
+    torch.manual_seed(seed)
+    model = kind(torch.tensor(n_cells), torch.zeros(n_genes), torch.ones(n_genes), n_latent,
+                 n_hidden=8, effect_hidden=8, correlated_basal=basal, correlated_effects=effects,
+                 alpha=alpha, beta=beta)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def small_batch(n=10, n_genes=6, seed=1):
+    """Counts, and dosages in which 5, 3 and 2 cells hold perturbations 0, 1 and 2."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.poisson(torch.full((n, n_genes), 4.0), generator)
+    d = torch.tensor([[0, 1], [0, NONE], [0, 2], [0, NONE], [0, NONE], [1, 2], [NONE, 1],
+                      [NONE, NONE], [NONE, NONE], [NONE, NONE]])
+    return x, d[:n]
+
+
+def assert_close_to_mean(samples, expected, sigmas=4.5):
+    """The mean of independent samples (n, ...) lies within so many standard errors."""
+    samples = torch.as_tensor(samples, dtype=torch.float64)
+    error = samples.std(0) / math.sqrt(len(samples)) + 1e-9
+    assert ((samples.mean(0) - torch.as_tensor(expected)).abs() <= sigmas * error).all(), (
+        samples.mean(0), expected, error)
+
+
+# ============================================================================================
+# The likelihood (2.2)
+# ============================================================================================
+
+
+def test_nb_log_likelihood_equals_torch_distributions():
+    x = torch.tensor([0.0, 1, 2, 7, 50, 3000])[:, None, None]
+    log_mean = torch.tensor([-9.0, -1, 0, 2, 7])[:, None]
+    for log_theta in (-6.0, -1.0, 0.0, 3.0, 8.0):
+        log_theta = torch.tensor([log_theta])
+        ours = nb_log_likelihood(x.double(), log_mean.double(), log_theta.double())
+        trusted = torch.distributions.NegativeBinomial(
+            log_theta.double().exp(), logits=log_mean.double() - log_theta).log_prob(x.double())
+        torch.testing.assert_close(ours, trusted[..., 0], rtol=1e-9, atol=1e-9)
+        in_float = nb_log_likelihood(x, log_mean, log_theta)
+        torch.testing.assert_close(in_float.double(), ours, rtol=1e-5, atol=2e-3)
+
+
+def test_nb_probabilities_sum_to_one_and_have_the_stated_mean_and_variance():
+    x = torch.arange(4000.0, dtype=torch.float64)[:, None]
+    for mean, theta in ((0.3, 0.5), (5.0, 2.0), (40.0, 10.0)):
+        log_mean, log_theta = torch.tensor([[mean], [theta]], dtype=torch.float64).log()
+        p = nb_log_likelihood(x, log_mean, log_theta).exp()
+        assert abs(p.sum() - 1) < 1e-9
+        assert abs((p * x[:, 0]).sum() - mean) < 1e-8
+        assert abs((p * (x[:, 0] - mean) ** 2).sum() - (mean + mean**2 / theta)) < 1e-6
+
+
+def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
+    x, mean = torch.tensor([[0.0, 3, 17, 120]]), torch.tensor([0.01, 4.0, 15.0, 100.0])
+    ours = nb_log_likelihood(x, mean.log(), torch.full((4,), math.log(1e7)))
+    poisson = torch.distributions.Poisson(mean.double()).log_prob(x.double()).sum()
+    assert abs(ours.item() - poisson.item()) < 2e-3
+
+
+def test_nb_gradients_equal_finite_differences():
+    x = torch.tensor([[0.0, 3, 12]]).double()
+    log_mean = torch.tensor([[[0.1, 1.0, 2.0]]]).double().requires_grad_()
+    log_theta = torch.tensor([-0.5, 0.3, 2.0]).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda m, t: nb_log_likelihood(x, m, t), (log_mean, log_theta))
+
+
+# ============================================================================================
+# The pieces of the guide (2.3)
+# ============================================================================================
+
+
+def test_mask_samples_are_exactly_0_or_1_with_mean_sigmoid_of_the_logits():
+    torch.manual_seed(0)
+    logits = torch.tensor([-7.0, -2.0, 0.0, 0.5, 4.0])
+    samples = straight_through_bernoulli(logits.expand(200_000, 5))
+    assert ((samples == 0) | (samples == 1)).all()
+    assert_close_to_mean(samples, torch.sigmoid(logits))
+
+
+def test_mask_gradient_is_that_of_the_relaxed_sample():
+    logits = torch.linspace(-3, 3, 7, requires_grad=True)
+    torch.manual_seed(3)
+    (gradient,) = torch.autograd.grad(straight_through_bernoulli(logits, 0.7).sum(), logits)
+    torch.manual_seed(3)
+    u = torch.rand_like(logits)
+    relaxed = torch.sigmoid((logits + u.log() - (-u).log1p()) / 0.7)
+    (expected,) = torch.autograd.grad(relaxed.sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+    assert (gradient > 0).all()
+
+
+def test_kl_terms_equal_torch_distributions_and_monte_carlo():
+    torch.manual_seed(0)
+    logits, alpha = torch.tensor([-30.0, -3.0, 0.0, 2.0, 30.0]), 0.03
+    q, p = (torch.distributions.Bernoulli(logits=logits.double()),
+            torch.distributions.Bernoulli(torch.tensor(alpha).double()))
+    trusted = torch.distributions.kl_divergence(q, p)
+    torch.testing.assert_close(kl_bernoulli(logits, alpha).double(), trusted, rtol=1e-4, atol=1e-6)
+    m = q.sample((100_000,))
+    assert_close_to_mean(q.log_prob(m) - p.log_prob(m), trusted)
+
+    loc, var, beta = torch.tensor([0.0, 1.5, -2.0]), torch.tensor([1.0, 0.3, 4.0]), 2.0
+    q, p = torch.distributions.Normal(loc, var.sqrt()), torch.distributions.Normal(0, beta**0.5)
+    trusted = torch.distributions.kl_divergence(q, p)
+    torch.testing.assert_close(kl_normal(loc, var, beta), trusted)
+    e = q.sample((100_000,))
+    assert_close_to_mean(q.log_prob(e) - p.log_prob(e), trusted)
+
+
+@pytest.mark.parametrize("effects", [False, True])
+def test_kl_of_mask_and_effect_equals_monte_carlo_under_the_joint_guide(effects):
+    model, t, n = small_model(effects=effects, beta=1.7), torch.tensor([0, 2, 2]), 20_000
+    with torch.no_grad():
+        mask, effect, kl_mask, kl_effect = model.sample_effects(t, n)
+        if effects:
+            loc, log_var = model.f_emb(mask, t).chunk(2, -1)
+            var = log_var.exp() + 1e-4
+        else:
+            loc, var = model.effect_loc[t], model.effect_log_var[t].exp()
+        normal, bernoulli = torch.distributions.Normal, torch.distributions.Bernoulli
+        log_q = bernoulli(logits=model.mask_logits[t]).log_prob(mask) + normal(
+            loc, var.sqrt()).log_prob(effect)
+        log_p = bernoulli(model.alpha).log_prob(mask) + normal(0, 1.7**0.5).log_prob(effect)
+    assert_close_to_mean((log_q - log_p).sum(-1), (kl_mask + kl_effect.mean(0)).double(), 6)
+
+
+def test_a_network_of_parts_equals_the_network_of_their_concatenation():
+    torch.manual_seed(0)
+    net, x, z = MLP([4, 3, 5], 7, 3, 2), torch.randn(6, 4), torch.randn(2, 6, 3)
+    t = torch.tensor([0, 4, 2, 2, 1, 3])
+    one_hot = torch.nn.functional.one_hot(t, 5).float()
+    h = net.first(torch.cat([x.expand(2, 6, 4), z, one_hot.expand(2, 6, 5)], dim=-1))
+    h = torch.nn.functional.leaky_relu(h)
+    for layer in net.residual:
+        h = h + torch.nn.functional.leaky_relu(layer(h))
+    torch.testing.assert_close(net(x, z, t), net.last(h))
+
+
+# ============================================================================================
+# SAMS-VAE and CPA-VAE (2.1, 2.4)
+# ============================================================================================
+
+
+def test_two_perturbations_add_and_the_control_adds_nothing():
+    torch.manual_seed(0)
+    mask, effect = (torch.rand(4, 3, 5) > 0.5).float(), torch.randn(4, 3, 5)
+    z = sum_effects(mask, effect, torch.tensor([[0, NONE], [2, NONE], [0, 2], [NONE, NONE]]))
+    torch.testing.assert_close(z[:, 0], mask[:, 0] * effect[:, 0])
+    torch.testing.assert_close(z[:, 2], z[:, 0] + z[:, 1])
+    assert (z[:, 3] == 0).all()
+    dosage = torch.tensor([1.0, 0, 1])  # eq. 1 as it is printed
+    torch.testing.assert_close(z[:, 2], torch.einsum("t,ktl->kl", dosage, effect * mask))
+
+
+@pytest.mark.parametrize("basal, effects", GUIDES)
+def test_cpa_vae_is_sams_vae_with_a_mask_of_ones_and_no_kl_for_it(basal, effects):
+    model = small_model(CPAVAE, basal=basal, effects=effects)
+    mask, _, kl_mask, _ = model.sample_effects(torch.arange(3), 2)
+    assert (mask == 1).all() and (kl_mask == 0).all() and (model.mask_probability() == 1).all()
+    assert "mask_logits" not in dict(model.named_parameters())
+    value, terms = elbo(model, *small_batch())
+    value.backward()
+    assert terms["kl_mask"] == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("basal, effects", GUIDES)
+def test_the_guide_has_the_two_correlations_its_switches_say(basal, effects):
+    model = small_model(basal=basal, effects=effects)
+    x, _ = small_batch()
+    z_pert = torch.randn(2, 10, 3)
+    means = model.encode(x, z_pert)[0]
+    assert (means.shape == (2, 10, 3)) == basal
+    assert torch.equal(means, model.encode(x, z_pert + 1)[0]) == (not basal)
+    names = dict(model.named_parameters())
+    assert ("f_emb.last.weight" in names) == effects and ("effect_loc" in names) != effects
+
+
+@pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE])
+@pytest.mark.parametrize("basal, effects", GUIDES)
+def test_the_posterior_of_an_unseen_perturbation_is_its_prior(kind, basal, effects):
+    model = small_model(kind, n_cells=(5, 0, 2), basal=basal, effects=effects, beta=2.0)
+    mask, effect, kl_mask, kl_effect = model.sample_effects(torch.tensor([1]), 50_000)
+    assert kl_mask.abs().max() < 1e-6 and kl_effect.abs().max() < 1e-6
+    assert_close_to_mean(effect[:, 0].detach() ** 2, torch.full((3,), 2.0))
+    if kind is SAMSVAE:
+        assert_close_to_mean(mask[:, 0].detach(), torch.full((3,), model.alpha))
+        torch.testing.assert_close(model.mask_probability()[1], torch.full((3,), model.alpha))
+
+
+def test_a_gene_that_is_constant_in_training_does_not_divide_by_zero():
+    model = SAMSVAE(torch.ones(2), torch.tensor([0.0, 0.7]), torch.tensor([0.0, 1e-9]), 2, 4)
+    loc, var = model.encode(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 1, 2))
+    assert loc.isfinite().all() and loc.abs().max() < 100 and var.isfinite().all()
+
+
+# ============================================================================================
+# The objective (eq. 3, A.1)
+# ============================================================================================
+
+
+@pytest.mark.parametrize("n_absent", [1, 40])  # 40: more perturbations than places in a batch
+def test_each_perturbation_pays_its_kl_exactly_once_per_epoch(n_absent):
+    x, d = small_batch()
+    model = small_model(n_cells=(5, 3, 2) + (0,) * n_absent, effects=False)
+    for batches in ([range(10)], [range(4), range(4, 10)], [[i] for i in range(10)]):
+        paid = {"kl_mask": 0.0, "kl_effect": 0.0}
+        for cells in batches:
+            _, terms = elbo(model, x[list(cells)], d[list(cells)])
+            paid = {name: paid[name] + len(cells) * terms[name].item() for name in paid}
+        _, _, kl_mask, kl_effect = model.sample_effects(torch.arange(3 + n_absent), 1)
+        # The sum over all T: an absent perturbation's KL is zero, and so is what is paid for it.
+        assert paid["kl_mask"] == pytest.approx(kl_mask.sum().item(), rel=1e-5)
+        assert paid["kl_effect"] == pytest.approx(kl_effect.sum().item(), rel=1e-5)
+
+
+def test_a_validation_cell_of_a_perturbation_absent_from_training_gives_a_finite_loss():
+    x, d = small_batch()
+    for kind, (basal, effects) in itertools.product([SAMSVAE, CPAVAE], GUIDES):
+        model = small_model(kind, n_cells=(0, 3, 2), basal=basal, effects=effects)
+        value, terms = elbo(model, x, d)
+        value.backward()
+        assert value.isfinite() and all(t.isfinite() for t in terms.values())
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("basal, effects", GUIDES)
+def test_minibatches_sum_to_the_full_data_elbo_in_expectation(basal, effects):
+    model, (x, d) = small_model(basal=basal, effects=effects), small_batch()
+    with torch.no_grad():
+        # Full data: one draw of (M, E) for all cells, every KL once, scored by hand.
+        t, full = torch.arange(3), []
+        for _ in range(500):
+            mask, effect, kl_mask, kl_effect = model.sample_effects(t, 10)
+            z_pert = torch.einsum("nt,ktl->knl", (d[:, :, None] == t).any(1).float(), mask * effect)
+            loc, var = model.encode(x, z_pert)
+            z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
+            local = model.log_likelihood(x, z_basal + z_pert).sum(1).mean() - kl_normal(
+                loc, var).sum() / len(loc.view(-1, 10, 3))
+            full.append((local - kl_mask.sum() - kl_effect.sum(1).mean()) / 10)
+        batches = [
+            0.2 * elbo(model, x[:2], d[:2], 8)[0] + 0.7 * elbo(model, x[2:9], d[2:9], 9)[0]
+            + 0.1 * elbo(model, x[9:], d[9:], 10)[0] for _ in range(500)]
+    full, batches = torch.stack(full).double(), torch.stack(batches).double()
+    error = math.sqrt((full.var() + batches.var()) / 500)
+    assert abs(full.mean() - batches.mean()) < 4.5 * error
+
+
+def test_draws_shared_by_cells_and_draws_of_their_own_have_the_same_expectation_and_gradient():
+    x, d = small_batch()
+    results = []
+    for n_absent in (0, 40):  # elbo draws all T perturbations, or each cell's own
+        model = small_model(n_cells=(5, 3, 2) + (0,) * n_absent, effects=False)
+        with torch.no_grad():  # the same values in both models
+            reference = small_model(effects=False)
+            for name, p in model.named_parameters():
+                q = dict(reference.named_parameters())[name]
+                p[:len(q)] = q
+        values, gradients = [], []
+        for _ in range(600):
+            value, _ = elbo(model, x, d, 5)
+            g = torch.autograd.grad(value, [model.mask_logits, model.effect_loc])
+            values.append(value.item())
+            gradients.append(torch.cat([part[:3].flatten() for part in g]))
+        values = torch.tensor(values)[:, None]
+        results.append(torch.cat([values, torch.stack(gradients)], dim=1).double())
+    shared, own = results
+    error = ((shared.var(0) + own.var(0)) / 600).sqrt() + 1e-9
+    assert ((shared.mean(0) - own.mean(0)).abs() < 5 * error).all()
+
+
+# ============================================================================================
+# Marginal likelihood (3.1)
+# ============================================================================================
+
+
+def repeated_iwelbo(model, x, d, n_particles, n):
+    """n independent estimates of the predictive IWELBO of a few cells, (n, B)."""
+    return torch.stack([predictive_iwelbo(model, [(x, d)], n_particles) for _ in range(n)]).double()
+
+
+def test_predictive_iwelbo_with_one_particle_has_the_elbo_without_global_terms_as_expectation():
+    model, (x, d) = small_model(), small_batch()
+    iwelbo = repeated_iwelbo(model, x, d, 1, 1000).mean(1)
+    with torch.no_grad():
+        terms = [elbo(model, x, d, 10)[1] for _ in range(500)]
+    local = torch.stack([t["log_likelihood"] - t["kl_basal"] for t in terms]).double()
+    error = math.sqrt(iwelbo.var() / 1000 + local.var() / 500)
+    assert abs(iwelbo.mean() - local.mean()) < 4.5 * error
+
+
+def test_predictive_iwelbo_grows_with_the_number_of_particles():
+    model, (x, d) = small_model(), small_batch()
+    means = [repeated_iwelbo(model, x, d, k, 200).mean().item() for k in (1, 5, 25, 125)]
+    assert means == sorted(means) and means[-1] - means[0] > 0.05
+
+
+@pytest.mark.parametrize("basal, effects", GUIDES)
+def test_predictive_iwelbo_converges_to_the_exact_log_marginal(basal, effects):
+    # One latent dimension: z = z_basal + sum of m e. Enumerate the masks; given them z is Gaussian,
+    # and p(x) is an integral over a line.
+    model = small_model(n_cells=(5, 3), n_genes=4, n_latent=1, basal=basal, effects=effects)
+    with torch.no_grad():
+        model.encoder.last.bias[1] += 2  # a wide q(z_basal), so that 100,000 particles suffice
+    x = torch.poisson(torch.full((4, 4), 3.0), torch.Generator().manual_seed(2))
+    d = torch.tensor([[NONE, NONE], [0, NONE], [1, NONE], [0, 1]])
+    z = torch.linspace(-12, 12, 4001)
+    with torch.no_grad():
+        t, p = torch.arange(2), torch.sigmoid(model.mask_logits[:, 0])
+        likelihood = model.log_likelihood(x, z[:, None, None].expand(-1, 4, 1)).double().exp()
+        exact = torch.zeros(4, dtype=torch.float64)
+        for m in itertools.product([0.0, 1.0], repeat=2):
+            m = torch.tensor(m)
+            if effects:
+                loc, log_var = model.f_emb(m[:, None], t).chunk(2, -1)
+                loc, var = loc[:, 0], log_var.exp()[:, 0] + 1e-4
+            else:
+                loc, var = model.effect_loc[:, 0], model.effect_log_var[:, 0].exp()
+            has = torch.stack([(d == s).any(1) for s in range(2)], 1)  # (4, 2)
+            center, spread = (has * m * loc).sum(1), 1 + (has * m * var).sum(1)
+            density = torch.distributions.Normal(center, spread.sqrt()).log_prob(z[:, None]).exp()
+            q_m = torch.where(m == 1, p, 1 - p).prod()
+            exact += q_m * (likelihood * density).sum(0) * (z[1] - z[0])
+    estimate = predictive_iwelbo(model, [(x, d)], 100_000, chunk=50_000)
+    torch.testing.assert_close(estimate.double(), exact.log(), rtol=0, atol=0.02)
+
+
+# ============================================================================================
+# Average treatment effects (3.2)
+# ============================================================================================
+
+
+def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling():
+    model = small_model(n_genes=5)
+    with torch.no_grad():
+        model.log_theta += 3  # little noise around clear effects
+        model.f_emb.last.bias[:3] += 1.5
+    dosages, n, library = torch.tensor([[0, NONE], [1, 2]]), 60_000, 1e4
+    ours = average_treatment_effects(model, dosages, n, n_samples=1, chunk=50_000)
+    with torch.no_grad():  # the definition: two arms, latents shared, one sampled cell per arm
+        mask, effect, _, _ = model.sample_effects(torch.arange(3), n)
+        z_basal, theta = torch.randn(n, 3), model.log_theta.exp()
+
+        def sample(z_pert):
+            mean = library * torch.softmax(model.decoder(z_basal + z_pert), -1)
+            return torch.distributions.NegativeBinomial(theta, logits=(mean / theta).log()).sample()
+
+        control = sample(torch.zeros(n, 3))
+        for i, chosen in enumerate([[0], [1, 2]]):
+            treated = sample((mask * effect)[:, chosen].sum(1))
+            difference = treated - control
+            log2 = [torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True)) for x in (treated, control)]
+            for scale, samples in (("counts", difference), ("log_normalised", log2[0] - log2[1])):
+                # our own noise is no larger than that of plain sampling: double the error bar
+                assert_close_to_mean(samples, ours[scale][i].double(), sigmas=9)
+                assert (ours[scale][i].abs() > 20 * samples.std(0) / math.sqrt(n)).any()
+
+
+def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
+    for kind in (SAMSVAE, CPAVAE):
+        effects = average_treatment_effects(
+            small_model(kind), torch.tensor([[NONE, NONE], [0, NONE]]), 50, n_samples=2, chunk=100)
+        for scale in ("counts", "log_normalised"):
+            assert (effects[scale][0] == 0).all() and (effects[scale][1] != 0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_and_cpu_agree():
+    (x, d), model = small_batch(), small_model()
+    z = torch.randn(2, 10, 3)
+    on_cpu = [model.log_likelihood(x, z), *model.encode(x, z)]
+    on_gpu = model.cuda()
+    x, d, z = x.cuda(), d.cuda(), z.cuda()
+    for a, b in zip(on_cpu, [on_gpu.log_likelihood(x, z), *on_gpu.encode(x, z)]):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4)
+    elbo(on_gpu, x, d)[0].backward()
+    assert predictive_iwelbo(on_gpu, [(x, d)], 20).isfinite().all()
+    effects = average_treatment_effects(on_gpu, torch.tensor([[NONE], [1]]).cuda(), 50)
+    assert (effects["log_normalised"][0] == 0).all() and (effects["counts"][1] != 0).all()
+
+
+# ============================================================================================
+# Reading .h5ad files
+# ============================================================================================
+
+MATRIX = np.array([[0, 3, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0], [1, 300, 0, 4], [0, 0, 5, 0]])
+CELLS, GENES = [f"cell{i}" for i in range(5)], ["A", "B", "B", "D"]  # a duplicate gene name
+LABELS = ["ctrl", "X+ctrl", "X+Y", None, "Y+X"]
+
+
+def text(values):
+    return np.array(values, dtype=object)
+
+
+def write_frame(file, name, index, columns=(), index_name="_index", version="0.2.0"):
+    """obs or var as anndata 0.7 and 0.8 write it; columns: (name, function(group, name))."""
+    frame = file.create_group(name)
+    frame.attrs.update({"encoding-type": "dataframe", "encoding-version": version,
+                        "_index": np.bytes_(index_name)})
+    frame.create_dataset(index_name, data=text(index), dtype=h5py.string_dtype())
+    for column, write in columns:
+        write(frame, column)
+
+
+def categorical(group, name, values=LABELS, codes=None):
+    """A categorical column of anndata 0.8."""
+    categories = sorted({v for v in values if v is not None})
+    column = group.create_group(name)
+    column.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0"})
+    if codes is None:
+        codes = [categories.index(v) if v is not None else -1 for v in values]
+    column["codes"] = np.array(codes, np.int8)
+    column.create_dataset("categories", data=text(categories), dtype=h5py.string_dtype())
+
+
+def categorical_0_7(group, name):
+    """A categorical column of anndata 0.7: an attribute refers to obs/__categories."""
+    categories = sorted({v for v in LABELS if v is not None})
+    store = group.require_group("__categories").create_dataset(
+        name, data=text(categories), dtype=h5py.string_dtype())
+    group[name] = np.array([categories.index(v) if v is not None else -1 for v in LABELS], np.int8)
+    group[name].attrs["categories"] = store.ref
+
+
+def nullable(group, name, values=LABELS):
+    """A nullable string column of anndata 0.13."""
+    column = group.create_group(name)
+    column.attrs["encoding-type"] = "nullable-string-array"
+    column.create_dataset("values", data=text([v or "" for v in values]), dtype=h5py.string_dtype())
+    column["mask"] = np.array([v is None for v in values])
+
+
+def write_sparse(file, name, matrix=MATRIX, by_row=True, index_type=np.int32, legacy=False,
+                 scramble=False):
+    """A sparse matrix; `scramble`: unsorted, with duplicates that add up and explicit zeros."""
+    major = matrix if by_row else matrix.T
+    rows = [[(j, v) for j, v in enumerate(row) if v] for row in major.tolist()]
+    if scramble:
+        rows = [[*((j, v - 1) for j, v in row[::-1]), (0, 0), *((j, 1) for j, _ in row)]
+                for row in rows]
+    group = file.create_group(name)
+    kind = "csr" if by_row else "csc"
+    attributes = {"encoding-type": f"{kind}_matrix", "shape": matrix.shape}
+    if legacy:
+        attributes = {"h5sparse_format": np.bytes_(kind), "h5sparse_shape": matrix.shape}
+    group.attrs.update(attributes)
+    group["data"] = np.array([v for row in rows for _, v in row], np.float64)
+    group["indices"] = np.array([j for row in rows for j, _ in row], index_type)
+    group["indptr"] = np.cumsum([0, *map(len, rows)]).astype(index_type)
+
+
+def write_modern(path, write_x, label=categorical, index_name="_index"):
+    """A whole file of anndata 0.8 with the given X."""
+    with h5py.File(path, "w") as file:
+        write_frame(file, "obs", CELLS, [("condition", label)], index_name)
+        write_frame(file, "var", GENES, (), index_name)
+        write_x(file)
+    return str(path)
+
+
+def write_legacy(path, sparse=None, scalar=False):
+    """A whole file of anndata <= 0.6: compound obs and var, categories in uns."""
+    labels = ["only"] * 5 if scalar else LABELS
+    categories = sorted({v for v in labels if v is not None})
+    codes = [categories.index(v) if v is not None else -1 for v in labels]
+    with h5py.File(path, "w") as file:
+        obs = np.zeros(5, [("index", "S8"), ("condition", np.int8), ("n", ">f4")])
+        obs["index"], obs["condition"], obs["n"] = CELLS, codes, np.arange(5)
+        file["obs"] = obs
+        var = np.empty(4, [("index", h5py.string_dtype())])
+        var["index"] = GENES
+        file["var"] = var
+        file["uns/condition_categories"] = "only" if scalar else np.array(categories, "S8")
+        if sparse is None:
+            file["X"] = MATRIX.astype(np.float32)
+        else:
+            write_sparse(file, "X", by_row=sparse, legacy=True)
+    return str(path)
+
+
+def dense(dtype, **storage):
+    return lambda file: file.create_dataset("X", data=MATRIX.astype(dtype), **storage)
+
+
+FORMS = {
+    **{f"dense {t}": dense(t) for t in ("f2", "f4", "f8", ">f4", ">i2", "i8", "u8", "u2", ">u4")},
+    "dense chunked": dense("f4", chunks=(2, 3)),
+    "dense chunked by column": dense("f4", chunks=(5, 1)),
+    "dense gzip": dense("f4", chunks=(2, 4), compression="gzip", shuffle=True),
+    "dense lzf": dense("i4", chunks=(1, 4), compression="lzf"),
+    **{f"{name} {np.dtype(t)}{' scrambled' * s}":
+       lambda file, r=r, t=t, s=s: write_sparse(file, "X", by_row=r, index_type=t, scramble=s)
+       for name, r in (("csr", True), ("csc", False))
+       for t in (np.uint8, np.int16, np.uint32, np.int64) for s in (False, True)},
+    "internal soft link": lambda file: (dense("f4")(file), file.move("X", "elsewhere"),
+                                        file.__setitem__("X", h5py.SoftLink("/elsewhere"))),
+}
+
+
+@pytest.mark.parametrize("block", [3, 2**22])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_matrix_reads_as_the_same_integers(form, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", block)
+    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", FORMS[form]))
+    x = read.counts.dense()
+    assert x.dtype == np.uint16 and (x == MATRIX).all() and read.shape == (5, 4)
+    assert (read.counts.dense([3, 0, 3]) == MATRIX[[3, 0, 3]]).all()
+    assert (read.counts.dense(MATRIX[:, 1] > 0) == MATRIX[[0, 3]]).all()
+    assert (read.counts.library() == MATRIX.sum(1)).all()
+    assert list(read.gene_names) == GENES and list(read.cell_names) == CELLS
+    assert list(read.obs("condition")) == LABELS
+
+
+@pytest.mark.parametrize("label", [categorical, categorical_0_7, nullable])
+@pytest.mark.parametrize("index_name", ["_index", "index", "CellID"])
+def test_every_form_of_a_label_column_reads_the_same(label, index_name, tmp_path):
+    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", dense("f4"), label, index_name))
+    assert list(read.obs("condition")) == LABELS and list(read.cell_names) == CELLS
+
+
+@pytest.mark.parametrize("sparse", [None, True, False])
+def test_files_of_anndata_0_6_with_compound_tables_read_the_same(sparse, tmp_path):
+    read = data.read_h5ad(write_legacy(tmp_path / "x.h5ad", sparse))
+    assert (read.counts.dense() == MATRIX).all() and list(read.obs("condition")) == LABELS
+    assert list(read.gene_names) == GENES and read.obs("n").tolist() == [0, 1, 2, 3, 4]
+    scalar = data.read_h5ad(write_legacy(tmp_path / "y.h5ad", scalar=True))
+    assert list(scalar.obs("condition")) == ["only"] * 5
+
+
+def test_columns_of_numbers_and_nullable_numbers_and_index_groups_are_read(tmp_path):
+    def columns(file):
+        obs = file["obs"]
+        del obs["_index"]
+        nullable(obs, "_index", CELLS)
+        obs["number"], obs["flag"] = np.arange(5, dtype=">i4"), np.array([True, False] * 2 + [True])
+        group = obs.create_group("maybe")
+        group.attrs["encoding-type"] = "nullable-integer"
+        group["values"], group["mask"] = np.arange(5), np.array([False] * 4 + [True])
+        integers = obs.create_group("integers")
+        integers["codes"], integers["categories"] = np.array([0, 1, 0, -1, 1]), np.array([10, 20])
+        dense("f4")(file)
+
+    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", columns))
+    assert list(read.cell_names) == CELLS and read.obs("number").tolist() == [0, 1, 2, 3, 4]
+    assert read.obs("flag").dtype == bool and read.obs("maybe").tolist() == [0, 1, 2, 3, None]
+    assert read.obs("integers").tolist() == [10, 20, 10, None, 20]
+
+
+@pytest.mark.parametrize("top, dtype", [(255, "uint8"), (256, "uint16"), (65536, "uint32"),
+                                        (2**32, "uint64")])
+def test_counts_are_kept_in_the_narrowest_exact_type(top, dtype, tmp_path):
+    matrix = MATRIX.clip(max=200)
+    matrix[4, 2] = top
+    for name, write in (("dense", lambda f: f.create_dataset("X", data=matrix.astype("f8"))),
+                        ("duplicates", lambda f: write_sparse(f, "X", matrix, scramble=True))):
+        counts = data.read_h5ad(write_modern(tmp_path / f"{name}.h5ad", write)).counts
+        assert counts.values.dtype == dtype and (counts.dense() == matrix).all()
+
+
+def test_counts_are_found_in_a_layer_or_raw_and_a_line_says_so(tmp_path, capsys):
+    def log_x(file):
+        file["X"] = np.log1p(MATRIX)
+
+    def with_layer(file):
+        log_x(file)
+        write_sparse(file, "layers/counts", by_row=False)
+
+    def with_raw(file):
+        log_x(file)
+        wide = np.concatenate([MATRIX, MATRIX], axis=1)
+        file.create_group("raw")
+        file["raw/X"] = wide.astype("f4")
+        write_frame(file, "raw/var", [f"R{i}" for i in range(8)])
+
+    read = data.read_h5ad(write_modern(tmp_path / "a.h5ad", with_layer))
+    assert (read.counts.dense() == MATRIX).all() and "layers/counts" in capsys.readouterr().out
+    read = data.read_h5ad(write_modern(tmp_path / "b.h5ad", with_raw))
+    assert read.shape == (5, 8) and read.gene_names[7] == "R7"
+    assert "raw/X" in capsys.readouterr().out
+    assert data.read_h5ad(tmp_path / "b.h5ad", layer="raw").shape == (5, 8)
+    only = write_modern(tmp_path / "c.h5ad", lambda file: write_sparse(file, "layers/counts"))
+    assert (data.read_h5ad(only).counts.dense() == MATRIX).all()
+    with pytest.raises(data.DataError, match="use --layer counts"):
+        data.read_h5ad(tmp_path / "a.h5ad", layer="X")
+    with pytest.raises(data.DataError, match="no layers/other; --layer can be: counts, X"):
+        data.read_h5ad(tmp_path / "a.h5ad", layer="other")
+
+
+def test_values_within_1e_6_of_an_integer_are_rounded_and_a_line_says_so(tmp_path, capsys):
+    path = write_modern(tmp_path / "x.h5ad",
+                        lambda file: file.create_dataset("X", data=MATRIX + 4e-7 * (MATRIX > 2)))
+    assert (data.read_h5ad(path).counts.dense() == MATRIX).all()
+    assert "4 values of X within 1e-6 of an integer were rounded" in capsys.readouterr().out
+
+
+def spoil(change, write=write_sparse, name="X"):
+    """Write a good file, then change it."""
+    def both(file):
+        write(file, name)
+        change(file)
+    return both
+
+
+def replace(name, values):
+    def change(file):
+        del file[name]
+        file[name] = values
+    return spoil(change)
+
+
+def change_value(value, dtype="f8"):
+    def write(file):
+        x = MATRIX.astype(dtype)
+        x[3, 1] = value
+        file["X"] = x
+    return write
+
+
+INDPTR, INDICES = [0, 2, 3, 3, 6, 7], [1, 3, 0, 0, 1, 3, 2]
+REFUSED = {  # what is wrong: how it is written, words of the sentence
+    "fraction": (change_value(0.5), "0.5 for cell 'cell3', gene 'B', .* not an integer"),
+    "negative": (change_value(-1), "-1 for cell 'cell3', .* negative"),
+    "nan": (change_value(np.nan), "nan for cell 'cell3', .* not a finite"),
+    "inf": (change_value(np.inf), "inf for cell 'cell3', .* not a finite"),
+    "huge": (change_value(1e30), "too large"),
+    "negative integer": (change_value(-7, "i4"), "-7 for cell 'cell3'"),
+    "sparse fraction": (replace("X/data", [1, 1, 1, 1, 0.5, 1, 1]), "'cell3', gene 'B'"),
+    "text": (lambda f: f.create_dataset("X", data=np.full((5, 4), b"1")), "not counts"),
+    "complex": (lambda f: f.create_dataset("X", data=MATRIX.astype(complex)), "not counts"),
+    "shape": (lambda f: f.create_dataset("X", data=MATRIX[:4]), r"shape \(4, 4\), but obs and var"),
+    "no X": (lambda f: None, "neither X nor layers/counts nor raw/X"),
+    "encoding": (spoil(lambda f: f["X"].attrs.__setitem__("encoding-type", "coo")), "'coo'"),
+    "indptr short": (replace("X/indptr", INDPTR[:-1]), "needs 6"),
+    "indptr start": (replace("X/indptr", [1, *INDPTR[1:]]), "starts at 1"),
+    "indptr falls": (replace("X/indptr", [0, 3, 2, 3, 6, 7]), "falls from 3 to 2 at position 2"),
+    "indptr overflow": (replace("X/indptr", [0, 2, 3, 3, -2**31, 7]), "overflowed 32 bits"),
+    "indptr end": (replace("X/indptr", [*INDPTR[:-1], 9]), "indptr ends at 9"),
+    "data short": (replace("X/data", np.ones(6)), "data has 6 values, indices 7"),
+    "index negative": (replace("X/indices", [*INDICES[:-1], -1]), "-1 at position 6"),
+    "index large": (replace("X/indices", [4, *INDICES[1:]]), "4 at position 0; .* below 4"),
+    "index float": (replace("X/indices", np.array(INDICES, "f4")), "integers were expected"),
+    "external link": (lambda f: f.__setitem__("X", h5py.ExternalLink("/etc/passwd", "/")),
+                      "link out"),
+    "dangling link": (lambda f: f.__setitem__("X", h5py.SoftLink("/nowhere")), "not in the file"),
+    "looping link": (lambda f: f.__setitem__("X", h5py.SoftLink("/X")), "loop"),
+    "link via external": (lambda f: (f.__setitem__("door", h5py.ExternalLink("/etc/passwd", "/")),
+                                     f.__setitem__("X", h5py.SoftLink("/door/X"))), "link out"),
+    "external storage": (lambda f: f.create_dataset(
+        "X", (5, 4), "f4", external=[("/etc/passwd", 0, 80)]), "other files"),
+    "virtual": (lambda f: f.create_virtual_dataset("X", h5py.VirtualLayout((5, 4), "f4")),
+                "other files"),
+    "not stored": (lambda f: f.create_dataset("X", (5, 4), "f4"), "does not hold"),
+    "chunks missing": (lambda f: f.create_dataset("X", (5, 4), "f4", chunks=(1, 4)).__setitem__(
+        0, [1, 2, 3, 4]), "does not hold"),
+    "4 EiB": (lambda f: (write_sparse(f, "X"), f.__delitem__("X/data"), f.create_dataset(
+        "X/data", (2**60,), "f4", chunks=(2**20,), compression="gzip")), "does not hold"),
+    "codes": (lambda f: (f.__delitem__("obs/_index"), f.__delitem__("obs/condition"), categorical(
+        f["obs"], "_index", codes=[0, 1, 9, 0, 0]), dense("f4")(f)), "code 9 in row 2"),
+    "no genes": (lambda f: (f.__delitem__("var"), write_frame(f, "var", []), f.create_dataset(
+        "X", (5, 0))), "5 cells and 0 genes"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_count_matrix_is_refused_in_one_sentence(what, tmp_path):
+    write, words = REFUSED[what]
+    path = write_modern(tmp_path / "bad.h5ad", write)
+    with warnings.catch_warnings(), pytest.raises(data.DataError, match=words) as error:
+        warnings.simplefilter("error")
+        data.read_h5ad(path)
+    assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+def test_what_is_no_h5ad_file_is_refused_in_one_sentence(tmp_path):
+    good = write_modern(tmp_path / "good.h5ad", dense("f4"))
+    content = open(good, "rb").read()
+    for name, bad, words in (("empty", b"", "is empty"), ("gzip", b"\x1f\x8b123", "gunzip"),
+                             ("text", b"a,b\n1,2\n", "not an HDF5"),
+                             ("half", content[:len(content) // 2], "truncated")):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(data.DataError, match=words):
+            data.read_h5ad(tmp_path / name)
+    with h5py.File(tmp_path / "tenx", "w") as file:
+        file["matrix/barcodes"] = [1]
+    with h5py.File(tmp_path / "mu", "w") as file:
+        file.create_group("mod"), file.create_group("obs")
+    for name, words in (("tenx", "10x"), ("mu", "h5mu"), ("", "a folder"), ("x", "no such file")):
+        with pytest.raises(data.DataError, match=words):
+            data.read_h5ad(tmp_path / name)
+
+
+def test_a_column_of_another_length_or_a_missing_one_is_refused(tmp_path):
+    path = write_modern(tmp_path / "x.h5ad", lambda f: (dense("f4")(f), f.__setitem__(
+        "obs/short", [1, 2])))
+    read = data.read_h5ad(path)
+    with pytest.raises(data.DataError, match="2 values for 5 cells"):
+        read.obs("short")
+    with pytest.raises(data.DataError, match="no column 'no'; its columns are: condition, short"):
+        read.obs("no")
+
+
+@pytest.mark.parametrize("matrix", ["dense", "csr_matrix", "csc_matrix"])
+def test_files_of_the_installed_anndata_read_the_same(matrix, tmp_path):
+    anndata, pandas = pytest.importorskip("anndata"), pytest.importorskip("pandas")
+    sparse = pytest.importorskip("scipy.sparse")
+    x = MATRIX.astype(np.float32)
+    obs = pandas.DataFrame({
+        "condition": pandas.Categorical(LABELS), "text": list("abcde"), "number": np.arange(5.0),
+        "maybe": pandas.array([1, None, 3, 4, 5], dtype="Int64")}, index=CELLS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        anndata.AnnData(x if matrix == "dense" else getattr(sparse, matrix)(x), obs,
+                        pandas.DataFrame(index=GENES)).write_h5ad(tmp_path / "x.h5ad")
+    read = data.read_h5ad(tmp_path / "x.h5ad")
+    assert (read.counts.dense() == MATRIX).all() and list(read.obs("condition")) == LABELS
+    assert list(read.obs("text")) == list("abcde")
+    assert read.obs("maybe").tolist() == [1, None, 3, 4, 5]
+
+
+def test_what_we_write_is_opened_by_our_reader_and_by_anndata(tmp_path):
+    path = tmp_path / "x.h5ad"
+    uns = {"a": {"names": ["p", "q"], "values": np.eye(2)}, "s": "word"}
+    data.write_h5ad(path, X=MATRIX.astype(np.float32), obs={"cell": CELLS, "n": np.arange(5)},
+                    var={"gene": GENES}, layers={"counts": MATRIX}, uns=uns)
+    read = data.read_h5ad(path)
+    assert (read.counts.dense() == MATRIX).all() and read.obs("n").tolist() == [0, 1, 2, 3, 4]
+    anndata = pytest.importorskip("anndata")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = anndata.read_h5ad(path)
+    assert (theirs.X == MATRIX).all() and (theirs.layers["counts"] == MATRIX).all()
+    assert list(theirs.obs_names) == CELLS and list(theirs.var_names) == GENES
+    assert list(theirs.uns["a"]["names"]) == ["p", "q"] and theirs.uns["s"] == "word"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path):
+    path = tmp_path / "x.h5ad"
+    path.write_text("old")
+    with pytest.raises(Exception):
+        data.write_h5ad(path, X=np.ones((1, 1)), obs={"cell": [object]}, var={"gene": ["g"]})
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.h5ad"]
+
+
+# ============================================================================================
+# Labels, splits, batches, simulation
+# ============================================================================================
+
+
+def write_obs(path, **columns):
+    """A small file with these obs columns."""
+    n = len(next(iter(columns.values())))
+    obs = {"cell": [f"c{i}" for i in range(n)], **columns}
+    data.write_h5ad(path, X=np.ones((n, 3), int), obs=obs, var={"gene": ["a", "b", "c"]})
+    return str(path)
+
+
+def conditions(path, **options):
+    return list(data.read_screen(path, **options).conditions)
+
+
+def test_labels_become_dosages_whatever_the_order_and_the_control_in_a_combination(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "B+A", "A+B", "A+ctrl", "ctrl+B", "B"])
+    screen = data.read_screen(path)
+    assert screen.perturbations == ["A", "B"]
+    assert screen.d.tolist() == [[-1, -1], [0, 1], [0, 1], [0, -1], [1, -1], [1, -1]]
+    assert list(screen.conditions) == ["control", "A+B", "A+B", "A", "B", "B"]
+
+
+def test_nothing_is_split_that_nobody_asked_to_split(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", perturbation=["control", "ZAP70_1", "ZAP70_2"])
+    assert conditions(path) == ["control", "ZAP70_1", "ZAP70_2"]
+    assert "nothing was split" in data.read_screen(path).notes[1]
+    assert conditions(path, combination_separator="_") == ["control", "1+ZAP70", "2+ZAP70"]
+    path = write_obs(tmp_path / "y.h5ad", mine=["none", "A+B"])
+    assert conditions(path, perturbation_column="mine", control="none") == ["control", "A+B"]
+    assert data.read_screen(path, perturbation_column="mine", control="none").d.shape == (2, 1)
+
+
+@pytest.mark.parametrize("columns, expected", [
+    (dict(sgID_AB=["non-targeting_1|non-targeting_2", "A_x|A_y"], gene=["non-targeting", "A"]),
+     ["control", "A_x|A_y"]),
+    (dict(guide_A=[0, 1, 1], guide_B=[0, 0, 1], guide_identity=["", "A", "A_B"]),
+     ["control", "A", "A+B"]),
+    (dict(condition=["Vehicle", "A"]), ["control", "A"]),
+    (dict(gene=["non-targeting", "A"]), ["control", "A"]),
+    (dict(target_gene=["non-targeting", "A"]), ["control", "A"]),
+    (dict(gene_target=["NT", "A"]), ["control", "A"])])
+def test_the_label_families_are_recognised(columns, expected, tmp_path):
+    assert conditions(write_obs(tmp_path / "x.h5ad", **columns)) == expected
+
+
+def test_columns_that_disagree_on_the_controls_are_ambiguous(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", condition=["control", "stimulated", "control"],
+                     perturbation=["control", "control", "A"])
+    with pytest.raises(data.DataError, match="disagree on the control cells.*condition: control"):
+        data.read_screen(path)
+    assert conditions(path, perturbation_column="perturbation") == ["control", "control", "A"]
+
+
+def test_labels_without_controls_or_only_controls_are_refused_with_what_was_seen(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", mine=["A", "B", "B", "A", "B"])
+    with pytest.raises(data.DataError, match=r"its labels are B \(3\), A \(2\)"):
+        data.read_screen(path, perturbation_column="mine")
+    with pytest.raises(data.DataError, match=r"obs has the columns mine: B \(3\), A \(2\)"):
+        data.read_screen(path)
+    path = write_obs(tmp_path / "y.h5ad", condition=["control", "control"])
+    with pytest.raises(data.DataError):
+        data.read_screen(path)
+
+
+def test_cells_without_counts_or_label_are_dropped_and_counted(tmp_path):
+    path = write_modern(tmp_path / "x.h5ad", dense("f4"))  # cell2 has no counts, cell3 no label
+    screen = data.read_screen(path)
+    assert screen.rows.tolist() == [0, 1, 4]
+    assert list(screen.cell_names) == ["cell0", "cell1", "cell4"]
+    assert "dropped 1 cells without any count" in screen.notes
+    assert "dropped 1 cells without a label in condition" in screen.notes
+    path = write_obs(tmp_path / "y.h5ad", mine=[0.0, np.nan, 1.0, np.nan])
+    assert conditions(path, perturbation_column="mine", control="0.0") == ["control", "1.0"]
+
+
+def test_splits_equal_those_of_scikit_learn():
+    # numbers printed once by sklearn.model_selection.train_test_split(train_size=0.8)
+    a, b = data.train_test_split(23, 0.8, seed=3)
+    assert a.tolist() == [16, 1, 2, 20, 13, 4, 19, 6, 7, 5, 18, 9, 11, 22, 0, 8, 3, 10]
+    assert b.tolist() == [21, 12, 17, 15, 14]
+    rest, test = data.train_test_split(118_461, 0.8, seed=0)  # the Replogle file's size
+    train_, validation = (rest[i] for i in data.train_test_split(len(rest), 0.8, seed=0))
+    assert [len(train_), len(validation), len(test)] == [75814, 18954, 23693]
+    assert train_[:5].tolist() == [46495, 49576, 41989, 29502, 93607] and train_[-1] == 42146
+    assert validation[:5].tolist() == [11862, 55685, 8090, 102566, 98446]
+    assert test[:5].tolist() == [56681, 21211, 60822, 60301, 19931]
+
+
+def test_splits_equal_those_of_the_installed_scikit_learn():
+    theirs = pytest.importorskip("sklearn.model_selection").train_test_split
+    for n, size, seed in itertools.product([2, 7, 35, 1001], [0.5, 0.8], [0, 4]):
+        ours = data.train_test_split(n, size, seed)
+        for a, b in zip(ours, theirs(np.arange(n), train_size=size, random_state=seed)):
+            assert a.tolist() == b.tolist()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_batches_are_rows_of_the_counts_with_their_dosages(sparse, tmp_path):
+    form = "csr uint8" if sparse else "dense f4"
+    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS[form]))
+    assert (screen.counts.indptr is not None) == sparse
+    x, d = data.Batches(screen)(torch.tensor([2, 0, 2]))
+    assert x.tolist() == MATRIX[[4, 0, 4]].tolist() and x.dtype == torch.float32
+    assert d.tolist() == [[0, 1], [-1, -1], [0, 1]]
+    values = torch.cat([x for x, _ in data.Batches(screen).in_order(np.arange(3), size=2)])
+    assert values.tolist() == MATRIX[[0, 1, 4]].tolist()
+
+
+def test_counts_beyond_the_signed_range_of_their_type_reach_the_device_unchanged():
+    for top in (40_000, 3_000_000_000):
+        counts = np.array([[0, top]], dtype=np.uint16 if top < 65536 else np.uint32)
+        assert data._tensor(counts, "cpu").tolist() == [[0, top]]
+
+
+def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resume():
+    shuffle = data.Shuffle(10, 4, seed=1)
+    first = [next(shuffle) for _ in range(3)]
+    again = data.Shuffle(10, 4, seed=1, epoch=shuffle.epoch, position=shuffle.position)
+    rest = [next(shuffle) for _ in range(2)]
+    assert np.array_equal(rest, [next(again) for _ in range(2)])
+    visits = np.concatenate(first + rest)
+    assert sorted(visits[:10]) == sorted(visits[10:]) == list(range(10))
+    assert visits[:10].tolist() != visits[10:].tolist()
+    assert len(next(data.Shuffle(3, 8, seed=0))) == 8
+
+
+def test_training_statistics_are_those_of_log1p_over_the_training_cells(tmp_path):
+    batches = data.Batches(data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4"))))
+    mean, std = data.training_statistics(batches, np.array([0, 2]))
+    x = np.log1p(MATRIX[[0, 4]])
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(std, x.std(0), rtol=1e-6, atol=1e-7)
+
+
+def test_the_simulated_screen_is_what_it_says(tmp_path):
+    path = tmp_path / "s.h5ad"
+    data.simulate(path, seed=3, n_perturbations=8, cells_per_condition=30, n_pairs=6, n_genes=50)
+    screen = data.read_screen(path, split_column="split")
+    names, mask, effect = data.read_simulation(path)
+    assert names == screen.perturbations and mask.shape == effect.shape == (8, 6)
+    assert mask.any(1).all() and (np.abs(effect) > 1.5).all()
+    sizes = dict(zip(*np.unique(screen.conditions.astype(str), return_counts=True)))
+    assert sizes.pop("control") == 100 and set(sizes.values()) == {30} and len(sizes) == 14
+    split = {c: set(screen.split[screen.conditions == c]) for c in sizes}
+    held_out = [c for c in sizes if split[c] == {"test"}]
+    assert len(held_out) == 3 and all("+" in c for c in held_out)
+    assert all("train" in split[c] for c in sizes if c not in held_out)
+    assert abs(np.log(screen.counts.library()).mean() - np.log(5000)) < 0.1
+    assert data.read_simulation(write_obs(tmp_path / "x.h5ad", a=["b"])) is None
+
+
+# ============================================================================================
+# Evaluation
+# ============================================================================================
+
+
+def test_pearson_equals_numpy_and_is_undefined_for_a_constant():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 5))
+    assert evaluate.pearson(a, b) == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    assert math.isnan(evaluate.pearson(a, np.zeros_like(b)))
+
+
+def test_the_matching_of_latents_is_the_best_of_all():
+    rng = np.random.default_rng(0)
+    for n, m in ((1, 1), (2, 5), (4, 4), (5, 6)):
+        for _ in range(20):
+            score = rng.integers(0, 6, (n, m)) if rng.random() < 0.5 else rng.normal(size=(n, m))
+            columns = evaluate.best_matching(score)
+            best = max(score[range(n), list(p)].sum() for p in itertools.permutations(range(m), n))
+            assert len(set(columns)) == n and score[range(n), columns].sum() == pytest.approx(best)
+
+
+def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_error():
+    true = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 0]], bool)
+    found = np.where(np.insert(true, 1, False, axis=1)[:, [2, 3, 1, 0]], 0.9, 0.1)
+    assert evaluate.mask_recovery(true, found) == {
+        "mask_precision": 1, "mask_recall": 1, "mask_f1": 1}
+    found[3, 2] = 0.8  # one false entry, in a latent without partner
+    found[0, found[0] > 0.8] = 0.2  # one missed
+    assert evaluate.mask_recovery(true, found) == pytest.approx(
+        {"mask_precision": 4 / 5, "mask_recall": 4 / 5, "mask_f1": 4 / 5})
+    nothing = evaluate.mask_recovery(true, np.zeros((4, 2)))
+    assert nothing == {"mask_precision": 0, "mask_recall": 0, "mask_f1": 0}
+
+
+def test_baseline_effects_by_hand():
+    dosages = np.array([[0, -1], [1, -1], [0, 1], [0, 2]])
+    mean = np.array([[3.0, 1], [1, 2], [9, 9], [np.nan, np.nan], [1, 1]])  # the control last
+    effects = evaluate.baseline_effects(mean, np.array([5, 5, 5, 0, 5]), dosages)
+    assert (effects["no_change"] == 0).all()
+    assert effects["perturbed_mean"].tolist() == [[10 / 3, 3]] * 4
+    assert effects["additive"].tolist() == [[2, 0], [0, 1], [2, 1], [2, 0]]
+
+
+def test_mean_expression_by_hand(tmp_path):
+    batches = data.Batches(data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4"))))
+    means, n = evaluate.mean_expression(batches, np.array([0, 1, 2]), np.array([1, 1, 0]), 3)
+    per_10k = 1e4 * MATRIX[[0, 1, 4]] / MATRIX[[0, 1, 4]].sum(1, keepdims=True)
+    assert n.tolist() == [1, 2, 0] and np.isnan(means["counts"][2]).all()
+    np.testing.assert_allclose(means["counts"][1], per_10k[:2].mean(0))
+    np.testing.assert_allclose(means["log_normalised"][:2], [
+        np.log2(1 + per_10k[2]), np.log2(1 + per_10k[:2]).mean(0)], rtol=1e-6)
+
+
+# ============================================================================================
+# The commands
+# ============================================================================================
+
+TINY = ["--simulated-perturbations", "12", "--simulated-cells", "20", "--n-hidden", "16",
+        "--effect-hidden", "8", "--n-latent", "4", "--batch-size", "64", "--validate-every", "5",
+        "--log-every", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with a tiny simulated screen in screen.h5ad."""
+    monkeypatch.chdir(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM):  # training replaces them
+        monkeypatch.setattr(signal, "signal", lambda n, handler: None)
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40)
+    return tmp_path
+
+
+def train_on_screen(name, *options):
+    train.main(["--data", "screen.h5ad", "--split-column", "split", "--name", name, *TINY[4:],
+                *options])
+
+
+@pytest.mark.parametrize("options", [[], ["--model", "cpa-vae", "--no-correlated-effects"]])
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options):
+    train_on_screen("whole", "--steps", "13", *options)
+    train_on_screen("parts", "--steps", "6", *options)
+    train.main(["--resume", "runs/parts", "--steps", "13"])
+    whole, parts = (train.load_checkpoint(f"runs/{name}", "last.pt") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 13 and whole["best"] == parts["best"]
+    assert whole["shuffle"] == parts["shuffle"]
+    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    moments = [[v for s in run["optimizer"]["state"].values() for v in s.values()]
+               for run in (whole, parts)]
+    assert all(torch.equal(a, b) for a, b in zip(*moments))
+    steps = [json.loads(line)["step"] for line in open("runs/parts/log.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 13
+
+
+def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
+    train_on_screen("run", "--steps", "4")
+    run = torch.load("runs/run/best.pt", weights_only=True)
+    screen = data.read_screen("screen.h5ad", split_column="split")
+    assert run["gene_names"] == list(screen.gene_names)
+    assert run["perturbations"] == screen.perturbations
+    train_cells = run["split"]["train"].numpy()
+    assert run["training"]["n_cells"][0] == (screen.d[train_cells] == 0).sum() > 0
+    assert json.load(open("runs/run/config.json")) == run["config"]
+    seen = run["shuffle"]["epoch"] * len(train_cells) + run["shuffle"]["position"]
+    assert seen == run["step"] * 64 == 4 * 64
+    lines = [json.loads(line) for line in open("runs/run/log.jsonl")]
+    assert {"step", "loss", "log_likelihood", "kl_basal", "kl_mask", "kl_effect",
+            "mask_probability", "cells_per_second"} <= set(lines[0])
+    assert lines[-1]["validation_loss"] == pytest.approx(run["best"], abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
+    with pytest.raises(SystemExit) as stopped:
+        train_on_screen("bad", "--steps", "50", "--lr", "1e30")
+    assert "the loss was not finite at step 2;" in stopped.value.code
+    assert not os.path.exists("runs/bad/last.pt")
+
+
+def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, capsys):
+    train.main(["--steps", "30", "--name", "demo", *TINY])
+    out = capsys.readouterr().out
+    assert "test IWELBO" in out and "mask: precision" in out and "30 held out" in out
+    metrics = json.load(open("runs/demo/metrics.json"))
+    for key in ("iwelbo", "iwelbo_se", "ate_pearson_counts", "ate_pearson_log_normalised",
+                "ate_pearson_counts_pairs", "ate_pearson_log_normalised_held_out", "mask_precision",
+                "mask_recall", "mask_f1", "additive_ate_pearson_counts_held_out",
+                "perturbed_mean_ate_pearson_log_normalised"):
+        assert isinstance(metrics[key], (int, float)), key
+    assert metrics["no_change_ate_pearson_counts"] is None and metrics["iwelbo"] < 0
+    with h5py.File("runs/demo/effects.h5ad") as file:
+        assert file["layers/model_counts"].shape == file["layers/data_counts"].shape == (72, 200)
+        assert file["obs/condition"].asstr()[0] == "P001"
+    assert sorted(os.listdir("runs/demo")) == ["best.pt", "config.json", "effects.h5ad", "last.pt",
+                                               "log.jsonl", "metrics.json", "simulated.h5ad"]
+
+
+def command(*arguments, **options):
+    """Run one of the scripts as a user does: (exit status, output, errors)."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, arguments[0]), *arguments[1:]],
+                          capture_output=True, text=True, timeout=300, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_wrong_files_and_options_end_with_one_sentence_and_status_2(folder):
+    log = write_modern(folder / "log.h5ad", lambda f: f.create_dataset("X", data=np.log1p(MATRIX)))
+    for arguments in (["data.py", log], ["train.py", "--data", log], ["evaluate.py", "runs/none"],
+                      ["train.py", "--data", "screen.h5ad", "--perturbation-column", "split"],
+                      ["data.py", "screen.h5ad", "--layer", "raw"],
+                      ["train.py", "--resume", "runs/none"]):
+        status, _, errors = command(*arguments)
+        assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
+    assert not os.path.exists("runs")
+    status, out, errors = command("data.py", "screen.h5ad")
+    assert status == 0 and errors == "" and "12 perturbations, 10 combinations" in out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(folder):
+    running = subprocess.Popen(
+        [sys.executable, os.path.join(HERE, "train.py"), "--data", "screen.h5ad", "--name", "run",
+         "--steps", "1000000", *TINY[4:]], stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not os.path.exists("runs/run/last.pt") and time.time() < deadline:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    out, _ = running.communicate(timeout=120)
+    assert running.returncode == 130 and "train.py --resume runs/run" in out
+    step = train.load_checkpoint("runs/run", "last.pt")["step"]
+    train.main(["--resume", "runs/run", "--steps", str(step + 3)])
+    assert train.load_checkpoint("runs/run", "last.pt")["step"] == step + 3

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 NONE = -1  # fills the free places of a row of dosages, as in sams_vae.py
-BLOCK = 2**22  # values per block of a streaming pass: a few tens of megabytes at the most
+BLOCK = 2**20  # values per block of a streaming pass: small enough for the caches
 COUNT_TYPES = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]
 
 

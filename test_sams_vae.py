@@ -322,11 +322,15 @@ def repeated_iwelbo(model, x, d, n_particles, n):
 
 def test_predictive_iwelbo_with_one_particle_has_the_elbo_without_global_terms_as_expectation():
     model, (x, d) = small_model(), small_batch()
-    iwelbo = repeated_iwelbo(model, x, d, 1, 1000).mean(1)
     with torch.no_grad():
-        terms = [elbo(model, x, d, 10)[1] for _ in range(500)]
+        for p in [*model.encoder.parameters(), *model.f_emb.parameters()]:
+            p.mul_(0.3)  # a guide without outliers, so that few repeats suffice
+    iwelbo = repeated_iwelbo(model, x, d, 1, 2000).mean(1)
+    with torch.no_grad():
+        terms = [elbo(model, x, d, 50)[1] for _ in range(500)]
     local = torch.stack([t["log_likelihood"] - t["kl_basal"] for t in terms]).double()
-    error = math.sqrt(iwelbo.var() / 1000 + local.var() / 500)
+    error = math.sqrt(iwelbo.var() / 2000 + local.var() / 500)
+    assert error < 0.1
     assert abs(iwelbo.mean() - local.mean()) < 4.5 * error
 
 
@@ -371,11 +375,12 @@ def test_predictive_iwelbo_converges_to_the_exact_log_marginal(basal, effects):
 # ============================================================================================
 
 
-def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling():
+@pytest.mark.parametrize("log_theta", [-1.5, 3.0])  # much and little noise in the counts
+def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(log_theta):
     model = small_model(n_genes=5)
     with torch.no_grad():
-        model.log_theta += 3  # little noise around clear effects
-        model.f_emb.last.bias[:3] += 1.5
+        model.log_theta += log_theta
+        model.f_emb.last.bias[:3] += 2
     dosages, n, library = torch.tensor([[0, NONE], [1, 2]]), 60_000, 1e4
     ours = average_treatment_effects(model, dosages, n, n_samples=1, chunk=50_000)
     with torch.no_grad():  # the definition: two arms, latents shared, one sampled cell per arm
@@ -390,11 +395,12 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling():
         for i, chosen in enumerate([[0], [1, 2]]):
             treated = sample((mask * effect)[:, chosen].sum(1))
             difference = treated - control
-            log2 = [torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True)) for x in (treated, control)]
+            log2 = [torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
+                    for x in (treated, control)]
             for scale, samples in (("counts", difference), ("log_normalised", log2[0] - log2[1])):
-                # our own noise is no larger than that of plain sampling: double the error bar
-                assert_close_to_mean(samples, ours[scale][i].double(), sigmas=9)
-                assert (ours[scale][i].abs() > 20 * samples.std(0) / math.sqrt(n)).any()
+                # our own noise is no larger than that of plain sampling
+                assert_close_to_mean(samples, ours[scale][i].double(), sigmas=4.5 * 2**0.5)
+                assert (ours[scale][i].abs() > 15 * samples.std(0) / math.sqrt(n)).any()
 
 
 def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
@@ -698,7 +704,7 @@ REFUSED = {  # what is wrong: how it is written, words of the sentence
     "codes": (lambda f: (f.__delitem__("obs/_index"), f.__delitem__("obs/condition"), categorical(
         f["obs"], "_index", codes=[0, 1, 9, 0, 0]), dense("f4")(f)), "code 9 in row 2"),
     "no genes": (lambda f: (f.__delitem__("var"), write_frame(f, "var", []), f.create_dataset(
-        "X", (5, 0))), "5 cells and 0 genes"),
+        "X", (5, 0), "f4")), "5 cells and 0 genes"),
 }
 
 

@@ -12,11 +12,12 @@ an option is raised as a DataError, one sentence for the user.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
-import fnmatch
 import math
 import os
+import re
 import sys
 
 import h5py
@@ -34,6 +35,10 @@ class DataError(ValueError):
 
 class NotCounts(DataError):
     """A matrix that could be read, but whose values are not counts."""
+
+
+class NoControl(DataError):
+    """A column that could be read, but in which no cell is a control."""
 
 
 # ============================================================================================
@@ -57,10 +62,11 @@ def _h5_file(path):
         if not h5py.is_hdf5(path):
             raise DataError(f"is not an HDF5 file, it starts with {head!r}")
         with h5py.File(path, "r") as file:
-            if "obs" not in file and "matrix" in file:
+            top = _keys(file)
+            if "obs" not in top and "matrix" in top:
                 raise DataError("looks like a 10x .h5 matrix, which has no labels: read it with "
                                 "scanpy.read_10x_h5, add the labels to obs and save it as .h5ad")
-            if "mod" in file and "obs" in file and "X" not in file:
+            if "mod" in top and "X" not in top:
                 raise DataError("looks like an .h5mu file of several modalities: save the RNA "
                                 "modality on its own, mdata['rna'].write('rna.h5ad')")
             yield file
@@ -70,7 +76,12 @@ def _h5_file(path):
         raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, KeyError, MemoryError) as error:
+    except PermissionError:
+        raise DataError(f"{path}: you have no permission to read it") from None
+    except MemoryError as error:
+        raise DataError(f"{path}: not enough memory to read it ({error})") from None
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+        # What h5py raises on a damaged file can be any of these; the cause stays attached.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read, it may be truncated or damaged; "
                         f"HDF5 says: {reason}") from error
@@ -100,7 +111,8 @@ def _member(file, name, required=True):
         elif followed:
             raise DataError(f"{name} is a soft link to something that is not in the file")
         elif required:
-            raise DataError(f"{name} is missing; present: {', '.join(sorted(file)) or 'nothing'}")
+            present = _keys(node) if isinstance(node, h5py.Group) else []
+            raise DataError(f"{name} is missing; beside it: {', '.join(present[:20]) or 'nothing'}")
         else:
             return None
     if isinstance(node, h5py.Dataset):
@@ -136,6 +148,11 @@ def _check_storage(file, name, dataset):
         raise DataError(f"{name} declares {dataset.shape} values of {dataset.dtype}, {declared:,} "
                         f"bytes, and the file does not hold them ({stored:,} bytes stored): "
                         "it is truncated or was never finished")
+
+
+def _keys(group):
+    """Names of a group's members, sorted; names that are not UTF-8 are left out."""
+    return sorted(name for name in group if isinstance(name, str))
 
 
 def _attribute(node, name):
@@ -221,10 +238,10 @@ def _column(file, table, column):
     frame, name = _member(file, table), f"{table}/{column}"
     if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: one compound data set
         values = _to_numpy(name, frame[column])
-        categories = _member(file, f"uns/{column}_categories", required=False)
-        if categories is None:
-            return values
-        return _decode(name, values, _plain(file, f"uns/{column}_categories"))
+        coded = values.dtype.kind in "iu" and column != _index_name(file, table)
+        if coded and _member(file, f"uns/{column}_categories", required=False) is not None:
+            return _decode(name, values, _plain(file, f"uns/{column}_categories"))
+        return values
     node = _member(file, name)
     if isinstance(node, h5py.Group) and "codes" in node and "categories" in node:  # since 0.8
         categories = _plain_or_nullable(file, f"{name}/categories")
@@ -246,11 +263,10 @@ def _index_name(file, table):
         if not frame.dtype.names:
             raise DataError(f"{table} is neither a table nor a group of columns")
         return frame.dtype.names[0]
-    names = [_attribute(frame, "_index"), "_index", "index"]
-    for name in names:
-        if isinstance(name, str) and name in frame:
+    for name in (_attribute(frame, "_index"), "_index", "index"):
+        if name in _keys(frame):
             return name
-    raise DataError(f"{table} has no index; it holds: {', '.join(frame) or 'nothing'}")
+    raise DataError(f"{table} has no index; it holds: {', '.join(_keys(frame)) or 'nothing'}")
 
 
 def _names(file, table):
@@ -263,9 +279,10 @@ def _column_names(file, table):
     frame, index = _member(file, table), _index_name(file, table)
     if isinstance(frame, h5py.Dataset):
         return [name for name in frame.dtype.names if name != index]
-    order = _to_numpy(table, frame.attrs.get("column-order", np.array([], "S1"))).tolist()
-    order = [c for c in order if c in frame] + sorted(c for c in frame if c not in order)
-    return [c for c in order if c not in (index, "__categories")]
+    names = [c for c in _keys(frame) if c not in (index, "__categories")]
+    order = [c.decode("utf-8", "replace") if isinstance(c, bytes) else c
+             for c in np.ravel(frame.attrs.get("column-order", [])).tolist()]
+    return [c for c in order if c in names] + [c for c in names if c not in order]
 
 
 # ============================================================================================
@@ -292,9 +309,9 @@ class Counts:
 
         Returns a numpy array of exact integers, rows x genes.
         """
-        if self.indptr is None:
-            return self.values.copy() if rows is None else self.values[rows]
         rows = np.atleast_1d(np.arange(self.shape[0])[slice(None) if rows is None else rows])
+        if self.indptr is None:
+            return self.values[rows]
         row, entry = _entries_of(self.indptr[rows], self.indptr[rows + 1])
         out = np.zeros((len(rows), self.shape[1]), self.values.dtype)
         out[row, self.columns[entry]] = self.values[entry]
@@ -326,16 +343,17 @@ def _as_counts(name, values, dtype, place):
     with np.errstate(invalid="ignore"):
         for candidate in COUNT_TYPES[COUNT_TYPES.index(dtype):]:
             counts = values.astype(candidate)
-            if (counts == values).all():
+            if (counts == values).all() and (candidate.itemsize < 8 or counts.max() < 2**53):
                 return counts, 0
+        values = values.astype(np.float64)
         rounded = np.rint(values)
-        near = (np.abs(values - rounded) <= 1e-6) & (rounded >= 0) & (rounded < 2**63)
+        near = (np.abs(values - rounded) <= 1e-6) & (rounded >= 0) & (rounded < 2**53)
     if near.all():
         return _as_counts(name, rounded, dtype, place)[0], int((rounded != values).sum())
     first = int(np.argmin(near.ravel()))
     value = values.ravel()[first]
     what = ("not a finite number" if not np.isfinite(value) else "negative" if value < 0 else
-            "too large" if value >= 2**63 else
+            "too large" if value >= 2**53 else
             "not an integer; the values look normalised or log-transformed")
     raise NotCounts(f"{name} holds {value:g} for {place(first)}, which is no count: it is {what}")
 
@@ -437,13 +455,13 @@ def _read_sparse(name, file, shape, by_row, cell_and_gene):
             where = slice(start, end)
             columns[where] = minor
         else:
-            order = np.argsort(minor, kind="stable")
-            rows = minor[order]
-            run_start = np.searchsorted(rows, rows, side="left")
-            where = free[rows] + np.arange(len(rows)) - run_start
-            free += np.bincount(minor, minlength=n_minor)
-            major = np.searchsorted(indptr, np.arange(start, end), side="right") - 1
-            columns[where], counts = major[order], counts[order]
+            # Entries of one row keep their order: they go to its next free places, one by one.
+            order, per_row = np.argsort(minor, kind="stable"), np.bincount(minor, minlength=n_minor)
+            shift = free - (np.cumsum(per_row) - per_row)  # from the place in `order` to the final
+            where = np.arange(len(order)) + np.repeat(shift, per_row)
+            free += per_row
+            major = np.searchsorted(indptr, order + start, side="right") - 1
+            columns[where], counts = major, counts[order]
         values = _put(values, where, counts)
     return _sum_duplicates(Counts(shape, values, columns, row_ends)), n_rounded
 
@@ -456,22 +474,19 @@ def _sum_duplicates(counts):
     first_rows = np.unique(np.searchsorted(indptr, starts, side="right") - 1).tolist()
     for r, r_end in zip(first_rows, [*first_rows[1:], len(indptr) - 1]):
         start, end = indptr[r], indptr[r_end]
-        row, _ = _entries_of(indptr[r:r_end], indptr[r + 1:r_end + 1])
-        key = row * counts.shape[1] + columns[start:end]
-        block = values[start:end]
-        in_order = (np.diff(key) > 0).all()
-        if not in_order:
+        row = np.repeat(np.arange(r_end - r), np.diff(indptr[r:r_end + 1]))
+        column, block = columns[start:end], values[start:end]
+        key = row * counts.shape[1] + column
+        if not (np.diff(key) > 0).all():
             order = np.argsort(key, kind="stable")
-            is_first = np.diff(key[order], prepend=-1) > 0
-            sums = np.add.reduceat(block[order], np.flatnonzero(is_first), dtype=np.uint64)
-            block, _ = _as_counts("", sums, values.dtype, str)
-            key, row = key[order][is_first], row[order][is_first]
-        where = slice(written, written + len(key))
-        if not in_order or written < start:
-            values = _put(values, where, block)
-            columns[where] = key - row * counts.shape[1]
+            first = np.flatnonzero(np.diff(key[order], prepend=-1) > 0)
+            sums = np.add.reduceat(block[order], first, dtype=np.uint64)
+            block, _ = _as_counts("a sum of duplicate entries", sums, values.dtype, str)
+            row, column = row[order[first]], column[order[first]]
+        where = slice(written, written + len(row))
+        values, columns[where] = _put(values, where, block), column
         new_indptr[r + 1:r_end + 1] = written + np.cumsum(np.bincount(row, minlength=r_end - r))
-        written += len(key)
+        written += len(row)
     return Counts(counts.shape, values[:written], columns[:written], new_indptr)
 
 
@@ -520,48 +535,43 @@ def read_h5ad(path, layer=None):
     with _h5_file(path) as file:
         cell_names = _names(file, "obs")
         layers = _member(file, "layers", required=False)
-        layers = sorted(layers) if isinstance(layers, h5py.Group) else []
-        raw_x, raw_var = ("raw/X", "raw/var") if "raw" in file else ("raw.X", "raw.var")
-        has_x, has_raw = "X" in list(file), _member(file, raw_x, required=False) is not None
-
-        candidates = [("X", "var")] if has_x else []
-        candidates += [("layers/counts", "var")] if "counts" in layers else []
-        candidates += [(raw_x, raw_var)] if has_raw else []
-        chosen = {"raw": (raw_x, raw_var), "X": ("X", "var")}.get(layer, (f"layers/{layer}", "var"))
-        if layer is None and not candidates:
+        choices = {n: (f"layers/{n}", "var") for n in _keys(layers or {})}
+        raw = ("raw/X", "raw/var") if "raw" in _keys(file) else ("raw.X", "raw.var")
+        choices |= {"X": ("X", "var")} if "X" in _keys(file) else {}
+        choices |= {"raw": raw} if _member(file, raw[0], required=False) is not None else {}
+        asked = [n for n in ("X", "counts", "raw") if n in choices] if layer is None else [layer]
+        if not asked:
             raise DataError("has neither X nor layers/counts nor raw/X")
-        if layer is not None and _member(file, chosen[0], required=False) is None:
-            choices = layers + ["X"] * has_x + ["raw"] * has_raw
-            raise DataError(f"has no {chosen[0]}; --layer can be: "
+        if asked[0] not in choices:
+            raise DataError(f"has no layer {layer!r}; --layer can be: "
                             + (", ".join(choices) or "nothing"))
 
         problem = None
-        asked = candidates if layer is None else [chosen]
-        for name, var in asked:
+        for name, var in (choices[n] for n in asked):
             try:
-                counts, gene_names, form = _read_matrix(file, name, var, cell_names)
+                counts, gene_names, form, n_rounded = _read_matrix(file, name, var, cell_names)
             except NotCounts as error:
                 problem = problem or error
                 continue
             if layer is None and name != "X":
                 print(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
+            if n_rounded:
+                print(f"{path}: {n_rounded:,} values of {name} within 1e-6 of an integer were "
+                      "rounded to it")
             return H5ad(os.fspath(path), f"{name}, {form}", counts, gene_names, cell_names,
                         _column_names(file, "obs"))
 
         # None of them holds counts: say what is wrong with the first, and what could be asked for.
-        others = [(n, f"layers/{n}", "var") for n in layers]
-        others += [("X", "X", "var")] * has_x + [("raw", raw_x, raw_var)] * has_raw
-        good = [n for n, name, var in others
-                if (name, var) not in asked and _holds_counts(file, name, var, cell_names)]
-        advice = f"use --layer {good[0]}" if good else (
-            f"no counts are in {', '.join(name for _, name, _ in others)} either: start from the "
-            "file with the raw counts" if len(others) > 1 else
-            "the file has no other layer and no raw: start from the file with the raw counts")
+        others = [n for n in choices if n not in asked]
+        good = [n for n in others if _holds_counts(file, *choices[n], cell_names)]
+        advice = (f"use --layer {good[0]}" if good else
+                  f"there are no counts in {', '.join(choices)}: start from the file with the raw "
+                  "counts")
         raise NotCounts(f"{problem}; {advice}")
 
 
 def _read_matrix(file, name, var, cell_names):
-    """Counts, gene names and form of the matrix `name`. Raises NotCounts or DataError."""
+    """Counts, gene names, form and number of rounded values of a matrix; raises NotCounts."""
     gene_names = _names(file, var)
     shape = (len(cell_names), len(gene_names))
     if 0 in shape:
@@ -584,18 +594,16 @@ def _read_matrix(file, name, var, cell_names):
                             f"but obs and var say {shape}")
         form = f"sparse {encoding[:3].upper()}"
         counts, n_rounded = _read_sparse(name, file, shape, form == "sparse CSR", cell_and_gene)
-    if n_rounded:
-        print(f"{file.filename}: {n_rounded:,} values of {name} within 1e-6 of an integer were "
-              "rounded to it")
-    return counts, gene_names, form
+    return counts, gene_names, form, n_rounded
 
 
 def _holds_counts(file, name, var, cell_names):
     try:
-        return _member(file, name, required=False) is not None and bool(
-            _read_matrix(file, name, var, cell_names))
-    except DataError:
+        return bool(_read_matrix(file, name, var, cell_names))
+    except (DataError, OSError, RuntimeError):
         return False
+
+
 # ============================================================================================
 # Labels -> dosages
 # ============================================================================================
@@ -603,7 +611,7 @@ def _holds_counts(file, name, var, cell_names):
 # How perturbation labels look in the files of others, tried in this order where no column is named.
 # A control's name may contain *. Only `condition` is known to join combinations, by "+": nothing
 # else is split unless asked for, since "_" joins combinations in one family and numbers the guides
-# of a single gene (ZAP70_1) in another.
+# of a single gene (ZAP70_1) in another. A column named by the user is read as its family would be.
 FAMILIES = [  # obs column (or prefix of one-hot columns), names of controls, separator
     ("sgID_AB", ["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
     ("guide_", [], None),  # Norman et al., the paper's file: 0/1 columns, one per guide
@@ -663,7 +671,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     column, sets, note = labels
     split = None if split_column is None else _read_split(data, split_column)
 
-    library, missing = data.counts.library(), np.array([s is None for s in sets])
+    library, missing = data.counts.library(), np.array([names is None for names in sets])
     keep = (library > 0) & ~missing
     notes = [f"{data.found}: {data.shape[0]:,} cells x {data.shape[1]:,} genes, "
              f"{int(library.sum()):,} counts", note]
@@ -671,9 +679,20 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
                    (int(missing.sum()), f"without a label in {column}")):
         notes += [f"dropped {n:,} cells {why}"] if n else []
 
+    if split is not None:
+        unknown = [word for word, part in zip(*split) if part is None]
+        notes += [f"{len(unknown):,} cells are in no split, obs column {split_column!r} says "
+                  f"{_commonest(unknown, 3)}"] if unknown else []
+
     rows = np.flatnonzero(keep)
     sets = [sets[i] for i in rows]
     perturbations = sorted(set().union(*sets))
+    pairs = len({names for names in sets if len(names) > 1})
+    for name in perturbations:  # the names of conditions, below, must tell them apart
+        if name == "control" or (pairs and "+" in name):
+            raise DataError(f"{path}: a perturbation is called {name!r}, which cannot be told from "
+                            "the control or from a combination: check --control and "
+                            "--combination-separator, or rename it")
     index = {name: t for t, name in enumerate(perturbations)}
     d = np.full((len(rows), max(map(len, sets), default=0)), NONE)
     for i, names in enumerate(sets):
@@ -683,30 +702,32 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     controls = int((d == NONE).all(1).sum())
     if not controls or controls == len(rows):
         raise DataError(f"{path}: {'all' if controls else 'none'} of the {len(rows):,} cells with "
-                        "counts and a label are controls; training needs controls and perturbed "
-                        "cells")
-    pairs = len({s for s in sets if len(s) > 1})
+                        f"counts and a label in {column} are controls; training needs controls "
+                        "and perturbed cells")
     notes.append(f"{len(rows):,} cells kept, {controls:,} of them controls; {len(perturbations):,} "
                  f"perturbations, {pairs:,} combinations; commonest: {_commonest(conditions, 5)}")
-    few = int((np.unique(conditions.astype(str), return_counts=True)[1] < 10).sum())
+    few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
     notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
     return Screen(os.fspath(path), data.counts, rows, data.gene_names, data.cell_names[rows], d,
-                  perturbations, conditions, None if split is None else split[rows], notes)
+                  perturbations, conditions, None if split is None else split[1][rows], notes)
 
 
 def _read_labels(data, column, control, separator):
     """Column, each cell's set of perturbation names (None: missing), a line on what was read."""
     values = ["" if v is None or v != v else str(v).strip() for v in data.obs(column).tolist()]
-    known = {name: controls for name, controls, _ in FAMILIES}
-    controls = [control] if control is not None else known.get(
-        column, list(dict.fromkeys(c for _, names, _ in FAMILIES for c in names)))
-    parsed = {label: _parse(label, controls, separator) for label in dict.fromkeys(values)}
+    families = {name: family for name, *family in FAMILIES}
+    everyone = list(dict.fromkeys(c for controls, _ in families.values() for c in controls))
+    known, family_separator = families.get(column, (everyone, None))
+    controls = known if control is None else [control.strip()]
+    separator = family_separator if separator is None else separator  # "" splits nothing
+    parsed = {label: _parse(data.path, label, controls, separator)
+              for label in dict.fromkeys(values)}
     found = [label for label, names in parsed.items() if names == frozenset()]
     if not found:
-        raise DataError(f"{data.path}: no control cell in obs column {column!r}, looked for "
+        raise NoControl(f"{data.path}: no control cell in obs column {column!r}, looked for "
                         f"{' or '.join(map(repr, controls))}: name it with --control; "
                         f"its labels are {_commonest(values, 12)}")
-    if len(found) > 1 and control is None and column not in known:
+    if len(found) > 1 and control is None and column not in families:
         raise DataError(f"{data.path}: obs column {column!r} holds several names of controls, "
                         f"{', '.join(found[:5])}: name the one to use with --control")
     note = f"labels in obs column {column!r}; control: {', '.join(found[:3])}"
@@ -720,44 +741,54 @@ def _read_labels(data, column, control, separator):
     return column, [parsed[value] for value in values], note
 
 
-def _read_one_hot(data, prefix):
-    """The same from 0/1 columns of obs, one per perturbation; a cell with none is a control."""
-    columns = {c.removeprefix(prefix): data.obs(c) for c in data.obs_columns
-               if c.startswith(prefix)}
-    columns = {name: v.astype(bool) for name, v in columns.items()
-               if v.dtype.kind in "biuf" and np.isin(v, (0, 1)).all()}
-    if not columns:
-        raise DataError(f"{data.path}: no column of obs starts with {prefix!r} and holds only "
-                        "0 and 1")
-    names = np.array(list(columns), dtype=object)
-    sets = [frozenset(names[row]) for row in np.stack(list(columns.values()), axis=1)]
-    return f"{prefix}*", sets, f"{len(names)} one-hot columns {prefix}*; control: cells with none"
-
-
-def _parse(label, controls, separator):
+def _parse(path, label, controls, separator):
     """A label -> the set of its perturbations: None if missing, empty if it is a control."""
     def is_control(part):
-        return any(fnmatch.fnmatchcase(part, c) if "*" in c else part == c for c in controls)
+        return any(re.fullmatch(".*".join(map(re.escape, c.split("*"))), part) for c in controls)
 
-    if label in ("", "nan"):
+    if label == "":
         return None
     if is_control(label):
         return frozenset()
+    if label in ("nan", "NaN", "None", "<NA>"):  # what others have written for a missing label
+        return None
     parts = [part.strip() for part in label.split(separator)] if separator else [label]
-    return frozenset(part for part in parts if part and not is_control(part))
+    if not all(parts):
+        raise DataError(f"{path}: the label {label!r}, split at {separator!r}, has an empty part")
+    return frozenset(part for part in parts if not is_control(part))
+
+
+def _read_one_hot(data, prefix):
+    """The same from 0/1 columns of obs, one per perturbation; a cell with none is a control."""
+    columns = {c: data.obs(c) for c in data.obs_columns if c.startswith(prefix)}
+    columns = {c: np.array([np.nan if v is None else v for v in values], np.float64)
+               for c, values in columns.items()
+               if not any(isinstance(v, str) for v in values.tolist())}
+    for c, values in columns.items():
+        wrong = values[~np.isnan(values) & ~np.isin(values, (0, 1))]
+        if len(wrong):
+            raise NoControl(f"{data.path}: obs column {c!r} holds {wrong[0]:g}; a one-hot column "
+                            "holds 0 and 1")
+    if not columns:
+        raise NoControl(f"{data.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
+    table = np.stack(list(columns.values()), axis=1)  # (N, T); NaN: missing
+    names = np.array([c.removeprefix(prefix) for c in columns], dtype=object)
+    sets = [None if np.isnan(row).any() else frozenset(names[row == 1]) for row in table]
+    if frozenset() not in sets:
+        raise NoControl(f"{data.path}: every cell has a 1 in one of the columns {prefix}*: there is "
+                        "no control")
+    return f"{prefix}*", sets, f"{len(names)} one-hot columns {prefix}*; control: cells with none"
 
 
 def _find_family(data, control, separator):
     """The first of FAMILIES that fits; an error where families that fit disagree, or none fits."""
     fits = []
-    for column, _, family_separator in FAMILIES:
-        try:
-            if column == ONE_HOT:
+    for column, *_ in FAMILIES:
+        with contextlib.suppress(NoControl):
+            if column == ONE_HOT and control is None:
                 fits.append(_read_one_hot(data, column))
             elif column in data.obs_columns:
-                fits.append(_read_labels(data, column, control, separator or family_separator))
-        except DataError:
-            continue
+                fits.append(_read_labels(data, column, control, separator))
     # Columns that agree on the control cells describe the same screen, at most in other detail
     # (guide or gene): the first is taken. If they disagree, guessing would be gambling.
     for other in fits[1:]:
@@ -773,31 +804,37 @@ def _find_family(data, control, separator):
 
 
 def _commonest(values, n):
-    labels, counts = np.unique(np.array([str(v) for v in values]), return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return ", ".join(f"{labels[i]} ({counts[i]:,})" for i in order[:n]) + (
-        f" and {len(labels) - n:,} more" if len(labels) > n else "")
+    """The n commonest values with their numbers, long ones cut, as one line of text."""
+    counter = collections.Counter(map(str, values))
+    ranked = sorted(counter, key=lambda label: (-counter[label], label))
+    words = [f"{label if len(label) <= 60 else label[:57] + '...'} ({counter[label]:,})"
+             for label in ranked[:n]]
+    return " ".join(", ".join(words).split()) + (
+        f" and {len(ranked) - n:,} more" if len(ranked) > n else "")
 
 
 def _describe_obs(data):
     """The columns of obs, with the commonest values of each that could be labels."""
     described = []
-    for column in data.obs_columns:
+    for column in data.obs_columns[:30]:
         try:
             values = data.obs(column)
         except DataError:
+            described.append(f"{column} (damaged)")
             continue
         n = len({*values.tolist()})
         could_be_labels = values.dtype.kind != "f" and n <= max(20, len(values) / 2)
         described.append(f"{column}: {_commonest(values, 3)}" if could_be_labels else column)
-    return "obs has the columns " + "; ".join(described)
+    more = len(data.obs_columns) - len(described)
+    return "obs has the columns " + "; ".join(described) + (f"; and {more} more" if more else "")
 
 
 def _read_split(data, column):
-    """train, validation, test or None for each cell."""
-    words = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+    """What the column says of each cell, and that as train, validation, test or None."""
+    known = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
              "validation": "validation", "test": "test", "ood": "test"}
-    return _objects(words.get(str(v).lower()) for v in data.obs(column))
+    words = [str(v) for v in data.obs(column).tolist()]
+    return words, _objects(known.get(word.lower()) for word in words)
 
 
 # ============================================================================================

@@ -629,7 +629,7 @@ def test_counts_are_found_in_a_layer_or_raw_and_a_line_says_so(tmp_path, capsys)
     assert (data.read_h5ad(only).counts.dense() == MATRIX).all()
     with pytest.raises(data.DataError, match="use --layer counts"):
         data.read_h5ad(tmp_path / "a.h5ad", layer="X")
-    with pytest.raises(data.DataError, match="no layers/other; --layer can be: counts, X"):
+    with pytest.raises(data.DataError, match="no layer 'other'; --layer can be: counts, X"):
         data.read_h5ad(tmp_path / "a.h5ad", layer="other")
 
 
@@ -671,6 +671,9 @@ REFUSED = {  # what is wrong: how it is written, words of the sentence
     "inf": (change_value(np.inf), "inf for cell 'cell3', .* not a finite"),
     "huge": (change_value(1e30), "too large"),
     "negative integer": (change_value(-7, "i4"), "-7 for cell 'cell3'"),
+    "negative short": (lambda f: f.create_dataset("X", data=-MATRIX.astype("i1")), "-3 for cell"),
+    "fraction, half": (change_value(0.5, "f2"), "0.5 for cell 'cell3'"),
+    "shape attribute": (spoil(lambda f: f["X"].attrs.__setitem__("shape", 5)), "declares the shape"),
     "sparse fraction": (replace("X/data", [1, 1, 1, 1, 0.5, 1, 1]), "'cell3', gene 'B'"),
     "text": (lambda f: f.create_dataset("X", data=np.full((5, 4), b"1")), "not counts"),
     "complex": (lambda f: f.create_dataset("X", data=MATRIX.astype(complex)), "not counts"),
@@ -821,6 +824,35 @@ def test_nothing_is_split_that_nobody_asked_to_split(tmp_path):
     path = write_obs(tmp_path / "y.h5ad", mine=["none", "A+B"])
     assert conditions(path, perturbation_column="mine", control="none") == ["control", "A+B"]
     assert data.read_screen(path, perturbation_column="mine", control="none").d.shape == (2, 1)
+
+
+def test_a_perturbation_that_could_be_taken_for_something_else_is_refused(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", mine=["NT", "control", "A"])
+    with pytest.raises(data.DataError, match="a perturbation is called 'control'"):
+        data.read_screen(path, perturbation_column="mine", control="NT")
+    path = write_obs(tmp_path / "y.h5ad", mine=["NT", "A+B", "A_B"])
+    with pytest.raises(data.DataError, match="a perturbation is called 'A\\+B'"):
+        data.read_screen(path, perturbation_column="mine", control="NT", combination_separator="_")
+    path = write_obs(tmp_path / "z.h5ad", condition=["ctrl", "A+"])
+    with pytest.raises(data.DataError, match="'A\\+', split at '\\+', has an empty part"):
+        data.read_screen(path)
+
+
+def test_one_hot_columns_hold_0_and_1_and_a_missing_value_is_a_missing_label(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", guide_A=[0, 1, np.nan, 0], guide_B=[0, 1, 0, 1])
+    screen = data.read_screen(path)
+    assert list(screen.conditions) == ["control", "A+B", "B"] and screen.rows.tolist() == [0, 1, 3]
+    path = write_obs(tmp_path / "y.h5ad", guide_A=[0, 2], guide_B=[0, 1])
+    with pytest.raises(data.DataError, match="'guide_A' holds 2"):
+        data.read_screen(path, one_hot_prefix="guide_")
+
+
+def test_a_damaged_label_column_is_an_error_and_not_passed_over_for_another(tmp_path):
+    path = write_modern(tmp_path / "x.h5ad", lambda f: (
+        dense("f4")(f), f["obs/condition/codes"].__setitem__(0, 7),
+        f.__setitem__("obs/gene", [b"non-targeting", b"A", b"A", b"A", b"A"])))
+    with pytest.raises(data.DataError, match="obs/condition has the category code 7"):
+        data.read_screen(path)
 
 
 @pytest.mark.parametrize("columns, expected", [

@@ -588,10 +588,9 @@ def _read_matrix(file, name, var, cell_names):
         encoding = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
         if encoding not in ("csr_matrix", "csr", "csc_matrix", "csc"):
             raise DataError(f"{name} has the unknown encoding {encoding!r}")
-        declared = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
-        if declared is not None and tuple(np.asarray(declared).tolist()) != shape:
-            raise DataError(f"{name} declares the shape {tuple(np.asarray(declared).tolist())}, "
-                            f"but obs and var say {shape}")
+        declared = node.attrs.get("shape", node.attrs.get("h5sparse_shape", shape))
+        if np.ravel(declared).tolist() != list(shape):
+            raise DataError(f"{name} declares the shape {declared}, but obs and var say {shape}")
         form = f"sparse {encoding[:3].upper()}"
         counts, n_rounded = _read_sparse(name, file, shape, form == "sparse CSR", cell_and_gene)
     return counts, gene_names, form, n_rounded
@@ -653,8 +652,10 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
-    control                label of the control cells, "*" stands for any characters
-    combination_separator  what joins the perturbations of a combination; nothing is split without
+    control                label of the control cells, "*" stands for any characters; by default
+                           that of the column's family
+    combination_separator  what joins the perturbations of a combination; "" splits nothing; by
+                           default that of the column's family, for other columns nothing
     one_hot_prefix         instead of a column of labels, 0/1 columns with this prefix
     layer                  as in read_h5ad
     split_column           obs column that says train, validation or test
@@ -775,8 +776,8 @@ def _read_one_hot(data, prefix):
     names = np.array([c.removeprefix(prefix) for c in columns], dtype=object)
     sets = [None if np.isnan(row).any() else frozenset(names[row == 1]) for row in table]
     if frozenset() not in sets:
-        raise NoControl(f"{data.path}: every cell has a 1 in one of the columns {prefix}*: there is "
-                        "no control")
+        raise NoControl(f"{data.path}: every cell has a 1 in one of the columns {prefix}*, and so "
+                        "none is a control")
     return f"{prefix}*", sets, f"{len(names)} one-hot columns {prefix}*; control: cells with none"
 
 
@@ -1109,7 +1110,8 @@ def add_screen_options(parser):
     group.add_argument("--control", metavar="LABEL",
                        help="label of control cells; * stands for any characters")
     group.add_argument("--combination-separator", metavar="TEXT",
-                       help="what joins perturbations in a label, such as +")
+                       help="what joins perturbations in a label, such as +; empty: nothing "
+                            "(default: + for a column called condition, else nothing)")
     group.add_argument("--one-hot-prefix", metavar="PREFIX",
                        help="in place of labels: 0/1 columns of obs with this prefix")
     group.add_argument("--layer", help="layer that holds the counts, or raw (default: X, else "

@@ -673,7 +673,7 @@ REFUSED = {  # what is wrong: how it is written, words of the sentence
     "negative integer": (change_value(-7, "i4"), "-7 for cell 'cell3'"),
     "negative short": (lambda f: f.create_dataset("X", data=-MATRIX.astype("i1")), "-3 for cell"),
     "fraction, half": (change_value(0.5, "f2"), "0.5 for cell 'cell3'"),
-    "shape attribute": (spoil(lambda f: f["X"].attrs.__setitem__("shape", 5)), "declares the shape"),
+    "shape attribute": (spoil(lambda f: f["X"].attrs.__setitem__("shape", 5)), "declares the"),
     "sparse fraction": (replace("X/data", [1, 1, 1, 1, 0.5, 1, 1]), "'cell3', gene 'B'"),
     "text": (lambda f: f.create_dataset("X", data=np.full((5, 4), b"1")), "not counts"),
     "complex": (lambda f: f.create_dataset("X", data=MATRIX.astype(complex)), "not counts"),
@@ -814,6 +814,8 @@ def test_labels_become_dosages_whatever_the_order_and_the_control_in_a_combinati
     assert screen.perturbations == ["A", "B"]
     assert screen.d.tolist() == [[-1, -1], [0, 1], [0, 1], [0, -1], [1, -1], [1, -1]]
     assert list(screen.conditions) == ["control", "A+B", "A+B", "A", "B", "B"]
+    assert conditions(path, perturbation_column="condition") == list(screen.conditions)
+    assert data.read_screen(path, combination_separator="").d.shape == (6, 1)
 
 
 def test_nothing_is_split_that_nobody_asked_to_split(tmp_path):

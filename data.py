@@ -6,15 +6,16 @@
 In reading order: opening a file that may be damaged or hostile; columns; counts; `read_h5ad`;
 labels -> dosages (`read_screen`); splits; batches; the writer; `simulate`; the command line.
 
-`read_h5ad` needs h5py and numpy alone and reads the files of anndata 0.5 to 0.13. It never imports
-anndata, never unpickles, and follows no link out of the file. All that is wrong with a file or with
-an option is raised as a DataError, one sentence for the user.
+`read_h5ad` and all above it use h5py and numpy alone: copy them. They read the files of anndata 0.5
+to 0.13, never import anndata, never unpickle, and follow no link out of the file. All that is wrong
+with a file or an option is raised as a DataError, one sentence for the user.
 """
 
 import argparse
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -646,6 +647,13 @@ class Screen:
     split: np.ndarray | None
     notes: list
 
+    def fingerprint(self):
+        """A hash of all names, dosages and library sizes in order: the same for the same screen."""
+        names = "\n".join([*self.gene_names, *self.cell_names, *self.perturbations])
+        digest = hashlib.sha256(names.encode("utf-8", "replace"))
+        digest.update(self.d.tobytes() + self.counts.library()[self.rows].tobytes())
+        return digest.hexdigest()
+
 
 def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
                 one_hot_prefix=None, layer=None, split_column=None):
@@ -662,6 +670,10 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
 
     Raises DataError where the file, or the choice of column and control, is wrong.
     """
+    if one_hot_prefix is not None and (perturbation_column, control, combination_separator) != (
+            None, None, None):
+        raise DataError("--one-hot-prefix needs no --perturbation-column, no --control and no "
+                        "--combination-separator: leave them out")
     data = read_h5ad(path, layer)
     if perturbation_column is not None:
         labels = _read_labels(data, perturbation_column, control, combination_separator)
@@ -907,18 +919,22 @@ class Batches:
         if self.sparse:
             self.columns = _tensor(counts.columns, device)
             self.indptr = _tensor(counts.indptr, device)
+            self.most = torch.arange(int(np.diff(counts.indptr).max()), device=device)
 
     def __call__(self, cells):
         rows = self.rows[cells]
         if not self.sparse:
             return self.values[rows].float(), self.d[cells]
-        start, length = self.indptr[rows], self.indptr[rows + 1] - self.indptr[rows]
-        row = torch.repeat_interleave(torch.arange(len(rows), device=self.device), length)
-        shift = start - (length.cumsum(0) - length)  # from the place in the batch to that in values
-        entry = torch.arange(len(row), device=self.device) + shift[row]
-        x = torch.zeros(len(rows), self.n_genes, device=self.device)
-        x[row, self.columns[entry].long()] = self.values[entry].float()
-        return x, self.d[cells]
+        # Every row is read as if it were the longest one, and what is too much goes to a column
+        # that is cut off: fixed shapes, so that a GPU need not tell the host how many there are.
+        start, end = self.indptr[rows, None], self.indptr[rows + 1, None]
+        entry = start + self.most  # (B, entries of the longest row)
+        inside = entry < end
+        entry = torch.where(inside, entry, 0)
+        column = torch.where(inside, self.columns[entry].long(), self.n_genes)
+        x = torch.zeros(len(rows), self.n_genes + 1, device=self.device)
+        x.scatter_(1, column, self.values[entry].float())
+        return x[:, :-1].contiguous(), self.d[cells]
 
     def in_order(self, cells, size=512):
         """All the given cells (a numpy array of positions) once, in batches of at most `size`."""
@@ -927,31 +943,32 @@ class Batches:
 
 
 class Shuffle:
-    """Endless random batches of positions 0..n-1: every epoch visits each once, in a new order.
+    """Endless random batches of the given cells: every epoch visits each once, in a new order.
 
-    All batches have the same size; one that reaches the end of an epoch goes on in the next. The
-    state is two numbers, so that training can be resumed in the middle of an epoch.
+    cells (n,) positions. All batches have the same size; one that reaches the end of an epoch goes
+    on in the next. The state is two numbers, epoch and position, so that training can be resumed in
+    the middle of an epoch. The order lies on the device: it is copied once per epoch.
     """
 
-    def __init__(self, n, size, seed, epoch=0, position=0):
-        self.n, self.size, self.seed = n, size, seed
+    def __init__(self, cells, size, seed, device="cpu", epoch=0, position=0):
+        self.cells, self.size, self.seed, self.device = cells, size, seed, device
         self.epoch, self.position = epoch, position
         self.order = self._order()
 
     def _order(self):
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        return torch.from_numpy(rng.permutation(self.cells)).to(self.device)
 
     def __next__(self):
         parts, missing = [], self.size
         while missing:
-            part = self.order[self.position:self.position + missing]
-            parts.append(part)
-            missing -= len(part)
-            self.position += len(part)
-            if self.position == self.n:
+            parts.append(self.order[self.position:self.position + missing])
+            missing -= len(parts[-1])
+            self.position += len(parts[-1])
+            if self.position == len(self.order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self.order = self._order()
-        return np.concatenate(parts)
+        return torch.cat(parts)
 
 
 def training_statistics(batches, cells):
@@ -1010,7 +1027,7 @@ def write_h5ad(path, X, obs, var, layers=None, uns=None):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary name beside `path` that is renamed to it if and only if the block succeeds."""
-    temporary = f"{os.fspath(path)}.writing"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.writing"
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1053,6 +1070,7 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
 
     # Conditions, then the dosages of all cells: two places a cell, and a zero row for NONE.
     all_pairs = np.stack(np.triu_indices(n_perturbations, 1), axis=1)
+    n_pairs = min(n_pairs, len(all_pairs))
     pairs = all_pairs[np.sort(rng.choice(len(all_pairs), n_pairs, replace=False))]
     singles = np.stack([np.arange(n_perturbations), np.full(n_perturbations, NONE)], axis=1)
     conditions = np.concatenate([singles, pairs])
@@ -1090,10 +1108,10 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
 def read_simulation(path):
     """(perturbation names, true mask, true effect) of a simulated screen; None for other files."""
     with _h5_file(path) as file:
-        if _member(file, "uns/simulation", required=False) is None:
+        parts = [f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")]
+        if any(_member(file, part, required=False) is None for part in parts):
             return None
-        names = _plain(file, "uns/simulation/perturbations")
-        mask, effect = (_member(file, f"uns/simulation/{x}")[()] for x in ("mask", "effect"))
+        names, (mask, effect) = _plain(file, parts[0]), (file[part][()] for part in parts[1:])
         return list(names), mask.astype(bool), effect
 
 
@@ -1134,6 +1152,8 @@ def run(main):
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main():

@@ -13,6 +13,7 @@ import json
 import math
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; see train.py
 import numpy as np
 import torch
 
@@ -30,11 +31,13 @@ SCALES = ("log_normalised", "counts")
 
 
 def pearson(a, b):
-    """Pearson correlation of two arrays of any equal shape, flattened. NaN if one is constant.
+    """Pearson correlation of two equally shaped arrays, flattened; NaN if one is constant or empty.
 
     ATE-Pearson (3.2) is this for (condition, gene) matrices of model and data effects. Conditions
     are not scaled before they are pooled, so those with strong effects dominate it.
     """
+    if np.size(a) == 0:
+        return math.nan
     a, b = (np.asarray(v, np.float64).ravel() - np.mean(v, dtype=np.float64) for v in (a, b))
     norm = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norm if norm > 0 else math.nan
@@ -168,7 +171,8 @@ def evaluate(folder, iwelbo_particles=100, ate_particles=2500, ate_samples=1, ef
     # Marginal likelihood of the test cells (3.1).
     values = predictive_iwelbo(model, batches.in_order(split["test"]), iwelbo_particles)
     metrics["iwelbo"] = values.double().mean().item()
-    metrics["iwelbo_se"] = values.double().std().item() / math.sqrt(len(values))
+    metrics["iwelbo_se"] = (values.double().std().item() / math.sqrt(len(values))
+                            if len(values) > 1 else math.nan)
 
     # Effects by the model, by the data and by the baselines (3.2). The control is the last group.
     names, first, group = np.unique(np.where(screen.conditions == "control", "",
@@ -205,8 +209,8 @@ def evaluate(folder, iwelbo_particles=100, ate_particles=2500, ate_samples=1, ef
 
     # Masks, where the truth is known.
     truth = data.read_simulation(config["data"])
-    if truth is not None:
-        row = {name: t for t, name in enumerate(truth[0])}
+    row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
+    if row.keys() >= set(screen.perturbations):
         true_mask = truth[1][[row[name] for name in screen.perturbations]]
         metrics |= mask_recovery(true_mask, model.mask_probability().detach().cpu().numpy())
 
@@ -226,7 +230,9 @@ def evaluate(folder, iwelbo_particles=100, ate_particles=2500, ate_samples=1, ef
 def table(metrics):
     """The metrics of one run as Markdown, the model beside the baselines."""
     lines = [f"test IWELBO (predictive, K = {metrics['iwelbo_particles']}): "
-             f"{metrics['iwelbo']:.2f} +- {metrics['iwelbo_se']:.2f} (standard error over cells)"]
+             f"{metrics['iwelbo']:.2f}" + (
+                 f" +- {metrics['iwelbo_se']:.2f} (standard error over cells)"
+                 if metrics["iwelbo_se"] is not None else "")]
     if "mask_f1" in metrics:
         lines.append(f"mask: precision {metrics['mask_precision']:.3f}, recall "
                      f"{metrics['mask_recall']:.3f}, F1 {metrics['mask_f1']:.3f}")
@@ -255,13 +261,14 @@ def main(arguments=None):
     parser.add_argument("--ate-samples", type=int, default=1, help="sampled cells per particle; 1")
     parser.add_argument("--effects-from", choices=("all", "test"), default="all",
                         help="cells that data effects are taken from (paper's Table 1: all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all sampling; 0")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved")
     args = parser.parse_args(arguments)
-    for option in ("iwelbo_particles", "ate_particles", "ate_samples"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    for option, least in (("iwelbo_particles", 1), ("ate_particles", 1), ("ate_samples", 1),
+                          ("seed", 0)):
+        if not least <= getattr(args, option) < 2**32:
+            parser.error(f"--{option.replace('_', '-')} must be at least {least} and below 2^32")
     folder = args.run.rstrip("/")
     metrics = evaluate(folder, args.iwelbo_particles, args.ate_particles, args.ate_samples,
                        args.effects_from, args.seed, args.device, args.data)

@@ -53,29 +53,26 @@ def nb_log_likelihood(x, log_mean, log_theta):
     has E[x] = mean, Var[x] = mean + mean^2 / theta and, marginally over lambda,
 
         log p(x) = log G(x + theta) - log G(theta) - log G(x + 1)
-                   + theta log(theta / (theta + mean)) + x log(mean / (theta + mean)),
+                   + x log(mean / (mean + theta)) + theta log(theta / (mean + theta)),
 
-    where G is the gamma function. With r = mean / theta this is, rearranged,
+    where G is the gamma function. The two fractions are sigmoid(s) and sigmoid(-s) of
+    s = log mean - log theta, which keeps everything in log space.
 
-        [log G(x + theta) - log G(theta) - log G(x + 1) - x log theta]
-                   + x log mean - (x + theta) log(1 + r),
-
-    which separates what every particle shares (the bracket) from what it does not, and in which no
-    term loses its digits when theta is large and the distribution close to Poisson.
-
-    x          (B, G)     counts
+    x          (B, G)      counts
     log_mean   (..., B, G)
-    log_theta  (G,)
-    returns    (..., B)
+    log_theta  (G,)        used between -20 and 20: beyond, the distribution does not change within
+                           floating-point precision (Poisson above), but gamma functions overflow
+    returns    (..., B)    nats
     """
-    # The bracket is a small difference of large numbers: in double precision, once and not K times.
-    x_, log_theta_ = x.double(), log_theta.double()
-    theta_ = log_theta_.exp()
+    log_theta = log_theta.clamp(-20, 20)
+    # A small difference of large numbers: in double precision. Every particle shares it, so that it
+    # is computed once and not K times.
+    x_, theta_ = x.double(), log_theta.double().exp()
     log_gammas = torch.lgamma(x_ + theta_) - torch.lgamma(theta_) - torch.lgamma(x_ + 1)
-    shared = (log_gammas - x_ * log_theta_).sum(-1).to(log_mean.dtype)  # (B,)
 
-    log_1_plus_r = F.softplus(log_mean - log_theta, threshold=40)  # (..., B, G)
-    return shared + (x * log_mean).sum(-1) - ((x + log_theta.exp()) * log_1_plus_r).sum(-1)
+    s = log_mean - log_theta  # (..., B, G)
+    return (log_gammas.sum(-1).to(s.dtype) + (x * F.logsigmoid(s)).sum(-1)
+            + F.logsigmoid(-s) @ log_theta.exp())
 
 
 # ============================================================================================
@@ -271,7 +268,10 @@ class SAMSVAE(nn.Module):
 
 
 class CPAVAE(SAMSVAE):
-    """SAMS-VAE with every mask entry fixed to 1: z_i^p = sum over t of d_it e_t (2.4)."""
+    """SAMS-VAE with every mask entry fixed to 1: z_i^p = sum over t of d_it e_t (2.4).
+
+    With correlated_effects, f_emb(1, t) is a network in place of a table of the same e_t.
+    """
 
     def init_mask(self, n_perturbations, n_latent):
         """A fixed mask has no parameters."""
@@ -295,7 +295,7 @@ class CPAVAE(SAMSVAE):
 def elbo(model, x, d, n_particles=5):
     """Unbiased estimate, from a minibatch, of ELBO / N (eq. 3; per minibatch: A.1).
 
-    x (B, G) counts, d (B, P) dosages. With the global latents' KL_t = KL(q(m_t) q(e_t|m_t) || p),
+    x (B, G) counts, no row all zero; d (B, P) dosages. With KL_t = KL(q(m_t) q(e_t|m_t) || p),
 
         1/B sum_i [ log p(x_i | z_i) - KL(q(z_i^b) || p) - sum_{t in d_i} KL_t / n_t ].
 
@@ -394,22 +394,23 @@ def average_treatment_effects(model, dosages, n_particles=2500, n_samples=1, lib
         log_normalised   y = log2(1 + 1e4 x / sum x), by n_samples sampled cells per particle
 
     All arms share every latent: z_basal, masks, effects and the gamma variables of the likelihood.
-    They also share the random numbers of the Poisson draws, so that a dosage without any
-    perturbation has an effect of exactly zero, and noise cancels where arms hardly differ.
+    They also start their Poisson draws from the same random numbers: a dosage without any
+    perturbation has an effect of exactly zero.
 
     dosages (C, P). Returns a dict of two (C, G) tensors, "counts" and "log_normalised".
+    At most about `chunk` numbers per temporary array.
     Differs from the authors' code, which draws a new z_basal for each arm.
     """
     device = model.n_cells.device
     n_genes, n_latent = len(model.log_theta), model.decoder.part_sizes[0]
     t = torch.arange(len(model.n_cells), device=device)
-    theta = model.log_theta.exp()
+    theta = model.log_theta.clamp(-20, 20).exp()  # as in nb_log_likelihood
     poisson_noise = torch.Generator(device)
 
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
     counts = torch.zeros(len(arms), n_genes, dtype=torch.float64, device=device)
     log_normalised = torch.zeros_like(counts)
-    n_chunk = max(1, chunk // (n_latent * max(len(t), len(arms))))
+    n_chunk = max(1, chunk // max(n_latent * max(len(t), len(arms)), n_samples * n_genes))
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_effects(t, len(k))
         z_basal = torch.randn(len(k), 1, n_latent, device=device)

@@ -98,6 +98,14 @@ def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
     assert abs(ours.item() - poisson.item()) < 2e-3
 
 
+def test_nb_is_finite_with_finite_gradients_for_every_theta():
+    log_theta = torch.tensor([-120.0, -20, 0, 20, 40, 120], requires_grad=True)
+    log_mean = torch.linspace(-30, 8, 6).requires_grad_()
+    value = nb_log_likelihood(torch.tensor([[0.0, 1, 2, 3, 10, 2000]]), log_mean, log_theta)
+    gradients = torch.autograd.grad(value.sum(), [log_mean, log_theta])
+    assert value.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
 def test_nb_gradients_equal_finite_differences():
     x = torch.tensor([[0.0, 3, 12]]).double()
     log_mean = torch.tensor([[[0.1, 1.0, 2.0]]]).double().requires_grad_()
@@ -215,6 +223,25 @@ def test_the_guide_has_the_two_correlations_its_switches_say(basal, effects):
     assert torch.equal(means, model.encode(x, z_pert + 1)[0]) == (not basal)
     names = dict(model.named_parameters())
     assert ("f_emb.last.weight" in names) == effects and ("effect_loc" in names) != effects
+
+
+def test_the_likelihood_of_the_model_has_mean_library_times_softmax_of_the_decoder():
+    model, (x, _) = small_model(), small_batch()
+    z = torch.randn(2, 10, 3)
+    rho = torch.softmax(model.decoder(z), dim=-1)
+    mean = x.sum(-1, keepdim=True) * rho
+    trusted = torch.distributions.NegativeBinomial(
+        model.log_theta.exp(), logits=mean.log() - model.log_theta)
+    torch.testing.assert_close(model.log_likelihood(x, z), trusted.log_prob(x).sum(-1))
+
+
+def test_the_encoder_sees_log1p_counts_standardised_by_the_training_cells():
+    mean, std = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.1, 1.0, 3.0])
+    torch.manual_seed(0)
+    model = SAMSVAE(torch.ones(2), mean, std, 4, 8, correlated_basal=False)
+    x = torch.tensor([[0.0, 3, 20]])
+    loc, log_var = model.encoder(((1 + x).log() - mean) / std).chunk(2, -1)
+    torch.testing.assert_close(model.encode(x, None), (loc, log_var.exp() + 1e-4))
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE])
@@ -940,15 +967,16 @@ def test_counts_beyond_the_signed_range_of_their_type_reach_the_device_unchanged
 
 
 def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resume():
-    shuffle = data.Shuffle(10, 4, seed=1)
+    cells = np.arange(20, 30)
+    shuffle = data.Shuffle(cells, 4, seed=1)
     first = [next(shuffle) for _ in range(3)]
-    again = data.Shuffle(10, 4, seed=1, epoch=shuffle.epoch, position=shuffle.position)
+    again = data.Shuffle(cells, 4, seed=1, epoch=shuffle.epoch, position=shuffle.position)
     rest = [next(shuffle) for _ in range(2)]
-    assert np.array_equal(rest, [next(again) for _ in range(2)])
-    visits = np.concatenate(first + rest)
-    assert sorted(visits[:10]) == sorted(visits[10:]) == list(range(10))
-    assert visits[:10].tolist() != visits[10:].tolist()
-    assert len(next(data.Shuffle(3, 8, seed=0))) == 8
+    assert torch.equal(torch.cat(rest), torch.cat([next(again) for _ in range(2)]))
+    visits = torch.cat(first + rest).tolist()
+    assert sorted(visits[:10]) == sorted(visits[10:]) == cells.tolist()
+    assert visits[:10] != visits[10:]
+    assert len(next(data.Shuffle(cells[:3], 8, seed=0))) == 8
 
 
 def test_training_statistics_are_those_of_log1p_over_the_training_cells(tmp_path):
@@ -1042,8 +1070,6 @@ TINY = ["--simulated-perturbations", "12", "--simulated-cells", "20", "--n-hidde
 def folder(tmp_path, monkeypatch):
     """An empty working folder with a tiny simulated screen in screen.h5ad."""
     monkeypatch.chdir(tmp_path)
-    for number in (signal.SIGINT, signal.SIGTERM):  # training replaces them
-        monkeypatch.setattr(signal, "signal", lambda n, handler: None)
     data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40)
     return tmp_path
 
@@ -1054,19 +1080,33 @@ def train_on_screen(name, *options):
 
 
 @pytest.mark.parametrize("options", [[], ["--model", "cpa-vae", "--no-correlated-effects"]])
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options):
-    train_on_screen("whole", "--steps", "13", *options)
-    train_on_screen("parts", "--steps", "6", *options)
-    train.main(["--resume", "runs/parts", "--steps", "13"])
-    whole, parts = (train.load_checkpoint(f"runs/{name}", "last.pt") for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 13 and whole["best"] == parts["best"]
-    assert whole["shuffle"] == parts["shuffle"]
-    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
-    moments = [[v for s in run["optimizer"]["state"].values() for v in s.values()]
-               for run in (whole, parts)]
-    assert all(torch.equal(a, b) for a, b in zip(*moments))
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options, monkeypatch):
+    train_on_screen("whole", "--steps", "18", *options)
+    plain, calls = train.elbo, []
+
+    def interrupting(*arguments):  # Ctrl-C after the first validation, between two others
+        calls.append(1)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "elbo", interrupting)
+    with pytest.raises(SystemExit) as stopped:
+        train_on_screen("parts", "--steps", "18", *options)
+    assert stopped.value.code == 130
+    interrupted = train.load_checkpoint("runs/parts", "last.pt")["step"]
+    assert 5 < interrupted < 18 and interrupted % 5
+    train.main(["--resume", "runs/parts"])
+    for name in ("last.pt", "best.pt"):
+        whole, parts = (train.load_checkpoint(f"runs/{run}", name) for run in ("whole", "parts"))
+        for key in ("step", "best", "shuffle"):
+            assert whole[key] == parts[key]
+        assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+        moments = [[v for s in run["optimizer"]["state"].values() for v in s.values()]
+                   for run in (whole, parts)]
+        assert all(torch.equal(a, b) for a, b in zip(*moments))
     steps = [json.loads(line)["step"] for line in open("runs/parts/log.jsonl")]
-    assert steps == sorted(set(steps)) and steps[-1] == 13
+    assert steps == sorted(set(steps)) and steps[-1] == 18
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -1086,9 +1126,74 @@ def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
     assert lines[-1]["validation_loss"] == pytest.approx(run["best"], abs=1e-3)
 
 
+def test_best_is_the_checkpoint_of_the_lowest_validation_loss(folder, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: next(losses))
+    train_on_screen("run", "--steps", "15")
+    best, last = (train.load_checkpoint("runs/run", name) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["best"], last["step"], last["best"]) == (10, 1.0, 15, 1.0)
+
+
+def test_options_reach_the_model_and_the_optimizer(folder):
+    train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
+                    "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4")
+    run = train.load_checkpoint("runs/run", "last.pt")
+    model = train.build_model(run["config"], run["training"])
+    assert (model.alpha, model.beta) == (0.3, 2.5)
+    assert len(model.encoder.residual) == len(model.decoder.residual) == 2
+    assert len(model.f_emb.residual) == 3
+    group = run["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (0.125, 0.5)
+    # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
+    for clip, moves in (("0", True), ("1e-12", False)):
+        train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0")
+        weights = train.load_checkpoint(f"runs/clip{clip}", "last.pt")["model"]["log_theta"]
+        assert (weights.abs().max() > 1e-5) == moves
+
+
+def test_another_file_or_the_same_cells_in_another_order_are_refused(folder):
+    train_on_screen("run", "--steps", "2")
+    with h5py.File("screen.h5ad") as file:
+        x, condition, split = (file[n][()] for n in ("X", "obs/condition", "obs/split"))
+    data.write_h5ad("other.h5ad", X=x[::-1], obs={
+        "cell": [f"cell{i}" for i in range(len(x))][::-1], "condition": condition[::-1].astype(str),
+        "split": split[::-1].astype(str)}, var={"gene": [f"G{g + 1:03d}" for g in range(40)]})
+    for run in (lambda: train.main(["--resume", "runs/run", "--data", "other.h5ad"]),
+                lambda: evaluate.main(["runs/run", "--data", "other.h5ad"])):
+        with pytest.raises(data.DataError, match="another order"):
+            run()
+
+
+@pytest.mark.parametrize("effects_from", ["all", "test"])
+def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
+        folder, effects_from, monkeypatch):
+    train_on_screen("run", "--steps", "2")
+    screen = data.read_screen("screen.h5ad", split_column="split")
+    chosen = np.ones(len(screen.rows), bool) if effects_from == "all" else screen.split == "test"
+    x = screen.counts.dense(screen.rows).astype(float)
+    y = {"counts": 1e4 * x / x.sum(1, keepdims=True)}
+    y["log_normalised"] = np.log2(1 + y["counts"])
+
+    def of_the_data(model, dosages, *arguments, **options):
+        effects = {scale: np.zeros((len(dosages), 40)) for scale in y}
+        for scale, values in y.items():
+            control = values[chosen & (screen.d == NONE).all(1)].mean(0)
+            for i, d in enumerate(dosages.numpy()):
+                has = chosen & (screen.d == d).all(1)
+                if has.any():
+                    effects[scale][i] = values[has].mean(0) - control
+        return {scale: torch.from_numpy(e) for scale, e in effects.items()}
+
+    monkeypatch.setattr(evaluate, "average_treatment_effects", of_the_data)
+    metrics = evaluate.evaluate("runs/run", 2, 2, effects_from=effects_from)
+    for scale, part in itertools.product(y, ("", "_pairs", "_held_out")):
+        assert metrics[f"ate_pearson_{scale}{part}"] == pytest.approx(1, abs=1e-6)
+        assert metrics[f"perturbed_mean_ate_pearson_{scale}{part}"] < 0.99
+
+
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
     with pytest.raises(SystemExit) as stopped:
-        train_on_screen("bad", "--steps", "50", "--lr", "1e30")
+        train_on_screen("bad", "--steps", "50", "--lr", "4e9")
     assert "the loss was not finite at step 2;" in stopped.value.code
     assert not os.path.exists("runs/bad/last.pt")
 

@@ -17,6 +17,9 @@ import signal
 import sys
 import time
 
+# Before torch is imported: its CPU threads shall sleep while they wait for each other. By default
+# they spin, and where another program uses one of two cores, a small step takes 20 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
@@ -65,8 +68,15 @@ SIMULATION_OPTIONS = [
 ]
 
 
+LEAST = dict.fromkeys(("steps", "batch_size", "particles", "n_latent", "n_hidden", "n_layers",
+                       "effect_hidden", "effect_layers", "log_every", "validate_every",
+                       "simulated_cells"), 1) | dict.fromkeys(
+    ("seed", "split_seed", "weight_decay", "clip", "simulated_effect"), 0) | {
+    "simulated_perturbations": 2, "lr": 1e-30, "beta": 1e-30}
+
+
 def parse_arguments(arguments=None):
-    """(resume folder or None, name or None, device, configuration, options given explicitly)."""
+    """(arguments, configuration, the part of the configuration that was given explicitly)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FILE.h5ad", help="counts (default: simulate a screen)")
@@ -79,8 +89,9 @@ def parse_arguments(arguments=None):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
             "type": type(default)}
         choices = {"choices": sorted(MODELS)} if flag == "--model" else {}
-        group.add_argument(flag, default=argparse.SUPPRESS, help=f"{text}; {default}", **kind,
-                           **choices)
+        simulated = SIMULATED.get(flag[2:].replace("-", "_"))
+        text += f"; {default}" + (f", without --data {simulated}" if simulated else "")
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind, **choices)
     args = parser.parse_args(arguments)
 
     def name_of(flag):
@@ -95,12 +106,16 @@ def parse_arguments(arguments=None):
     if args.data is None:
         config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS} | SIMULATED
     config |= given
-    for option in ("steps", "batch_size", "particles", "n_latent", "n_hidden", "n_layers",
-                   "effect_hidden", "effect_layers", "log_every", "validate_every"):
-        if config[option] < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1, not {config[option]}")
+    for option, least in LEAST.items():
+        value = config.get(option, least)
+        if not least <= value < 2**32:
+            parser.error(f"--{option.replace('_', '-')} must be at least {least:g}, not {value}")
     if not 0 < config["alpha"] < 1:
         parser.error(f"--alpha must lie between 0 and 1, not {config['alpha']}")
+    if args.data and not args.resume and any(option.startswith("simulated") for option in given):
+        parser.error("--simulated-... options describe the screen that is simulated without --data")
+    if args.name is not None and (not args.name or args.name != os.path.basename(args.name)):
+        parser.error(f"--name must be a plain name, not {args.name!r}")
     return args, config, given
 
 
@@ -111,6 +126,8 @@ def default_device(name=None):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
     return device
 
 
@@ -144,13 +161,16 @@ def load_checkpoint(folder, name):
     """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code."""
     path = os.path.join(folder, name)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {folder} is no run, or its first "
                         "validation was not reached") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
-        raise DataError(f"{path}: cannot be read as a checkpoint: "
-                        f"{str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(checkpoint, dict) or "fingerprint" not in checkpoint:
+        raise DataError(f"{path}: is no checkpoint of train.py")
+    return checkpoint
 
 
 def read_config_screen(config, checkpoint=None):
@@ -158,13 +178,20 @@ def read_config_screen(config, checkpoint=None):
     screen = data.read_screen(config["data"], **{
         k: config[k] for k in ("perturbation_column", "control", "combination_separator",
                                "one_hot_prefix", "layer", "split_column")})
-    if checkpoint is not None and (
-            checkpoint["gene_names"] != list(screen.gene_names)
-            or checkpoint["perturbations"] != screen.perturbations
-            or checkpoint["n_kept_cells"] != len(screen.rows)):
-        raise DataError(f"{config['data']}: other genes, perturbations or cells than the run was "
-                        "trained on; give it the same file")
+    if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
+        raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
+                        "the run was trained on; it needs the same file, and --data says where")
     return screen
+
+
+def drop_later_lines(path, step):
+    """Drop the lines of a log that a run resumed at this step will write again."""
+    lines = []
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("}\n")]
+    with data.replacing(path) as temporary, open(temporary, "w") as file:
+        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
 
 
 @torch.no_grad()
@@ -179,7 +206,7 @@ def validation_loss(model, batches, cells, n_particles):
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         for x, d in batches.in_order(cells):
-            total = total - elbo(model, x, d, n_particles)[0] * len(x)
+            total = total - elbo(model, x, d, n_particles)[0].double() * len(x)
     return float(total) / len(cells)
 
 
@@ -193,17 +220,22 @@ def main(arguments=None):
         folder = args.resume.rstrip("/")
         checkpoint = load_checkpoint(folder, "last.pt")
         config = checkpoint["config"]
-        changed = sorted(k for k in given if k != "steps" and given[k] != config[k])
-        if changed or args.name or args.data:
-            raise DataError(f"--resume takes its options from {folder}; only --steps and --device "
-                            "can be changed")
+        changed = [k for k in given if k != "steps" and given[k] != config.get(k)]
+        if changed or args.name:
+            raise DataError(f"--resume takes its options from {folder}; only --steps, --device and "
+                            "--data (a file that has moved) can be given")
         config["steps"] = given.get("steps", config["steps"])
+        config["data"] = os.path.abspath(args.data) if args.data else config["data"]
+        if config["steps"] < checkpoint["step"]:
+            raise DataError(f"{folder} is at step {checkpoint['step']:,} already: --steps must be "
+                            "larger")
         screen = read_config_screen(config, checkpoint)
         split = {name: cells.numpy() for name, cells in checkpoint["split"].items()}
     else:
         checkpoint = None
         if config["data"] is not None:  # before the folder is made: a wrong file leaves nothing
             screen = read_config_screen(config)
+            split = data.split_cells(screen, config["split_seed"])
         folder = new_folder(args.name, config)
         if config["data"] is None:
             config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
@@ -211,7 +243,7 @@ def main(arguments=None):
             data.simulate(config["data"], config["seed"], config["simulated_perturbations"],
                           config["simulated_cells"], config["simulated_effect"])
             screen = read_config_screen(config)
-        split = data.split_cells(screen, config["split_seed"])
+            split = data.split_cells(screen)
     with data.replacing(os.path.join(folder, "config.json")) as path, open(path, "w") as file:
         json.dump(config, file, indent=2)
     print(f"{screen.path}", *screen.notes, sep="\n  ")
@@ -231,21 +263,18 @@ def main(arguments=None):
     model = build_model(config, training).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"],
                                  weight_decay=config["weight_decay"], fused=True)
-    shuffle = data.Shuffle(len(split["train"]), config["batch_size"], config["seed"])
+    progress = {} if checkpoint is None else checkpoint["shuffle"]
+    shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device, **progress)
     step, best = 0, math.inf
     log_path = os.path.join(folder, "log.jsonl")
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        shuffle = data.Shuffle(shuffle.n, shuffle.size, shuffle.seed, **checkpoint["shuffle"])
         step, best = checkpoint["step"], checkpoint["best"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
-        with open(log_path) as file:  # lines written after the checkpoint will be written again
-            lines = [line for line in file if json.loads(line)["step"] <= step]
-        with data.replacing(log_path) as path, open(path, "w") as file:
-            file.writelines(lines)
+        drop_later_lines(log_path, step)
     log = open(log_path, "a", buffering=1)
 
     def save(name):
@@ -259,12 +288,17 @@ def main(arguments=None):
                 "shuffle": {"epoch": shuffle.epoch, "position": shuffle.position},
                 "training": training, "split": {k: torch.from_numpy(v) for k, v in split.items()},
                 "gene_names": list(screen.gene_names), "perturbations": screen.perturbations,
-                "n_kept_cells": len(screen.rows)}, path)
+                "fingerprint": screen.fingerprint()}, path)
 
-    # Ctrl-C and a polite kill end the loop after the step that is running, and leave last.pt.
-    stop = []
+    # Ctrl-C and a polite kill end the loop after the step that is running, a second one at once.
+    stop, handlers = [], {}
+
+    def stop_soon(number, frame):
+        stop.append(number)
+        signal.signal(number, handlers[number])
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: stop.append(n))
+        handlers[number] = signal.signal(number, stop_soon)
 
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
@@ -272,9 +306,15 @@ def main(arguments=None):
     terminal = sys.stdout.isatty()
     totals, n_since, since, first_step, started = {}, 0, time.time(), step, time.time()
     first_bad = torch.full((), math.inf, device=device)
+
+    def check_finite():  # before anything is saved
+        if math.isfinite(first_bad.item()):
+            sys.exit(f"error: the loss was not finite at step {int(first_bad)}: start a new run "
+                     "with a lower --lr, or with --clip 100")
+
     while step < config["steps"] and not stop:
         # One step: a batch, an estimate of the ELBO, its gradient, Adam.
-        x, d = batches(torch.from_numpy(next(shuffle)).to(device))
+        x, d = batches(next(shuffle))
         value, terms = elbo(model, x, d, config["particles"])
         optimizer.zero_grad(set_to_none=True)
         (-value).backward()
@@ -288,15 +328,12 @@ def main(arguments=None):
         totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
         first_bad = torch.where(torch.isfinite(value.detach()), first_bad,
                                 first_bad.clamp(max=step))
-        last = step == config["steps"] or bool(stop)
-        validate = step % config["validate_every"] == 0 or last
+        validate = step % config["validate_every"] == 0 or step == config["steps"]
         if step % config["log_every"] and not validate:
             continue
 
-        # Every now and then: look at the numbers. A run that has gone wrong is not saved.
-        if math.isfinite(first_bad.item()):
-            sys.exit(f"error: the loss was not finite at step {int(first_bad)}; {folder}/last.pt "
-                     "holds the last validation before it; a lower --lr or --clip 100 may help")
+        # Every now and then: look at the numbers.
+        check_finite()
         seconds = time.time() - since
         line = {"step": step, "epoch": shuffle.epoch}
         line |= {name: round(float(total) / n_since, 4) for name, total in totals.items()}
@@ -307,8 +344,8 @@ def main(arguments=None):
             loss = validation_loss(model, batches, split["validation"], config["particles"])
             line["validation_loss"] = round(loss, 4)
             if not math.isfinite(loss):
-                sys.exit(f"error: the validation loss was not finite at step {step}; a lower --lr "
-                         "or --clip 100 may help")
+                sys.exit(f"error: the validation loss was not finite at step {step}: start a new "
+                         "run with a lower --lr, or with --clip 100")
             if loss < best:
                 best = loss
                 save("best.pt")
@@ -323,16 +360,20 @@ def main(arguments=None):
                   f"{left // 60:.0f}:{left % 60:02.0f} left  validation {best:.2f} ", end="",
                   flush=True)
     log.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if terminal:
         print()
     if stop:
+        check_finite()
+        save("last.pt")
         print(f"stopped at step {step:,}; to go on: python train.py --resume {folder}")
         sys.exit(128 + stop[0])
     print(f"{step:,} steps in {time.time() - started:.0f} s; lowest validation loss {best:.2f}")
     if config.get("simulated"):
         import evaluate  # it imports this module
 
-        evaluate.main([folder])
+        evaluate.main([folder, "--device", str(device)])
     else:
         print(f"next: python evaluate.py {folder}")
 

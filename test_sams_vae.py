@@ -1194,7 +1194,7 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
     with pytest.raises(SystemExit) as stopped:
         train_on_screen("bad", "--steps", "50", "--lr", "4e9")
-    assert "the loss was not finite at step 2;" in stopped.value.code
+    assert "the loss was not finite at step 2:" in stopped.value.code
     assert not os.path.exists("runs/bad/last.pt")
 
 

@@ -59,7 +59,7 @@ OPTIONS = [
 
 # What changes where there is no --data. A small screen needs a small model, and minutes allow few
 # steps: hence the higher learning rate. Everything here can be overridden by its flag, too.
-SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=6000,
+SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
                  batch_size=256, lr=1e-2, split_column="split")
 SIMULATION_OPTIONS = [
     ("--simulated-perturbations", 500, "perturbations of the simulated screen"),

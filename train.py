@@ -67,12 +67,11 @@ SIMULATION_OPTIONS = [
     ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
 ]
 
-
-LEAST = dict.fromkeys(("steps", "batch_size", "particles", "n_latent", "n_hidden", "n_layers",
-                       "effect_hidden", "effect_layers", "log_every", "validate_every",
-                       "simulated_cells"), 1) | dict.fromkeys(
-    ("seed", "split_seed", "weight_decay", "clip", "simulated_effect"), 0) | {
-    "simulated_perturbations": 2, "lr": 1e-30, "beta": 1e-30}
+POSITIVE = 1e-30
+LEAST = [  # the least values that make sense
+    (0, "seed split_seed weight_decay clip simulated_effect"), (POSITIVE, "lr beta"),
+    (1, "n_latent n_hidden n_layers effect_hidden effect_layers steps batch_size particles "
+        "log_every validate_every simulated_cells"), (2, "simulated_perturbations")]
 
 
 def parse_arguments(arguments=None):
@@ -90,7 +89,7 @@ def parse_arguments(arguments=None):
             "type": type(default)}
         choices = {"choices": sorted(MODELS)} if flag == "--model" else {}
         simulated = SIMULATED.get(flag[2:].replace("-", "_"))
-        text += f"; {default}" + (f", without --data {simulated}" if simulated else "")
+        text += f" [{default}" + (f"; without --data {simulated}]" if simulated else "]")
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind, **choices)
     args = parser.parse_args(arguments)
 
@@ -106,10 +105,11 @@ def parse_arguments(arguments=None):
     if args.data is None:
         config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS} | SIMULATED
     config |= given
-    for option, least in LEAST.items():
+    for option, least in ((option, least) for least, names in LEAST for option in names.split()):
         value = config.get(option, least)
         if not least <= value < 2**32:
-            parser.error(f"--{option.replace('_', '-')} must be at least {least:g}, not {value}")
+            words = "positive" if least == POSITIVE else f"at least {least}"
+            parser.error(f"--{option.replace('_', '-')} must be {words}, not {value}")
     if not 0 < config["alpha"] < 1:
         parser.error(f"--alpha must lie between 0 and 1, not {config['alpha']}")
     if args.data and not args.resume and any(option.startswith("simulated") for option in given):

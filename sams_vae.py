@@ -383,7 +383,7 @@ def predictive_iwelbo(model, batches, n_particles=100, chunk=2**23):
 
 @torch.no_grad()
 def average_treatment_effects(model, dosages, n_particles=2500, n_samples=1, library=1e4, seed=0,
-                              chunk=2**23):
+                              chunk=2**22):
     """Model-based average treatment effect of each row of dosages against control (3.2).
 
     ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ],

@@ -1120,6 +1120,10 @@ def read_simulation(path):
 # ============================================================================================
 
 
+SCREEN_OPTIONS = ("perturbation_column", "control", "combination_separator", "one_hot_prefix",
+                  "layer", "split_column")  # the arguments of read_screen
+
+
 def add_screen_options(parser):
     """The options that say how a file is read, the same for data.py and train.py."""
     group = parser.add_argument_group("reading the file")
@@ -1136,13 +1140,6 @@ def add_screen_options(parser):
                                        "layers/counts, else raw/X)")
     group.add_argument("--split-column", metavar="COLUMN",
                        help="obs column with train, validation, test (default: random 64/16/20)")
-
-
-def screen_options(args):
-    """The values of these options, as arguments of read_screen."""
-    return {name: getattr(args, name) for name in (
-        "perturbation_column", "control", "combination_separator", "one_hot_prefix", "layer",
-        "split_column")}
 
 
 def run(main):
@@ -1162,7 +1159,7 @@ def main():
     parser.add_argument("file")
     add_screen_options(parser)
     args = parser.parse_args()
-    screen = read_screen(args.file, **screen_options(args))
+    screen = read_screen(args.file, **{name: getattr(args, name) for name in SCREEN_OPTIONS})
     print(f"{screen.path}")
     for note in screen.notes:
         print(f"  {note}")

@@ -98,9 +98,9 @@ def parse_arguments(arguments=None):
 
     own = {name_of(flag) for flag, _, _ in OPTIONS + SIMULATION_OPTIONS}
     given = {k: v for k, v in vars(args).items() if k in own}
-    given |= {k: v for k, v in data.screen_options(args).items() if v is not None}
+    given |= {k: getattr(args, k) for k in data.SCREEN_OPTIONS if getattr(args, k) is not None}
     config = {"data": args.data and os.path.abspath(args.data)}
-    config |= dict.fromkeys(data.screen_options(args))
+    config |= dict.fromkeys(data.SCREEN_OPTIONS)
     config |= {name_of(flag): default for flag, default, _ in OPTIONS}
     if args.data is None:
         config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS} | SIMULATED
@@ -175,9 +175,7 @@ def load_checkpoint(folder, name):
 
 def read_config_screen(config, checkpoint=None):
     """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
-    screen = data.read_screen(config["data"], **{
-        k: config[k] for k in ("perturbation_column", "control", "combination_separator",
-                               "one_hot_prefix", "layer", "split_column")})
+    screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS})
     if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
         raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
                         "the run was trained on; it needs the same file, and --data says where")
@@ -276,6 +274,7 @@ def main(arguments=None):
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
         drop_later_lines(log_path, step)
     log = open(log_path, "a", buffering=1)
+    fingerprint = screen.fingerprint()
 
     def save(name):
         rng = {"cpu": torch.get_rng_state()}
@@ -288,7 +287,7 @@ def main(arguments=None):
                 "shuffle": {"epoch": shuffle.epoch, "position": shuffle.position},
                 "training": training, "split": {k: torch.from_numpy(v) for k, v in split.items()},
                 "gene_names": list(screen.gene_names), "perturbations": screen.perturbations,
-                "fingerprint": screen.fingerprint()}, path)
+                "fingerprint": fingerprint}, path)
 
     # Ctrl-C and a polite kill end the loop after the step that is running, a second one at once.
     stop, handlers = [], {}
@@ -323,7 +322,8 @@ def main(arguments=None):
         optimizer.step()
         step, n_since = step + 1, n_since + 1
 
-        # Nothing above or here waits for a GPU: sums, and the first non-finite step, stay on it.
+        # Nothing above or here waits for a GPU, but for the copy of the cells' order once per epoch:
+        # sums, and the number of the first non-finite step, stay on the device.
         terms["loss"] = -value.detach()
         totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
         first_bad = torch.where(torch.isfinite(value.detach()), first_bad,

@@ -322,7 +322,7 @@ def main(arguments=None):
         optimizer.step()
         step, n_since = step + 1, n_since + 1
 
-        # Nothing above or here waits for a GPU, but for the copy of the cells' order once per epoch:
+        # Nothing here waits for a GPU, but for the copy of the order of cells once per epoch:
         # sums, and the number of the first non-finite step, stay on the device.
         terms["loss"] = -value.detach()
         totals = {name: totals.get(name, 0) + term for name, term in terms.items()}

@@ -747,10 +747,12 @@ def _read_labels(data, column, control, separator):
     note += f" and {len(found) - 3} more" if len(found) > 3 else ""
     joined = [c for c in "+_|" if any(c in label for label in parsed)]
     if separator:
-        note += f"; combinations are split at {separator!r}"
+        occurs = any(separator in label for label in parsed)
+        note += f"; combinations are split at {separator!r}" + (
+            "" if occurs else ", which is in no label")
     elif joined:
         note += (f"; some contain {' and '.join(map(repr, joined))}, nothing was split "
-                 "(--combination-separator would)")
+                 "(--combination-separator would, if it joins combinations)")
     return column, [parsed[value] for value in values], note
 
 
@@ -810,9 +812,9 @@ def _find_family(data, control, separator):
                             "like perturbation labels but disagree on the control cells: choose "
                             f"with --perturbation-column; {_describe_obs(data)}")
     if not fits:
-        raise DataError(f"{data.path}: no obs column looks like perturbation labels with control "
-                        "cells: name it with --perturbation-column and --control; "
-                        + _describe_obs(data))
+        wanted = "control cells" if control is None else f"cells labelled {control!r}"
+        raise DataError(f"{data.path}: no obs column of a well-known name has {wanted}: name one "
+                        f"with --perturbation-column and --control; {_describe_obs(data)}")
     return fits[0]
 
 

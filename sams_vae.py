@@ -7,7 +7,7 @@ algorithm numbers in this file are those of the paper. The file needs torch alon
 The generative process (Algorithm 1 with the likelihood of section 2.2):
 
     for each perturbation t
-        e_t   ~ N(0, beta I)                      where it moves the latent state
+        e_t   ~ N(0, beta I), beta = 1            where it moves the latent state
         m_t   ~ Bern(alpha)                       which latent dimensions it touches
     for each cell i
         z_i^b ~ N(0, I)                           the basal state
@@ -30,6 +30,11 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
     rho_i    log_rho     (K, B, G)  log expected frequencies
     theta_d  log_theta   (G,)       log inverse dispersion, one per gene
     n_t      n_cells     (T,)       training cells that received perturbation t
+
+The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_emb `f_emb`; the
+free parameters of its mean-field guide are mask_logits, effect_loc and effect_log_var. Where a
+minibatch has fewer cells than there are perturbations, (m, e) is drawn for the perturbations of its
+cells only (see `elbo`): hence U draws in place of T.
 """
 
 import math
@@ -155,8 +160,9 @@ def sum_effects(mask, effect, d):
     mask, effect (K, U, L); d (B, P) holds positions 0..U-1 on their second axis, or NONE.
     Returns (K, B, L); zero for a row of NONE, a control cell.
     """
-    offset = F.pad(mask * effect, (0, 0, 0, 1))  # position -1 finds the added row: no effect
-    return offset[:, d].sum(dim=-2)
+    offset = F.pad(mask * effect, (0, 0, 1, 0))  # a row of zeros in front: where NONE + 1 points
+    # index_select, here and below: on a CPU the gradient of x[index] adds up in random order.
+    return offset.index_select(1, (d + 1).flatten()).unflatten(1, d.shape).sum(dim=-2)
 
 
 class SAMSVAE(nn.Module):
@@ -206,8 +212,9 @@ class SAMSVAE(nn.Module):
         """Create the guide's mask parameters: q(m_tl) = Bern(sigmoid(mask_logits_tl))."""
         self.mask_logits = nn.Parameter(torch.zeros(n_perturbations, n_latent))
 
-    def mask_probability(self, t=slice(None)):
-        """q(m_t = 1) of the perturbations t (U,), by default of all: (U, L)."""
+    def mask_probability(self):
+        """q(m_tl = 1), (T, L)."""
+        t = torch.arange(len(self.n_cells), device=self.n_cells.device)
         return torch.sigmoid(self._posterior_logits(t))
 
     def sample_mask(self, t, n_particles):
@@ -218,7 +225,7 @@ class SAMSVAE(nn.Module):
 
     def _posterior_logits(self, t):
         prior_logit = math.log(self.alpha) - math.log1p(-self.alpha)
-        return torch.where(self._seen(t), self.mask_logits[t], prior_logit)
+        return torch.where(self._seen(t), self.mask_logits.index_select(0, t), prior_logit)
 
     def _seen(self, t):
         return self.n_cells[t].unsqueeze(-1) > 0
@@ -239,7 +246,8 @@ class SAMSVAE(nn.Module):
         if self.correlated_effects:
             loc, var = loc_and_variance(self.f_emb(mask, t))  # (K, U, L)
         else:
-            loc, var = self.effect_loc[t], self.effect_log_var[t].exp()  # (U, L)
+            loc = self.effect_loc.index_select(0, t)  # (U, L)
+            var = self.effect_log_var.index_select(0, t).exp()
         seen = self._seen(t)
         loc, var = torch.where(seen, loc, 0.0), torch.where(seen, var, self.beta)
         effect = loc + var.sqrt() * torch.randn_like(mask)
@@ -277,14 +285,14 @@ class CPAVAE(SAMSVAE):
         """A fixed mask has no parameters."""
         self.mask_shape = (n_perturbations, n_latent)
 
-    def mask_probability(self, t=slice(None)):
-        """One everywhere, (U, L)."""
-        return torch.ones(self.mask_shape, device=self.n_cells.device)[t]
+    def mask_probability(self):
+        """One everywhere, (T, L)."""
+        return torch.ones(self.mask_shape, device=self.n_cells.device)
 
     def sample_mask(self, t, n_particles):
         """Masks of one (K, U, L), and no KL (U,)."""
-        mask = self.mask_probability(t).expand(n_particles, -1, -1)
-        return mask, torch.zeros_like(mask[0, :, 0])
+        mask = torch.ones(n_particles, len(t), self.mask_shape[1], device=t.device)
+        return mask, torch.zeros(len(t), device=t.device)
 
 
 # ============================================================================================
@@ -326,7 +334,8 @@ def elbo(model, x, d, n_particles=5):
     share = (n_t > 0) / n_t.clamp(min=1)  # (U,)
 
     def paid(kl):  # (..., U) -> (..., B): what each cell pays of its perturbations' KL
-        return F.pad(share * kl, (0, 1))[..., place].sum(-1)
+        in_front = F.pad(share * kl, (1, 0))  # as in sum_effects
+        return in_front.index_select(-1, (place + 1).flatten()).unflatten(-1, place.shape).sum(-1)
 
     terms = {
         "log_likelihood": model.log_likelihood(x, z).mean(),

@@ -163,8 +163,11 @@ def load_checkpoint(folder, name):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {folder} is no run, or its first "
-                        "validation was not reached") from None
+        if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
+            raise DataError(f"{folder} was stopped before its first validation: go on with "
+                            f"python train.py --resume {folder}") from None
+        raise DataError(f"{path}: no such file; a run is a folder like runs/NAME, and without "
+                        "last.pt it cannot be resumed: delete it and start again") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as a checkpoint: {reason}") from None
@@ -303,6 +306,8 @@ def main(arguments=None):
     print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
           f"training cells, steps {step:,} to {config['steps']:,} on {device}")
     terminal = sys.stdout.isatty()
+    if checkpoint is None:
+        save("last.pt")
     totals, n_since, since, first_step, started = {}, 0, time.time(), step, time.time()
     first_bad = torch.full((), math.inf, device=device)
 
@@ -354,10 +359,11 @@ def main(arguments=None):
         since = time.time()
         if terminal:
             left = (config["steps"] - step) * (time.time() - started) / (step - first_step)
-            print(f"\rstep {step:,}  loss {line['loss']:.2f} = -{line['log_likelihood']:.2f} "
-                  f"+ {line['kl_basal']:.2f} + {line['kl_mask']:.3f} + {line['kl_effect']:.3f}  "
-                  f"mask {line['mask_probability']:.4f}  {line['cells_per_second']:,} cells/s  "
-                  f"{left // 60:.0f}:{left % 60:02.0f} left  validation {best:.2f} ", end="",
+            print(f"\rstep {step:,}  loss {line['loss']:.2f} = data {-line['log_likelihood']:.2f} "
+                  f"+ basal {line['kl_basal']:.2f} + mask {line['kl_mask']:.3f} + effect "
+                  f"{line['kl_effect']:.3f}  mask probability {line['mask_probability']:.4f}  "
+                  f"{line['cells_per_second']:,} cells/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                  + (f"  best validation {best:.2f} " if best < math.inf else " "), end="",
                   flush=True)
     log.close()
     for number, handler in handlers.items():

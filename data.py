@@ -426,6 +426,7 @@ def _read_sparse(name, file, shape, by_row, cell_and_gene):
                         f"{n_entries}, and indptr ends at {indptr[-1]}")
 
     def checked_indices(start, end):
+        """A block of indices; raises DataError if one of them lies outside."""
         minor = indices[start:end]
         wrong = np.flatnonzero((minor < 0) | (minor >= n_minor))
         if len(wrong):
@@ -580,6 +581,7 @@ def _read_matrix(file, name, var, cell_names):
     node = _member(file, name)
 
     def cell_and_gene(row, column):
+        """The names of a place in the matrix, for an error message."""
         return f"cell {cell_names[row]!r}, gene {gene_names[column]!r}"
 
     if isinstance(node, h5py.Dataset):
@@ -759,6 +761,7 @@ def _read_labels(data, column, control, separator):
 def _parse(path, label, controls, separator):
     """A label -> the set of its perturbations: None if missing, empty if it is a control."""
     def is_control(part):
+        """Whether it is the name of a control; * in a name stands for any characters."""
         return any(re.fullmatch(".*".join(map(re.escape, c.split("*"))), part) for c in controls)
 
     if label == "":
@@ -992,7 +995,8 @@ def write_h5ad(path, X, obs, var, layers=None, uns=None):
     obs, var             dicts of columns, numbers or text; the first one is the index
     uns                  dict of arrays, numbers, text, lists of text, and such dicts
     """
-    def write(group, name, value, encoding=None):
+    def write(group, name, value):
+        """One element of the file with the attributes that anndata asks for."""
         if isinstance(value, dict):
             node = group.create_group(name)
             node.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
@@ -1010,6 +1014,7 @@ def write_h5ad(path, X, obs, var, layers=None, uns=None):
         node.attrs.update({"encoding-type": kind, "encoding-version": "0.2.0"})
 
     def write_table(file, name, columns):
+        """obs or var."""
         index, *others = columns
         write(file, name, columns)
         file[name].attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",

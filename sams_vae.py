@@ -333,7 +333,8 @@ def elbo(model, x, d, n_particles=5):
     n_t = model.n_cells[t]
     share = (n_t > 0) / n_t.clamp(min=1)  # (U,)
 
-    def paid(kl):  # (..., U) -> (..., B): what each cell pays of its perturbations' KL
+    def paid(kl):
+        """(..., U) -> (..., B): what each cell pays of its perturbations' KL."""
         in_front = F.pad(share * kl, (1, 0))  # as in sum_effects
         return in_front.index_select(-1, (place + 1).flatten()).unflatten(-1, place.shape).sum(-1)
 

@@ -94,6 +94,7 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
 
     def name_of(flag):
+        """--like-this -> like_this."""
         return flag[2:].replace("-", "_")
 
     own = {name_of(flag) for flag, _, _ in OPTIONS + SIMULATION_OPTIONS}
@@ -280,6 +281,7 @@ def main(arguments=None):
     fingerprint = screen.fingerprint()
 
     def save(name):
+        """Write best.pt or last.pt: everything that is needed to go on."""
         rng = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
@@ -296,6 +298,7 @@ def main(arguments=None):
     stop, handlers = [], {}
 
     def stop_soon(number, frame):
+        """Remember the signal, and let the next one do what it always did."""
         stop.append(number)
         signal.signal(number, handlers[number])
 
@@ -311,7 +314,8 @@ def main(arguments=None):
     totals, n_since, since, first_step, started = {}, 0, time.time(), step, time.time()
     first_bad = torch.full((), math.inf, device=device)
 
-    def check_finite():  # before anything is saved
+    def check_finite():
+        """Stop before anything is saved if a loss was not finite."""
         if math.isfinite(first_bad.item()):
             sys.exit(f"error: the loss was not finite at step {int(first_bad)}: start a new run "
                      "with a lower --lr, or with --clip 100")

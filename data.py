@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import re
@@ -325,6 +326,18 @@ class Counts:
         total = np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])
         return total[self.indptr[1:]] - total[self.indptr[:-1]]
 
+    def of_genes(self, keep):
+        """The Counts of the genes where keep (G,) is true, in their order."""
+        shape = (self.shape[0], int(keep.sum()))
+        if self.indptr is None:
+            return Counts(shape, self.values[:, keep])
+        kept = keep[self.columns]
+        before = np.concatenate([[0], np.cumsum(kept)])
+        new_column = np.cumsum(keep) - 1
+        return Counts(shape, self.values[kept],
+                      new_column[self.columns[kept]].astype(self.columns.dtype),
+                      before[self.indptr])
+
 
 def _entries_of(start, end):
     """Row r holds entries start[r]..end[r]: row number and position of all entries, in order."""
@@ -498,7 +511,7 @@ def _sum_duplicates(counts):
 
 
 class H5ad:
-    """An .h5ad file whose counts are in memory; columns of obs are read when asked for.
+    """An .h5ad file whose counts are in memory; columns of obs and var are read when asked for.
 
     path, found      the file, and in words where its counts were found and in which form
     shape            (cells, genes)
@@ -506,23 +519,31 @@ class H5ad:
     gene_names, cell_names    arrays of str
     """
 
-    def __init__(self, path, found, counts, gene_names, cell_names, obs_columns):
+    def __init__(self, path, found, counts, gene_names, cell_names, obs_columns, var):
         self.path, self.found, self.counts = path, found, counts
         self.gene_names, self.cell_names = gene_names, cell_names
-        self.shape, self.obs_columns = counts.shape, obs_columns
+        self.shape, self.obs_columns, self._var = counts.shape, obs_columns, var
 
     def obs(self, column):
         """The obs column as a numpy array (cells,); a missing label is None.
 
         Raises DataError where there is no such column or it is damaged.
         """
+        return self._read("obs", column, self.shape[0], "cells")
+
+    def var(self, column):
+        """The same of var, (genes,)."""
+        return self._read(self._var, column, self.shape[1], "genes")
+
+    def _read(self, table, column, n, what):
         with _h5_file(self.path) as file:
-            if column not in self.obs_columns:
-                raise DataError(f"obs has no column {column!r}; its columns are: "
-                                + (", ".join(self.obs_columns) or "none"))
-            values = _column(file, "obs", column)
-            if len(values) != self.shape[0]:
-                raise DataError(f"obs/{column} has {len(values)} values for {self.shape[0]} cells")
+            columns = _column_names(file, table)
+            if column not in columns:
+                raise DataError(f"{table} has no column {column!r}; its columns are: "
+                                + (", ".join(columns) or "none"))
+            values = _column(file, table, column)
+            if len(values) != n:
+                raise DataError(f"{table}/{column} has {len(values)} values for {n} {what}")
             return values
 
 
@@ -561,7 +582,7 @@ def read_h5ad(path, layer=None):
                 print(f"{path}: {n_rounded:,} values of {name} within 1e-6 of an integer were "
                       "rounded to it")
             return H5ad(os.fspath(path), f"{name}, {form}", counts, gene_names, cell_names,
-                        _column_names(file, "obs"))
+                        _column_names(file, "obs"), var)
 
         # None of them holds counts: say what is wrong with the first, and what could be asked for.
         others = [n for n in choices if n not in asked]
@@ -636,6 +657,7 @@ class Screen:
     conditions      (N,) str: names of the cell's perturbations joined by "+", or "control"
     split           (N,) str or None: what a column of the file says of each cell's split
     notes           lines that say what was chosen and what was dropped
+    file            the H5ad it was read from
     """
 
     path: str
@@ -648,6 +670,11 @@ class Screen:
     conditions: np.ndarray
     split: np.ndarray | None
     notes: list
+    file: H5ad
+
+    def obs(self, column):
+        """The obs column of the kept cells, (N,). Raises DataError where there is none."""
+        return self.file.obs(column)[self.rows]
 
     def fingerprint(self):
         """A hash of all names, dosages and library sizes in order: the same for the same screen."""
@@ -658,7 +685,7 @@ class Screen:
 
 
 def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
-                one_hot_prefix=None, layer=None, split_column=None):
+                one_hot_prefix=None, layer=None, split_column=None, gene_column=None, subset=None):
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
@@ -669,6 +696,9 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     one_hot_prefix         instead of a column of labels, 0/1 columns with this prefix
     layer                  as in read_h5ad
     split_column           obs column that says train, validation or test
+    gene_column            var column that is true for the genes to keep; by default all are kept
+    subset                 list of "COLUMN=VALUE", the cells to keep by their obs columns: of
+                           several values of one column, any; of several columns, all
 
     Raises DataError where the file, or the choice of column and control, is wrong.
     """
@@ -677,6 +707,14 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
         raise DataError("--one-hot-prefix needs no --perturbation-column, no --control and no "
                         "--combination-separator: leave them out")
     data = read_h5ad(path, layer)
+    n_genes = data.shape[1]
+    if gene_column:
+        keep = np.array([str(v).lower() in ("true", "1", "1.0") for v in data.var(gene_column)])
+        if not keep.any():
+            raise DataError(f"{path}: var column {gene_column!r} is true for no gene; leave "
+                            "--gene-column out to keep all")
+        data.counts, data.gene_names = data.counts.of_genes(keep), data.gene_names[keep]
+    chosen = _read_subset(data, subset or [])
     if perturbation_column is not None:
         labels = _read_labels(data, perturbation_column, control, combination_separator)
     elif one_hot_prefix is not None:
@@ -687,11 +725,14 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     split = None if split_column is None else _read_split(data, split_column)
 
     library, missing = data.counts.library(), np.array([names is None for names in sets])
-    keep = (library > 0) & ~missing
-    notes = [f"{data.found}: {data.shape[0]:,} cells x {data.shape[1]:,} genes, "
+    keep = (library > 0) & ~missing & chosen
+    notes = [f"{data.found}: {data.shape[0]:,} cells x {n_genes:,} genes, "
              f"{int(library.sum()):,} counts", note]
-    for n, why in ((int((library == 0).sum()), "without any count"),
-                   (int(missing.sum()), f"without a label in {column}")):
+    notes += [f"{data.counts.shape[1]:,} genes kept, true in var column {gene_column!r}"
+              ] if gene_column else []
+    for n, why in ((int((~chosen).sum()), f"outside of {' '.join(subset or [])}"),
+                   (int(((library == 0) & chosen).sum()), "without any count"),
+                   (int((missing & chosen).sum()), f"without a label in {column}")):
         notes += [f"dropped {n:,} cells {why}"] if n else []
 
     if split is not None:
@@ -724,7 +765,40 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
     notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
     return Screen(os.fspath(path), data.counts, rows, data.gene_names, data.cell_names[rows], d,
-                  perturbations, conditions, None if split is None else split[1][rows], notes)
+                  perturbations, conditions, None if split is None else split[1][rows], notes,
+                  data)
+
+
+def _read_subset(data, subset):
+    """Which cells are kept, (cells,) bool."""
+    wanted = {}
+    for text in subset:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise DataError(f"--subset needs COLUMN=VALUE, not {text!r}")
+        wanted.setdefault(column, []).append(value)
+    chosen = np.ones(data.shape[0], bool)
+    for column, values in wanted.items():
+        found = data.obs(column).astype(str)
+        for value in values:
+            if value not in found:
+                raise DataError(f"{data.path}: no cell has {value!r} in obs column {column!r}; its "
+                                f"values are {_commonest(found, 12)}")
+        chosen &= np.isin(found, values)
+    if not chosen.any():
+        raise DataError(f"{data.path}: no cell is in the subset {' '.join(subset)}")
+    return chosen
+
+
+def one_label_per_cell(screen):
+    """The same screen with every combination as a perturbation of its own: d (N, 1), as for SVAE+.
+
+    Its perturbations are the names of the conditions other than "control", sorted.
+    """
+    names = sorted(set(screen.conditions) - {"control"})
+    index = {name: t for t, name in enumerate(names)} | {"control": NONE}
+    d = np.array([[index[name]] for name in screen.conditions])
+    return dataclasses.replace(screen, d=d, perturbations=names)
 
 
 def _read_labels(data, column, control, separator):
@@ -869,19 +943,58 @@ def train_test_split(n, train_size, seed):
     return shuffled[n - n_train:], shuffled[:n - n_train]
 
 
-def split_cells(screen, seed=0):
+SPLITS = ("random", "norman-ood", "norman-data-efficiency")
+
+
+def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     """{"train", "validation", "test"}: positions among the screen's kept cells.
 
-    The file's own split where the screen has one; else the paper's for Replogle: 80/20 into train
-    and validation / test, then 80/20 into train / validation, together 64/16/20.
+    The file's own split where the screen has one; else one of the paper's, SPLITS:
+
+    random   of all cells 80 / 20 into rest / test, of the rest 80 / 20 into train / validation.
+             Replogle (4.1).
+    norman-ood   tests on combinations that were not trained on (4.2). Combinations are put into
+             random order: the first train_combinations (a fraction) of them are for training and
+             validation, the last quarter for testing. Their cells are split as in `random` first,
+             so that training cells accumulate while the fraction grows, test cells stay the same,
+             and at a fraction of 1 the test combinations are trained on, in other cells.
+    norman-data-efficiency   tests on cells of all combinations, split as in `random`, and trains on
+             the first train_combinations (a fraction) of their training cells.
+
+    In the Norman splits all other cells are split 80 / 20 into train / validation.
     """
+    n_perturbed = (screen.d != NONE).sum(1)
+
+    def of_80_20(cells):
+        """Split cells in two."""
+        first, second = train_test_split(len(cells), 0.8, seed)
+        return cells[first], cells[second]
+
     if screen.split is not None:
         parts = {name: np.flatnonzero(screen.split == name)
                  for name in ("train", "validation", "test")}
     else:
-        rest, test = train_test_split(len(screen.rows), 0.8, seed)
-        train, validation = train_test_split(len(rest), 0.8, seed)
-        parts = {"train": rest[train], "validation": rest[validation], "test": test}
+        rest, test = of_80_20(np.flatnonzero(n_perturbed > 1) if split != "random"
+                              else np.arange(len(screen.rows)))
+        train, validation = of_80_20(rest)
+        if split == "norman-ood":
+            # The order starts from sorted labels: to get the paper's, those of the paper's file.
+            has_labels = "guide_identity" in screen.file.obs_columns
+            labels = screen.obs("guide_identity") if has_labels else screen.conditions
+            labels = labels.astype(str)
+            order = np.unique(labels[n_perturbed > 1])
+            np.random.default_rng(seed).shuffle(order)
+            n_train, n_test = int(train_combinations * len(order)), math.ceil(0.25 * len(order))
+            train = train[np.isin(labels[train], order[:n_train])]
+            validation = validation[np.isin(labels[validation], order[:n_train])]
+            test = test[np.isin(labels[test], order[len(order) - n_test:])]
+        elif split == "norman-data-efficiency":
+            train = train[:int(train_combinations * len(train))]
+        if split != "random":
+            more_train, more_validation = of_80_20(np.flatnonzero(n_perturbed <= 1))
+            train = np.concatenate([more_train, train])
+            validation = np.concatenate([more_validation, validation])
+        parts = {"train": train, "validation": validation, "test": test}
     for name, cells in parts.items():
         if not len(cells):
             raise DataError(f"{screen.path}: no cells are left for {name} ({len(screen.rows):,} "
@@ -988,10 +1101,11 @@ def training_statistics(batches, cells):
 # ============================================================================================
 
 
-def write_h5ad(path, X, obs, var, layers=None, uns=None):
+def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
     """Write an .h5ad file that anndata (0.8 or newer) and read_h5ad open. Nothing half-written.
 
-    X, layers' values    2-D arrays (obs x var)
+    X, layers' values    2-D arrays (obs x var); X may be None
+    obsm                 dict of 2-D arrays with a row for each of obs
     obs, var             dicts of columns, numbers or text; the first one is the index
     uns                  dict of arrays, numbers, text, lists of text, and such dicts
     """
@@ -1024,10 +1138,12 @@ def write_h5ad(path, X, obs, var, layers=None, uns=None):
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        write(file, "X", X)
+        if X is not None:
+            write(file, "X", X)
         write_table(file, "obs", obs)
         write_table(file, "var", var)
         write(file, "layers", layers or {})
+        write(file, "obsm", obsm or {})
         write(file, "uns", uns or {})
 
 
@@ -1059,7 +1175,8 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     cells are in `split` test, the others 64/16/20 in train, validation and test.
 
     Written beside the counts: obs `condition` and `split`; uns `simulation` with the perturbations'
-    names and the true `mask` and `effect` (T, L).
+    names and the true `mask` and `effect` (T, L); uns `pathways`, where a pathway is ten or more
+    perturbations that share a mask.
 
     Why so many perturbations of few cells each? N(0, I), the prior of the basal state, looks the
     same from every angle, and so do decoder and encoder, which can undo any rotation of the latent
@@ -1101,6 +1218,11 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
 
     names = np.array([*(f"P{t + 1:03d}" for t in range(n_perturbations)), ""], dtype=object)
+    pathways = {}
+    for row in np.unique(mask, axis=0):
+        members = names[:-1][(mask == row).all(1)]
+        if len(members) >= 10:
+            pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
     split = rng.choice(["train", "validation", "test"], n, p=[0.64, 0.16, 0.2])
     split = np.where(held_out, "test", split)
     write_h5ad(
@@ -1109,7 +1231,8 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
              "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
              "split": split.astype(object)},
         var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
-        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect}})
+        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect},
+             "pathways": pathways})
 
 
 def read_simulation(path):
@@ -1122,13 +1245,40 @@ def read_simulation(path):
         return list(names), mask.astype(bool), effect
 
 
+def read_layers(path):
+    """{layer: array} of a file that write_h5ad wrote."""
+    with _h5_file(path) as file:
+        return {name: _member(file, f"layers/{name}")[()] for name in _keys(file["layers"])}
+
+
+def read_pathways(path):
+    """{pathway: list of its genes} of uns/pathways, or of a .json file; None if there is none."""
+    if os.fspath(path).endswith(".json"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                pathways = json.load(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+        pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else None
+        if not isinstance(pathways, dict) or not all(
+                isinstance(genes, list) for genes in pathways.values()):
+            raise DataError(f"{path}: must hold an object of pathways, each a list of genes")
+        return pathways
+    with _h5_file(path) as file:
+        group = _member(file, "uns/pathways", required=False)
+        if not isinstance(group, h5py.Group):
+            return None
+        return {name: [str(gene) for gene in np.ravel(_plain(file, f"uns/pathways/{name}"))]
+                for name in _keys(group)}
+
+
 # ============================================================================================
 # The command line
 # ============================================================================================
 
 
 SCREEN_OPTIONS = ("perturbation_column", "control", "combination_separator", "one_hot_prefix",
-                  "layer", "split_column")  # the arguments of read_screen
+                  "layer", "split_column", "gene_column", "subset")  # the arguments of read_screen
 
 
 def add_screen_options(parser):
@@ -1146,7 +1296,11 @@ def add_screen_options(parser):
     group.add_argument("--layer", help="layer that holds the counts, or raw (default: X, else "
                                        "layers/counts, else raw/X)")
     group.add_argument("--split-column", metavar="COLUMN",
-                       help="obs column with train, validation, test (default: random 64/16/20)")
+                       help="obs column with train, validation, test (default: see --split)")
+    group.add_argument("--gene-column", metavar="COLUMN",
+                       help="var column that is true for the genes to keep (default: all are kept)")
+    group.add_argument("--subset", metavar="COLUMN=VALUE", action="append",
+                       help="keep cells with this value in this obs column; may be repeated")
 
 
 def run(main):

@@ -1,14 +1,19 @@
-"""Evaluate a trained run on its test cells: marginal likelihood, treatment effects, masks.
+"""Evaluate and use trained runs: likelihood, treatment effects, masks, tables, figures.
 
-    python evaluate.py runs/NAME
-    python evaluate.py runs/NAME --ate-particles 10000      as in the paper's Table 1
+    python evaluate.py runs/NAME                          one run
+    python evaluate.py runs/*                             a table: models and guides, over seeds
+    python evaluate.py runs/NAME --ate-particles 10000    as in the paper's Table 1
+    python evaluate.py runs/NAME --figures                PNG files (needs matplotlib)
+    python evaluate.py runs/NAME --predict "A+B" C        what these perturbations would do
+    python evaluate.py runs/NAME --latents                latent states of all cells, for scanpy
 
-Prints one table and writes, beside the checkpoint, metrics.json and effects.h5ad (perturbation x
-gene effects of the model and of the data). In reading order: one function a metric; what the data
-say; the baselines; the table.
+Writes, beside the checkpoint, metrics.json and effects.h5ad (condition x gene effects of the model
+and of the data). In reading order: one function a metric; what the data say, and baselines; the
+evaluation of a run; tables; use of a trained model; figures.
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -19,10 +24,21 @@ import torch
 
 import data
 from data import DataError
-from sams_vae import average_treatment_effects, predictive_iwelbo
-from train import build_model, default_device, load_checkpoint, read_config_screen
+from sams_vae import average_treatment_effects, expected_expression, iwelbo, sum_effects
+from train import (MODELS, as_the_model_sees, build_model, default_device, load_checkpoint,
+                   read_config_screen)
 
 SCALES = ("log_normalised", "counts")
+
+# How a run is evaluated: option, default, and where the default comes from.
+OPTIONS = [
+    ("--iwelbo-particles", 100, "K of 3.1 (paper: 100)"),
+    ("--ate-particles", 2500, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
+    ("--ate-samples", 1, "S of 3.2: sampled cells per particle (ours)"),
+    ("--library", 10_000, "total counts of the simulated cells (authors' code: 10,000)"),
+    ("--effects-from", "all", "cells data effects are taken from: all (paper's Table 1), or test"),
+    ("--evaluation-seed", 0, "of all sampling (ours)"),
+]
 
 
 # ============================================================================================
@@ -41,6 +57,63 @@ def pearson(a, b):
     a, b = (np.asarray(v, np.float64).ravel() - np.mean(v, dtype=np.float64) for v in (a, b))
     norm = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norm if norm > 0 else math.nan
+
+
+def pearson_per_condition(a, b):
+    """Pearson correlation over genes of each row, averaged over the rows where it is defined."""
+    values = [r for r in map(pearson, a, b) if not math.isnan(r)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def r_squared(predicted, observed):
+    """1 - sum (observed - predicted)^2 / sum (observed - mean observed)^2, over all entries."""
+    total = float(((observed - np.mean(observed)) ** 2).sum()) if np.size(observed) else 0.0
+    return 1 - float(((observed - predicted) ** 2).sum()) / total if total > 0 else math.nan
+
+
+def discrimination_score(predicted, observed, device="cpu"):
+    """How well a predicted effect is told from those of the other conditions: 1 - normalised rank.
+
+    For each condition, all predicted effects are ranked by their L1 distance to its observed one.
+    The rank of its own, from 0 (nearest) to C - 1, ties at half, is divided by C - 1. The score is
+    one minus the mean of that: 1 is perfect, 1/2 is chance and what a constant prediction gets.
+    """
+    if len(observed) < 2:
+        return math.nan
+    predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
+                           for v in (predicted, observed))
+    ranks = []
+    for i in torch.arange(len(observed)).split(256):
+        distance = torch.cdist(observed[i], predicted, p=1)  # (256, C)
+        own = distance.gather(1, i[:, None].to(device))
+        ranks.append((distance < own).sum(1) + 0.5 * ((distance == own).sum(1) - 1))
+    return 1 - torch.cat(ranks).mean().item() / (len(observed) - 1)
+
+
+def effect_metrics(predicted, observed, perturbed_mean, device="cpu"):
+    """All metrics of predicted against observed effects, (C, G) each, as a dict.
+
+    The names that end in _top20 are restricted to the 20 genes of largest absolute observed effect
+    of each condition. pearson_from_perturbed_mean is Pearson's r of the differences from the mean
+    training effect (`baseline_effects`) rather than from the control: without the shift that all
+    perturbations share, which makes trivial predictions look good.
+    """
+    predicted, observed, perturbed_mean = (
+        np.asarray(v, np.float64) for v in (predicted, observed, perturbed_mean))
+    top = np.argsort(-np.abs(observed), axis=1, kind="stable")[:, :20]
+    a, b = (np.take_along_axis(v, top, axis=1) for v in (predicted, observed))
+    return {
+        "pearson": pearson(predicted, observed),
+        "pearson_per_condition": pearson_per_condition(predicted, observed),
+        "r_squared": r_squared(predicted, observed),
+        "pearson_top20": pearson(a, b),
+        "pearson_per_condition_top20": pearson_per_condition(a, b),
+        "r_squared_top20": r_squared(a, b),
+        "pearson_from_perturbed_mean": pearson(predicted - perturbed_mean,
+                                               observed - perturbed_mean),
+        "rmse": math.sqrt(((predicted - observed) ** 2).mean()) if len(observed) else math.nan,
+        "discrimination": discrimination_score(predicted, observed, device),
+    }
 
 
 def best_matching(score):
@@ -96,8 +169,38 @@ def mask_recovery(true_mask, probability):
             "mask_f1": 2 * hits / max(1, n_true + n_predicted)}
 
 
+def mask_pathway_accuracy(mask, pathway, n_splits=10):
+    """Accuracy of predicting a perturbation's pathway from its mask (4.1.1): mean and sd.
+
+    mask (T, L) of 0 and 1, that is mask probabilities thresholded at 0.5; pathway (T,) names. A
+    random forest (scikit-learn's defaults) is fitted to 70 % of the perturbations and scored on the
+    other 30 %, for n_splits random splits. Needs scikit-learn, raises ImportError without.
+    """
+    from sklearn.ensemble import RandomForestClassifier
+
+    accuracy = []
+    for seed in range(n_splits):
+        train, test = data.train_test_split(len(mask), 0.7, seed)
+        forest = RandomForestClassifier(random_state=seed).fit(mask[train], pathway[train])
+        accuracy.append(forest.score(mask[test], pathway[test]))
+    return float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))
+
+
+def pathway_of(perturbations, pathways):
+    """The pathway of each perturbation, (T,), None where it has none.
+
+    pathways {pathway: genes}; a perturbation's gene is its name up to the first "_". A gene that is
+    in several pathways counts for the first.
+    """
+    of_gene = {}
+    for pathway, genes in (pathways or {}).items():
+        for gene in genes:
+            of_gene.setdefault(gene, pathway)
+    return np.array([of_gene.get(name.split("_")[0]) for name in perturbations], dtype=object)
+
+
 # ============================================================================================
-# What the data say
+# What the data say, and what needs no model
 # ============================================================================================
 
 
@@ -144,135 +247,708 @@ def baseline_effects(mean, n_cells, dosages):
             "additive": alone[dosages].sum(1)}
 
 
+def split_half_effects(batches, cells, controls, group, n_conditions, seed=0):
+    """Effects of one random half of the cells of each condition, and of the other half (ceiling).
+
+    No prediction can be expected to agree with the effects of so many cells better than those of
+    as many other cells do. cells and controls (n,) positions, group (N,) conditions of all cells.
+    Returns {scale: (C, G)} twice, each half with a half of the controls; NaN for conditions with
+    fewer than two cells.
+    """
+    perturbed = cells[group[cells] != n_conditions]
+    chosen = np.random.default_rng(seed).permutation(np.concatenate([perturbed, controls]))
+    chosen = chosen[np.argsort(group[chosen], kind="stable")]
+    _, start, n = np.unique(group[chosen], return_index=True, return_counts=True)
+    place = np.arange(len(chosen)) - np.repeat(start, n)  # within the condition
+    effects = []
+    for half in (chosen[place % 2 == 0], chosen[place % 2 == 1]):
+        mean, _ = mean_expression(batches, half, group[half], n_conditions + 1)
+        effects.append({scale: mean[scale][:-1] - mean[scale][-1] for scale in SCALES})
+    return effects
+
+
 # ============================================================================================
 # Evaluation of one run
 # ============================================================================================
 
 
-def evaluate(folder, iwelbo_particles=100, ate_particles=2500, ate_samples=1, effects_from="all",
-             seed=0, device=None, data_path=None):
-    """Evaluate a run's best checkpoint, write metrics.json and effects.h5ad, return the metrics."""
-    device = default_device(device)
-    checkpoint = load_checkpoint(folder, "best.pt")
-    config = checkpoint["config"] | ({"data": data_path} if data_path else {})
-    screen = read_config_screen(config, checkpoint)
-    batches = data.Batches(screen, device)
-    model = build_model(config, checkpoint["training"]).to(device)
-    model.load_state_dict(checkpoint["model"])
-    split = {name: cells.numpy() for name, cells in checkpoint["split"].items()}
-    torch.manual_seed(seed)
+class Run:
+    """A trained run: its configuration, its screen on the device, and the model of best.pt."""
 
-    metrics = {"model": config["model"], "correlated_basal": config["correlated_basal"],
-               "correlated_effects": config["correlated_effects"], "seed": config["seed"],
-               "step": checkpoint["step"], "validation_loss": checkpoint["best"],
-               "iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
-               "ate_samples": ate_samples, "effects_from": effects_from}
+    def __init__(self, folder, device=None, data_path=None):
+        self.folder, self.device = folder, default_device(device)
+        self.checkpoint = load_checkpoint(folder, "best.pt")
+        self.config = self.checkpoint["config"] | ({"data": data_path} if data_path else {})
+        self.screen = read_config_screen(self.config, self.checkpoint)
+        self.seen = as_the_model_sees(self.screen, self.config["model"])
+        self.batches = data.Batches(self.seen, self.device)
+        self.model = build_model(self.config, self.checkpoint["training"]).to(self.device)
+        self.model.load_state_dict(self.checkpoint["model"])
+        self.split = {name: cells.numpy() for name, cells in self.checkpoint["split"].items()}
+
+    def write(self, name, **contents):
+        """Write an .h5ad file into the run's folder."""
+        data.write_h5ad(os.path.join(self.folder, name), **contents)
+
+
+def evaluate(run, iwelbo_particles=100, ate_particles=2500, ate_samples=1, library=1e4,
+             effects_from="all", evaluation_seed=0, pathways=None):
+    """Evaluate a Run: write metrics.json and effects.h5ad, return the metrics.
+
+    metrics["effects"][scale][group][prediction] is what `effect_metrics` says of the prediction
+    (the model, a baseline, or the ceiling: one half of the test cells predicts the other), over a
+    group of conditions: all, pairs, held_out (no training cells), or those with cells in train,
+    validation and test. NaN is written as null. pathways is a file for data.read_pathways, by
+    default the data.
+    """
+    screen, model, split = run.screen, run.model, run.split
+    torch.manual_seed(evaluation_seed)
+    metrics = {"config": run.config, "step": run.checkpoint["step"],
+               "validation_loss": run.checkpoint["best"],
+               "options": {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
+                           "ate_samples": ate_samples, "library": library,
+                           "effects_from": effects_from, "evaluation_seed": evaluation_seed,
+                           "pathways": pathways}}
 
     # Marginal likelihood of the test cells (3.1).
-    values = predictive_iwelbo(model, batches.in_order(split["test"]), iwelbo_particles)
-    metrics["iwelbo"] = values.double().mean().item()
-    metrics["iwelbo_se"] = (values.double().std().item() / math.sqrt(len(values))
-                            if len(values) > 1 else math.nan)
+    values, joint, ess = iwelbo(model, run.batches.in_order(split["test"]), iwelbo_particles)
+    metrics["iwelbo_predictive"] = values.double().mean().item()
+    metrics["iwelbo_predictive_se"] = (values.double().std().item() / math.sqrt(len(values))
+                                       if len(values) > 1 else math.nan)
+    metrics |= {"n_test_cells": len(values), "iwelbo_joint_total": joint,
+                "iwelbo_joint_per_cell": joint / len(values),
+                "iwelbo_joint_effective_sample_size": ess}
 
-    # Effects by the model, by the data and by the baselines (3.2). The control is the last group.
+    # Effects by the data and by the baselines (3.2). The control is the last group.
     names, first, group = np.unique(np.where(screen.conditions == "control", "",
                                              screen.conditions).astype(str),
                                     return_index=True, return_inverse=True)
-    names, dosages = names[1:], screen.d[first[1:]]  # "" sorts first
+    names, first = names[1:], first[1:]  # "" sorts first
     group = np.where(group == 0, len(names), group - 1)
-    cells = np.arange(len(group)) if effects_from == "all" else split["test"]
-    observed, n_cells = mean_expression(batches, cells, group[cells], len(names) + 1)
-    trained, n_train = mean_expression(batches, split["train"], group[split["train"]],
+    controls = {"all": np.flatnonzero(group == len(names))}
+    for part, cells in split.items():
+        controls[part] = cells[group[cells] == len(names)]
+    if not len(controls["train"]):
+        raise DataError(f"{screen.path}: no control among the training cells: there is nothing to "
+                        "compare with")
+    # The Norman splits have no controls among their test cells: then all of them are taken.
+    test_controls = controls["test"] if len(controls["test"]) > 1 else controls["all"]
+    cells = np.arange(len(group)) if effects_from == "all" else np.union1d(split["test"],
+                                                                           test_controls)
+    observed, n_cells = mean_expression(run.batches, cells, group[cells], len(names) + 1)
+    trained, n_train = mean_expression(run.batches, split["train"], group[split["train"]],
                                        len(names) + 1)
-    for n, where in ((n_cells, "cells that effects are taken from"), (n_train, "training cells")):
-        if not n[-1]:
-            raise DataError(f"{screen.path}: no control among the {where}: there is nothing to "
-                            "compare with")
-    by_model = average_treatment_effects(model, torch.from_numpy(dosages).to(device),
-                                         ate_particles, ate_samples, seed=seed)
-    n_perturbed = (dosages != data.NONE).sum(1)
-    groups = {"": n_cells[:-1] > 0}
-    groups["_pairs"] = groups[""] & (n_perturbed == 2)
-    groups["_held_out"] = groups[""] & (n_train[:-1] == 0)
-    effects = {}
+    halves = split_half_effects(run.batches, split["test"], test_controls, group, len(names))
+
+    # Effects by the model.
+    dosages = torch.from_numpy(run.seen.d[first]).to(run.device)
+    by_model = average_treatment_effects(model, dosages, ate_particles, ate_samples, library,
+                                         evaluation_seed)
+    n_perturbed = (screen.d[first] != data.NONE).sum(1)
+    groups = {"all": n_cells[:-1] > 0}
+    groups["pairs"] = groups["all"] & (n_perturbed == 2)
+    groups["held_out"] = groups["all"] & (n_train[:-1] == 0)
+    for part, cells in split.items():
+        groups[part] = groups["all"] & np.isin(np.arange(len(names)), group[cells])
+    metrics["n_conditions"] = {name: int(chosen.sum()) for name, chosen in groups.items()}
+    layers, metrics["effects"] = {}, {}
     for scale in SCALES:
-        effects[f"data_{scale}"] = observed[scale][:-1] - observed[scale][-1]
-        effects[f"model_{scale}"] = by_model[scale].cpu().numpy()
-        rows = {"": effects[f"model_{scale}"]}
-        rows |= {f"{name}_": effect for name, effect in
-                 baseline_effects(trained[scale], n_train, dosages).items()}
-        for prefix, effect in rows.items():
-            for suffix, chosen in groups.items():
-                metrics[f"{prefix}ate_pearson_{scale}{suffix}"] = pearson(
-                    effect[chosen], effects[f"data_{scale}"][chosen])
-    metrics |= {f"n_conditions{suffix}": int(chosen.sum()) for suffix, chosen in groups.items()}
+        effect = {"data": observed[scale][:-1] - observed[scale][-1],
+                  "model": by_model[scale].cpu().numpy()}
+        effect |= baseline_effects(trained[scale], n_train, screen.d[first])
+        layers |= {f"{name}_{scale}": effect[name] for name in ("model", "data")}
 
-    # Masks, where the truth is known.
-    truth = data.read_simulation(config["data"])
-    row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
-    if row.keys() >= set(screen.perturbations):
-        true_mask = truth[1][[row[name] for name in screen.perturbations]]
-        metrics |= mask_recovery(true_mask, model.mask_probability().detach().cpu().numpy())
+        def scores(predicted, against, chosen):
+            """Metrics over the chosen conditions."""
+            return effect_metrics(predicted[chosen], against[chosen],
+                                  effect["perturbed_mean"][chosen], run.device)
 
-    metrics = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in metrics.items()}
-    data.write_h5ad(
-        os.path.join(folder, "effects.h5ad"), X=effects["model_log_normalised"].astype(np.float32),
-        obs={"condition": names.astype(object), "n_cells": n_cells[:-1],
-             "n_training_cells": n_train[:-1], "n_perturbations": n_perturbed},
-        var={"gene": screen.gene_names},
-        layers={k: v.astype(np.float32) for k, v in effects.items()},
-        uns={"effects_from": effects_from})
-    with data.replacing(os.path.join(folder, "metrics.json")) as path, open(path, "w") as file:
+        metrics["effects"][scale] = {}
+        for name, chosen in groups.items():
+            rows = {prediction: scores(effect[prediction], effect["data"], chosen)
+                    for prediction in ("model", *BASELINES)}
+            both = chosen & np.isfinite(halves[0][scale] + halves[1][scale]).all(1)
+            rows["ceiling"] = scores(halves[0][scale], halves[1][scale], both)
+            metrics["effects"][scale][name] = rows
+
+    # Masks: against the truth, where it is known, and against annotated pathways (4.1.1).
+    if model.has_mask:
+        probability = model.mask_probability().detach().cpu().numpy()
+        truth = data.read_simulation(run.config["data"])
+        row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
+        if row.keys() >= set(run.seen.perturbations):
+            true_mask = truth[1][[row[name] for name in run.seen.perturbations]]
+            metrics |= mask_recovery(true_mask, probability)
+        pathway = pathway_of(run.seen.perturbations,
+                             data.read_pathways(pathways or run.config["data"]))
+        known = np.array([p is not None for p in pathway])
+        if known.sum() >= 10:
+            try:
+                accuracy, sd = mask_pathway_accuracy(probability[known] > 0.5,
+                                                     pathway[known].astype(str))
+            except ImportError:
+                print("mask pathway accuracy is left out: pip install scikit-learn")
+            else:
+                commonest = np.unique(pathway[known].astype(str), return_counts=True)[1].max()
+                metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
+                            "mask_pathway_chance": float(commonest / known.sum()),
+                            "n_annotated": int(known.sum())}
+
+    def without_nan(value):
+        """The value with null in place of NaN, which JSON does not know."""
+        if isinstance(value, dict):
+            return {k: without_nan(v) for k, v in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    metrics = without_nan(metrics)
+    run.write("effects.h5ad", X=layers["model_log_normalised"].astype(np.float32),
+              obs={"condition": names.astype(object), "n_cells": n_cells[:-1],
+                   "n_training_cells": n_train[:-1], "n_perturbations": n_perturbed},
+              var={"gene": screen.gene_names},
+              layers={k: v.astype(np.float32) for k, v in layers.items()},
+              uns={"effects_from": effects_from, "library": library})
+    with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
         json.dump(metrics, file, indent=2)
     return metrics
 
 
+# ============================================================================================
+# Tables
+# ============================================================================================
+
+BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
+COLUMNS = [("pearson", "ATE-Pearson"), ("pearson_per_condition", "per condition"),
+           ("pearson_top20", "top 20 genes"), ("r_squared", "R2"),
+           ("pearson_from_perturbed_mean", "from perturbed mean"), ("rmse", "RMSE"),
+           ("discrimination", "discrimination")]
+
+
+def markdown(header, rows):
+    """A Markdown table that is aligned in a terminal, too."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def number(values, digits=3):
+    """Text of a number, of several as mean +- sd; "-" for one that is undefined."""
+    values = [v for v in np.atleast_1d(np.array(values, float)) if not math.isnan(v)]
+    text = f"{np.mean(values):.{digits}f}" if values else "-"
+    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def guide_of(config):
+    """The name of a run's guide in Table 1."""
+    correlated = [name for name, on in (("z_basal", config["correlated_basal"]),
+                                        ("E", config["correlated_effects"])) if on]
+    return "corr. " + " and ".join(correlated) if correlated else "mean-field"
+
+
 def table(metrics):
-    """The metrics of one run as Markdown, the model beside the baselines."""
-    lines = [f"test IWELBO (predictive, K = {metrics['iwelbo_particles']}): "
-             f"{metrics['iwelbo']:.2f}" + (
-                 f" +- {metrics['iwelbo_se']:.2f} (standard error over cells)"
-                 if metrics["iwelbo_se"] is not None else "")]
-    if "mask_f1" in metrics:
-        lines.append(f"mask: precision {metrics['mask_precision']:.3f}, recall "
-                     f"{metrics['mask_recall']:.3f}, F1 {metrics['mask_f1']:.3f}")
-    columns = [("", metrics["model"]), ("no_change_", "no change"),
-               ("perturbed_mean_", "perturbed mean"), ("additive_", "additive")]
-    lines += ["", f"| ATE-Pearson, effects in {metrics['effects_from']} cells | "
-              + " | ".join(name for _, name in columns) + " |", "|---|" + "---|" * len(columns)]
+    """The metrics of one run as text: likelihood, masks, effects beside baselines."""
+    options, m = metrics["options"], metrics
+    lines = [f"test IWELBO, predictive: {number(m['iwelbo_predictive'], 2)} per cell, standard "
+             f"error {number(m['iwelbo_predictive_se'], 2)} (K = {options['iwelbo_particles']}, "
+             f"{m['n_test_cells']:,} cells)",
+             f"test IWELBO, joint:      {number(m['iwelbo_joint_per_cell'], 2)} per cell, "
+             f"{m['iwelbo_joint_total']:,.1f} in all, effective sample size "
+             f"{m['iwelbo_joint_effective_sample_size']:.2f}"]
+    if "mask_f1" in m:
+        lines.append(f"mask: precision {m['mask_precision']:.3f}, recall {m['mask_recall']:.3f}, "
+                     f"F1 {m['mask_f1']:.3f}")
+    if "mask_pathway_accuracy" in m:
+        lines.append(f"mask pathway accuracy: {m['mask_pathway_accuracy']:.3f}, sd over splits "
+                     f"{m['mask_pathway_accuracy_sd']:.3f} ({m['n_annotated']:,} annotated; the "
+                     f"commonest pathway for all: {m['mask_pathway_chance']:.3f})")
+    words = {"all": "all", "pairs": "pairs", "held_out": "held out of training"}
+    rows = []
     for scale in SCALES:
-        for suffix, words in (("", "conditions"), ("_pairs", "pairs"), ("_held_out", "held out")):
-            n = metrics[f"n_conditions{suffix}"]
-            values = [metrics[f"{name}ate_pearson_{scale}{suffix}"] for name, _ in columns]
-            if n:
-                lines.append(f"| {scale.replace('_', '-')}, {n} {words} | " + " | ".join(
-                    "-" if v is None else f"{v:.3f}" for v in values) + " |")
-    return "\n".join(lines)
+        for name, text in words.items():
+            if m["n_conditions"][name]:
+                for row, label in {"model": f"**{m['config']['model']}**", **BASELINES,
+                                   "ceiling": "ceiling"}.items():
+                    scores = m["effects"][scale][name][row]
+                    rows.append([f"{scale.replace('_', '-')}, {text} "
+                                 f"({m['n_conditions'][name]:,})" if row == "model" else "", label,
+                                 *(number(scores[column]) for column, _ in COLUMNS)])
+    return "\n".join([*lines, "", markdown(["effects of conditions", "predicted by",
+                                            *(title for _, title in COLUMNS)], rows)])
+
+
+def table_of_runs(runs, scale="log_normalised"):
+    """Markdown of many runs, {folder: metrics}: a row per model and guide, mean +- sd over seeds.
+
+    Runs are rows of one table if they differ in nothing but the model, its guide and the fraction
+    of combinations; they are averaged if they differ in nothing but seeds. In the Norman splits,
+    effects are those of conditions with test cells, and the relative IWELBO is the predictive one
+    minus that of SAMS-VAE with the correlated guide and no combinations on the same split (Fig. 4).
+    """
+    seeds = ("seed", "split_seed", "simulated_seed", "name")
+    model = ("model", "correlated_basal", "correlated_effects", "train_combinations")
+
+    def key(config, without):
+        """The options of a run, but for some."""
+        config = config | {"data": os.path.basename(config["data"])}
+        return json.dumps({k: v for k, v in config.items() if k not in without}, sort_keys=True)
+
+    def order(metrics):
+        """In the order of Table 1."""
+        config = metrics["config"]
+        return (key(config, seeds + model), list(MODELS).index(config["model"]),
+                config["correlated_basal"], config["correlated_effects"],
+                config["train_combinations"])
+
+    tables, runs = [], sorted(runs, key=order)
+    for of_table in unique(key(m["config"], seeds + model) for m in runs):
+        members = [m for m in runs if key(m["config"], seeds + model) == of_table]
+        config, norman = members[0]["config"], members[0]["config"]["split"] != "random"
+        effects_of = "test" if norman else "all"
+        reference = reference_iwelbo(members)
+        header = ["model", "guide", *(["f"] if norman else []), "runs", "test IWELBO",
+                  *(["relative IWELBO"] if norman else []), "joint IWELBO", "mask pathway acc.",
+                  *(["mask F1"] if any("mask_f1" in m for m in members) else []),
+                  *(title for _, title in COLUMNS)]
+        rows = []
+        for of_row in unique(key(m["config"], seeds) for m in members):
+            same = [m for m in members if key(m["config"], seeds) == of_row]
+            cells = {"model": same[0]["config"]["model"], "guide": guide_of(same[0]["config"]),
+                     "f": f"{same[0]['config']['train_combinations']:g}", "runs": str(len(same)),
+                     "test IWELBO": number([m["iwelbo_predictive"] for m in same], 2),
+                     "relative IWELBO": number([
+                         m["iwelbo_predictive"] - reference.get(m["config"]["split_seed"], math.nan)
+                         for m in same], 2),
+                     "joint IWELBO": number([m["iwelbo_joint_per_cell"] for m in same], 2),
+                     "mask pathway acc.": number([m.get("mask_pathway_accuracy", math.nan)
+                                                  for m in same]),
+                     "mask F1": number([m.get("mask_f1", math.nan) for m in same])}
+            cells |= {title: number([m["effects"][scale][effects_of]["model"][column]
+                                     for m in same]) for column, title in COLUMNS}
+            rows.append([cells[title] for title in header])
+        for name, label in {**BASELINES, "ceiling": "ceiling"}.items():
+            for f in unique(m["config"]["train_combinations"] for m in members):
+                same = [m for m in members if m["config"]["train_combinations"] == f]
+                cells = {"model": label, "f": f"{f:g}"} | {
+                    title: number([m["effects"][scale][effects_of][name][column] for m in same])
+                    for column, title in COLUMNS}
+                rows.append([cells.get(title, "") for title in header])
+        tables.append(f"{os.path.basename(config['data'])}, split {config['split']}, effects of "
+                      f"{'test' if norman else 'all'} conditions in "
+                      f"{members[0]['options']['effects_from']} cells, {scale.replace('_', '-')}\n\n"
+                      + markdown(header, rows))
+    return "\n\n".join(tables)
+
+
+def reference_iwelbo(runs):
+    """{split seed: test IWELBO of SAMS-VAE with the correlated guide and no combinations}."""
+    return {m["config"]["split_seed"]: m["iwelbo_predictive"] for m in runs
+            if m["config"]["model"] == "sams-vae" and not m["config"]["train_combinations"]
+            and guide_of(m["config"]) == "corr. z_basal and E"}
+
+
+def unique(values):
+    """The values in their order, each once."""
+    return list(dict.fromkeys(values))
+
+
+# ============================================================================================
+# Use of a trained model
+# ============================================================================================
+
+
+def dosages_of(run, conditions):
+    """Dosages (C, P), for the run's model, of conditions such as "A", "A+B" or "control".
+
+    Raises DataError for names that the screen does not have, with those that come near.
+    """
+    known, rows = run.screen.perturbations, []
+    index = {name: t for t, name in enumerate(run.seen.perturbations)}
+    for condition in conditions:
+        names = [condition] if condition in known else [n.strip() for n in condition.split("+")]
+        names = sorted(name for name in names if name != "control")
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 5, 0.5) or known[:5]
+                raise DataError(f"{run.folder}: no perturbation is called {name!r}; near it are: "
+                                f"{', '.join(near)} ({len(known):,} in all)")
+        if len(set(names)) < len(names):
+            raise DataError(f"{condition!r} names a perturbation twice")
+        if run.config["model"] == "svae+":  # one label per cell, and none for what it has not seen
+            names = ["+".join(names)] if names else []
+            if not set(names) <= index.keys():
+                print(f"{condition}: not in the data, and svae+ cannot add effects up: no effect")
+                names = []
+        rows.append([index[name] for name in names])
+    d = np.full((len(rows), max(1, *map(len, rows))), data.NONE)
+    for row, perturbations in zip(d, rows):
+        row[:len(perturbations)] = perturbations
+    return torch.from_numpy(d).to(run.device)
+
+
+@torch.no_grad()
+def effect_interval(model, dosages, n_particles=1000, library=1e4):
+    """5 % and 95 % quantiles over particles of the effects on expected counts, (C, G) each.
+
+    A particle is a basal state and a draw of (M, E): the interval holds the effect on nine of ten
+    cells of the population, by what the model knows of the effects. It is no standard error.
+    """
+    mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_particles)
+    z_basal = torch.randn(n_particles, model.n_latent, device=dosages.device)
+    control = model.log_rho(z_basal, torch.full_like(dosages[0], data.NONE)).exp()
+    quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
+    low_and_high = []
+    for d in dosages:
+        z = z_basal + sum_effects(mask, effect, d[None])[:, 0]
+        difference = library * (model.log_rho(z, d).exp() - control)  # (K, G)
+        low_and_high.append(torch.quantile(difference, quantiles, dim=0))
+    low, high = torch.stack(low_and_high, dim=1)
+    return low, high
+
+
+def predict(run, conditions, ate_particles=2500, ate_samples=1, library=1e4, evaluation_seed=0):
+    """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
+
+    X and the layer expected_log_normalised, expected_counts; effect_log_normalised and
+    effect_counts, differences from control cells; effect_counts_low and _high, see effect_interval.
+    Returns a table of the ten strongest effects of each.
+    """
+    dosages = dosages_of(run, conditions)
+    torch.manual_seed(evaluation_seed)
+    arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])
+    expected = expected_expression(run.model, arms, ate_particles, ate_samples, library,
+                                   evaluation_seed)
+    layers = {}
+    for scale in SCALES:
+        layers[f"expected_{scale}"] = expected[scale][1:]
+        layers[f"effect_{scale}"] = expected[scale][1:] - expected[scale][0]
+    layers["effect_counts_low"], layers["effect_counts_high"] = effect_interval(
+        run.model, dosages, library=library)
+    layers = {name: value.cpu().numpy().astype(np.float32) for name, value in layers.items()}
+    trained_on = run.screen.conditions[run.split["train"]]
+    spelled = ["+".join(sorted(run.seen.perturbations[t] for t in row if t != data.NONE))
+               for row in dosages.tolist()]
+    n_cells = np.array([int((trained_on == (name or "control")).sum()) for name in spelled])
+    run.write("predictions.h5ad", X=layers["expected_log_normalised"],
+              obs={"condition": list(conditions), "n_training_cells": n_cells},
+              var={"gene": run.screen.gene_names}, layers=layers, uns={"library": library})
+    rows = []
+    for i, condition in enumerate(conditions):
+        effect = layers["effect_log_normalised"][i]
+        for g in np.argsort(-np.abs(effect), kind="stable")[:10]:
+            rows.append([condition, str(run.screen.gene_names[g]), f"{effect[g]:+.3f}",
+                         f"{layers['expected_counts'][i, g]:.2f}",
+                         f"{layers['effect_counts'][i, g]:+.2f}",
+                         f"{layers['effect_counts_low'][i, g]:+.2f} to "
+                         f"{layers['effect_counts_high'][i, g]:+.2f}"])
+    return markdown(["condition", "gene", "log2 effect", f"counts of {library:,.0f}",
+                     "effect on counts", "of 90 % of particles"], rows)
+
+
+@torch.no_grad()
+def write_latents(run, n_draws=50):
+    """Write latents.h5ad: the screen's cells and genes without counts, and latent states.
+
+    obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means; all columns of obs, and
+    sams_vae_condition and sams_vae_split; uns: perturbations, mask_probability, effect = E[e_t] and
+    offset = E[m_t * e_t] (T, L), where the model has them.
+    """
+    model, screen = run.model, run.screen
+    mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_draws)
+    basal, total = [], []
+    for x, d in run.batches.in_order(np.arange(len(screen.rows))):
+        z_pert = sum_effects(mask, effect, d)
+        loc, _ = model.encode(x, z_pert, d)
+        basal.append(loc.expand_as(z_pert).mean(0).cpu())
+        total.append((loc + z_pert).mean(0).cpu())
+
+    def column(name):
+        """An obs column in a form that can be written."""
+        values = screen.obs(name)
+        if values.dtype == object:
+            values = np.array(["" if v is None else str(v) for v in values], dtype=object)
+        return values
+
+    split = np.full(len(screen.rows), "", dtype=object)
+    for name, cells in run.split.items():
+        split[cells] = name
+    obs = {"cell_name": screen.cell_names}
+    obs |= {name: column(name) for name in screen.file.obs_columns if name not in obs}
+    obs |= {"sams_vae_condition": screen.conditions, "sams_vae_split": split}
+    uns = {"perturbations": list(run.seen.perturbations)}
+    if model.has_mask:
+        uns["mask_probability"] = model.mask_probability().cpu().numpy()
+    if run.config["model"] != "cvae":
+        uns |= {"effect": effect.mean(0).cpu().numpy(),
+                "offset": (mask * effect).mean(0).cpu().numpy()}
+    run.write("latents.h5ad", X=None, obs=obs, var={"gene": screen.gene_names},
+              obsm={"X_z_basal": torch.cat(basal).numpy(), "X_z": torch.cat(total).numpy()},
+              uns=uns)
+
+
+# ============================================================================================
+# Figures (matplotlib is imported here only)
+# ============================================================================================
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing into files. Raises DataError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise DataError("--figures needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def save_figure(figure, path):
+    """Write a PNG file, or nothing."""
+    with data.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    pyplot().close(figure)
+    return path
+
+
+def in_order_of_angle(matrix):
+    """An order of the rows, neighbours alike: by angle in the first two principal components."""
+    u, s, _ = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
+    scores = np.pad(u * s, ((0, 0), (0, 1)))
+    return np.argsort(np.arctan2(scores[:, 1], scores[:, 0]), kind="stable")
+
+
+def figure_of_training(folder):
+    """Loss, KL terms and masks over the steps of log.jsonl."""
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        log = [json.loads(line) for line in file]
+    figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for axis, names in zip(axes, (("loss", "validation_loss"),
+                                  ("kl_basal", "kl_mask", "kl_effect"), ("mask_probability",))):
+        for name in names:
+            steps, values = np.array([(line["step"], line[name]) for line in log if name in line]
+                                     or np.empty((0, 2))).T
+            axis.plot(steps, values, label=name.replace("_", " "),
+                      marker="." if name == "validation_loss" else None)
+        axis.set_xlabel("step")
+    # The first steps would hide all others.
+    losses = [line["loss"] for line in log]
+    axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)
+    axes[0].set_ylabel("nats per cell")
+    axes[1].set_ylabel("nats per cell")
+    axes[1].set_yscale("symlog", linthresh=0.01)
+    axes[2].set_ylabel("mean mask probability")
+    axes[0].legend()
+    axes[1].legend()
+    if any("mask_size" in line for line in log):
+        right = axes[2].twinx()
+        right.plot([line["step"] for line in log], [line["mask_size"] for line in log], "C1")
+        right.set_ylabel("latents per perturbation, probability > 0.5", color="C1")
+    else:
+        axes[2].text(0.5, 0.5, "no masks to learn", transform=axes[2].transAxes, ha="center")
+    figure.suptitle(os.path.basename(folder))
+    return save_figure(figure, os.path.join(folder, "training.png"))
+
+
+def figure_of_masks(run, pathways=None):
+    """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway."""
+    model, names = run.model, run.seen.perturbations
+    with torch.no_grad():
+        mask, effect, _, _ = model.sample_effects(model.all_perturbations(), 50)
+        probability, offset = model.mask_probability().numpy(force=True), (
+            mask * effect).mean(0).numpy(force=True)
+    pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))
+    if any(p is not None for p in pathway):
+        rows = np.flatnonzero([p is not None for p in pathway])
+        groups = unique(sorted(pathway[rows].astype(str)))
+    else:
+        rows, groups, pathway = np.arange(len(names)), ["all perturbations"], np.full(
+            len(names), "all perturbations", dtype=object)
+    rows = np.concatenate([members[in_order_of_angle(offset[members])] for members in (
+        rows[pathway[rows] == group] for group in groups)])
+    # Latents stand where the pathway stands that they matter most to.
+    strength = np.stack([np.abs(offset[rows[pathway[rows] == g]]).mean(0) for g in groups])
+    latents = np.lexsort((-strength.max(0), strength.argmax(0)))
+
+    panels = [("mask probability", probability, "Greys", 0, 1)] if model.has_mask else []
+    limit = max(1e-6, np.quantile(np.abs(offset), 0.99))
+    panels += [("mean offset E[m e]", offset, "RdBu_r", -limit, limit)]
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 5 * len(panels), 7), squeeze=False,
+                                     layout="constrained", sharey=True)
+    n = np.cumsum([0] + [(pathway[rows] == g).sum() for g in groups])
+    for axis, (title, values, colours, low, high) in zip(axes[0], panels):
+        image = axis.imshow(values[rows][:, latents], aspect="auto", cmap=colours, vmin=low,
+                            vmax=high, interpolation="nearest")
+        figure.colorbar(image, ax=axis, shrink=0.5)
+        axis.set_title(title)
+        axis.set_xlabel(f"{len(latents)} latent dimensions")
+        axis.set_xticks([])
+        for edge in n[1:-1]:
+            axis.axhline(edge - 0.5, color="C1", linewidth=0.8)
+    short = [g if len(g) <= 28 else g[:26] + "..." for g in groups]
+    axes[0, 0].set_yticks((n[1:] + n[:-1] - 1) / 2, [f"{g} ({k})" for g, k in zip(short, np.diff(n))])
+    figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations")
+    return save_figure(figure, os.path.join(run.folder, "masks.png"))
+
+
+def figure_of_effects(run, metrics):
+    """Figure 3: effects by the data and by the model, as heat maps and as a density of points."""
+    effects = data.read_layers(os.path.join(run.folder, "effects.h5ad"))
+    kept = np.isfinite(effects["data_log_normalised"]).all(1)
+    observed, predicted = (effects[f"{name}_log_normalised"][kept] for name in ("data", "model"))
+    rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
+    limit = max(1e-6, np.quantile(np.abs(observed), 0.99))
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained",
+                                width_ratios=(1, 1, 1.1))
+    for axis, values, title in ((axes[0], observed, "data"), (axes[1], predicted, "model")):
+        image = axis.imshow(values[rows][:, columns], aspect="auto", cmap="RdBu_r", vmin=-limit,
+                            vmax=limit, interpolation="nearest")
+        axis.set(title=f"{title}: effects, log-normalised", xticks=[], yticks=[],
+                 xlabel=f"{values.shape[1]:,} genes", ylabel=f"{len(values):,} conditions")
+    figure.colorbar(image, ax=axes[:2], shrink=0.6)
+    hexagons = axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log",
+                              mincnt=1, cmap="viridis")
+    figure.colorbar(hexagons, ax=axes[2], label="condition-gene pairs")
+    axes[2].axline((0, 0), slope=1, color="C3", linewidth=0.8)
+    axes[2].set(xlabel="effect by the data", ylabel="effect by the model",
+                title=f"Pearson r = {pearson(predicted, observed):.3f}")
+    figure.suptitle(f"{os.path.basename(run.folder)}, data effects from "
+                    f"{metrics['options']['effects_from']} cells")
+    return save_figure(figure, os.path.join(run.folder, "effects.png"))
+
+
+def figure_of_combinations(runs, folder):
+    """Figure 4: relative IWELBO and ATE-Pearson of the Norman runs over f, mean and sd over splits.
+
+    One file for each of the two tasks among the runs. Returns their paths.
+    """
+    paths = []
+    for split in data.SPLITS[1:]:
+        members = [m for m in runs if m["config"]["split"] == split]
+        if not members:
+            continue
+        reference = reference_iwelbo(members)
+        fractions = sorted({m["config"]["train_combinations"] for m in members})
+        kinds = unique((m["config"]["model"], guide_of(m["config"])) for m in sorted(
+            members, key=lambda m: list(MODELS).index(m["config"]["model"])))
+        figure, axes = pyplot().subplots(1, 2, figsize=(12, 4), layout="constrained")
+
+        def bars(axis, i, n, label, values, colour):
+            """The i-th of n bars at every f: mean and sd of values(f)."""
+            width = 0.85 / n
+            for j, f in enumerate(fractions):
+                v = np.array(values(f), float)
+                v = v[np.isfinite(v)]
+                if len(v):
+                    axis.bar(j + (i - (n - 1) / 2) * width, v.mean(), 0.92 * width, color=colour,
+                             yerr=v.std(ddof=1) if len(v) > 1 else None, capsize=2,
+                             label=label if j == 0 else None)
+
+        for i, kind in enumerate(kinds):
+            same = [m for m in members if (m["config"]["model"], guide_of(m["config"])) == kind]
+            of = {f: [m for m in same if m["config"]["train_combinations"] == f] for f in fractions}
+            bars(axes[0], i, len(kinds), ", ".join(kind), lambda f: [
+                m["iwelbo_predictive"] - reference.get(m["config"]["split_seed"], math.nan)
+                for m in of[f]], f"C{i}")
+            bars(axes[1], i, len(kinds) + 2, ", ".join(kind), lambda f: [
+                m["effects"]["log_normalised"]["test"]["model"]["pearson"] for m in of[f]], f"C{i}")
+        for i, name in enumerate(("perturbed_mean", "additive")):
+            bars(axes[1], len(kinds) + i, len(kinds) + 2, BASELINES[name], lambda f: [
+                m["effects"]["log_normalised"]["test"][name]["pearson"] for m in members
+                if m["config"]["train_combinations"] == f], ("0.75", "0.5")[i])
+        axes[0].set_ylabel("test IWELBO relative to\nSAMS-VAE (correlated), f = 0")
+        axes[1].set_ylabel("ATE-Pearson, test conditions")
+        for axis in axes:
+            axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
+            axis.set_xlabel("fraction f of training combinations")
+            axis.axhline(0, color="0.3", linewidth=0.8)
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.suptitle(split)
+        paths.append(save_figure(figure, os.path.join(folder, f"{split}.png")))
+    return paths
+
+
+# ============================================================================================
+# The command line
+# ============================================================================================
+
+
+def evaluated(folder, options):
+    """The metrics of metrics.json if they are those of best.pt under these options, else None."""
+    try:
+        with open(os.path.join(folder, "metrics.json")) as file:
+            metrics = json.load(file)
+        same = metrics["step"] == load_checkpoint(folder, "best.pt")["step"]
+        return metrics if same and metrics["options"].items() >= options.items() else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def main(arguments=None):
-    """Evaluate a run."""
+    """Evaluate runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="runs/NAME")
-    parser.add_argument("--iwelbo-particles", type=int, default=100, help="K of 3.1 (paper: 100)")
-    parser.add_argument("--ate-particles", type=int, default=2500,
-                        help="K of 3.2 (paper: Replogle 10,000, Norman 2,500)")
-    parser.add_argument("--ate-samples", type=int, default=1, help="sampled cells per particle; 1")
-    parser.add_argument("--effects-from", choices=("all", "test"), default="all",
-                        help="cells that data effects are taken from (paper's Table 1: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of all sampling; 0")
+    parser.add_argument("runs", metavar="runs/NAME", nargs="+")
+    for flag, default, text in OPTIONS:
+        parser.add_argument(flag, type=type(default), default=argparse.SUPPRESS,
+                            choices=("all", "test") if flag == "--effects-from" else None,
+                            help=f"{text} [{default}]")
+    parser.add_argument("--pathways", metavar="FILE.json", default=argparse.SUPPRESS,
+                        help="pathway -> list of genes (default: uns/pathways of the data)")
+    parser.add_argument("--again", action="store_true", help="evaluate what is evaluated already")
+    parser.add_argument("--scale", choices=SCALES, default=SCALES[0], help="of a table of runs")
+    parser.add_argument("--figures", action="store_true", help="draw PNG files (needs matplotlib)")
+    parser.add_argument("--predict", nargs="+", metavar="CONDITION",
+                        help='such as "A+B" C: write predictions.h5ad')
+    parser.add_argument("--latents", action="store_true", help="write latents.h5ad")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved")
     args = parser.parse_args(arguments)
-    for option, least in (("iwelbo_particles", 1), ("ate_particles", 1), ("ate_samples", 1),
-                          ("seed", 0)):
-        if not least <= getattr(args, option) < 2**32:
-            parser.error(f"--{option.replace('_', '-')} must be at least {least} and below 2^32")
-    folder = args.run.rstrip("/")
-    metrics = evaluate(folder, args.iwelbo_particles, args.ate_particles, args.ate_samples,
-                       args.effects_from, args.seed, args.device, args.data)
-    print(f"\n{folder}\n{table(metrics)}\n\nwritten: {folder}/metrics.json, {folder}/effects.h5ad")
+    names = [flag[2:].replace("-", "_") for flag, _, _ in OPTIONS] + ["pathways"]
+    options = {name: value for name, value in vars(args).items() if name in names}
+    for name, value in options.items():
+        least = 0 if name == "evaluation_seed" else 1
+        if isinstance(value, int) and not least <= value < 2**32:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^32")
+    if args.figures:
+        pyplot()
+
+    folders, results = [folder.rstrip("/") for folder in args.runs], {}
+    for folder in folders:
+        if len(folders) > 1 and not os.path.isfile(os.path.join(folder, "best.pt")):
+            print(f"{folder}: passed over, it has no best.pt")
+            continue
+        run = None
+        if args.predict or args.latents:
+            run = Run(folder, args.device, args.data)
+            if args.predict:
+                own = {k: v for k, v in options.items() if k not in (
+                    "iwelbo_particles", "effects_from", "pathways")}
+                print(f"{predict(run, args.predict, **own)}\n\nwritten: {folder}/predictions.h5ad")
+            if args.latents:
+                write_latents(run)
+                print(f"written: {folder}/latents.h5ad")
+            continue
+        metrics = None if args.again else evaluated(folder, options)
+        if metrics is None:
+            run = Run(folder, args.device, args.data)
+            metrics = evaluate(run, **options)
+            written = f"\n\nwritten: {folder}/metrics.json, {folder}/effects.h5ad"
+            print(f"\n{folder}\n{table(metrics)}{written}")
+        elif len(folders) == 1:
+            print(f"\n{folder}, as evaluated before\n{table(metrics)}")
+        results[folder] = metrics
+        if args.figures:
+            run = run or Run(folder, args.device, args.data)
+            figures = [figure_of_training(folder), figure_of_effects(run, metrics)]
+            figures += [figure_of_masks(run, metrics["options"]["pathways"])] if run.config["model"] != "cvae" else []
+            print("written: " + ", ".join(figures))
+    if len(results) > 1:
+        print(f"\n{table_of_runs(list(results.values()), args.scale)}")
+    if results and args.figures:
+        for path in figure_of_combinations(list(results.values()),
+                                           os.path.dirname(folders[0]) or "."):
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":

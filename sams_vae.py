@@ -121,8 +121,8 @@ class MLP(nn.Module):
     The input is the concatenation of several parts, and is never concatenated: a linear map of
     [a, b] is W_a a + W_b b, so each part is multiplied in its own shape and the products are
     broadcast. What every particle shares, such as x (B, G) beside z_pert (K, B, L), thus costs one
-    product and not K. A part that holds integers stands for their one-hot vectors: it selects
-    columns of W.
+    product and not K. A part that holds integers is dosages in index form, (..., P), and stands for
+    the vector with a one in each of these places: it selects columns of W, and sums them.
     """
 
     def __init__(self, part_sizes, n_hidden, n_layers, n_out):
@@ -135,8 +135,11 @@ class MLP(nn.Module):
     def forward(self, *parts):
         h = self.first.bias
         for part, weight in zip(parts, self.first.weight.split(self.part_sizes, dim=1)):
-            one_hot = not part.is_floating_point()
-            h = h + (F.embedding(part, weight.T) if one_hot else F.linear(part, weight))
+            if part.is_floating_point():
+                h = h + F.linear(part, weight)
+            else:
+                columns = F.embedding(part.clamp(min=0), weight.T)  # (..., P, hidden)
+                h = h + (columns * (part != NONE).unsqueeze(-1)).sum(-2)
         h = F.leaky_relu(h)
         for layer in self.residual:
             h = h + F.leaky_relu(layer(h))
@@ -176,46 +179,47 @@ class SAMSVAE(nn.Module):
     correlated_basal   q(z_basal) sees [x, z_pert] rather than x alone ("correlated encoder", 2.3)
     correlated_effects q(e_t | m_t) = N(f_emb(m_t, t)) rather than free ("correlated embeddings")
     alpha, beta        the priors m ~ Bern(alpha), e ~ N(0, beta I)
+    mask_a, mask_b     of the models below whose mask probabilities have a prior Beta(a, b)
+
+    The models that follow are this one with other versions of a few of its methods.
     """
+
+    has_mask = True
 
     def __init__(self, n_cells, x_mean, x_std, n_latent=100, n_hidden=400, n_layers=1,
                  effect_hidden=200, effect_layers=2, correlated_basal=True,
-                 correlated_effects=True, alpha=0.001, beta=1.0):
+                 correlated_effects=True, alpha=0.001, beta=1.0, mask_a=1.0, mask_b=2.0):
         super().__init__()
         n_perturbations, n_genes = len(n_cells), len(x_mean)
         self.correlated_basal, self.correlated_effects = correlated_basal, correlated_effects
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta, self.mask_a, self.mask_b = alpha, beta, mask_a, mask_b
+        self.n_latent = n_latent
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
         self.register_buffer("x_mean", torch.as_tensor(x_mean, dtype=torch.float32))
         # A gene that is constant in training, up to rounding, must not divide by zero.
         x_std = torch.as_tensor(x_std, dtype=torch.float32)
         self.register_buffer("x_std", torch.where(x_std > 1e-6, x_std, 1.0))
 
-        # p(x | z): decoder and inverse dispersion (2.2).
-        self.decoder = MLP([n_latent], n_hidden, n_layers, n_genes)
+        self.init_networks(n_genes, n_perturbations, n_hidden, n_layers)
+        self.init_mask(n_perturbations)
+        self.init_effects(n_perturbations, effect_hidden, effect_layers)
+
+    def init_networks(self, n_genes, n_perturbations, n_hidden, n_layers):
+        """Create decoder and inverse dispersion of p(x | z), 2.2, and the encoder of q(z_basal)."""
+        self.decoder = MLP([self.n_latent], n_hidden, n_layers, n_genes)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
+        encoder_parts = [n_genes, self.n_latent] if self.correlated_basal else [n_genes]
+        self.encoder = MLP(encoder_parts, n_hidden, n_layers, 2 * self.n_latent)
 
-        # q(m), q(e | m) and q(z_basal | ...) (2.3).
-        self.init_mask(n_perturbations, n_latent)
-        if correlated_effects:
-            self.f_emb = MLP([n_latent, n_perturbations], effect_hidden, effect_layers,
-                             2 * n_latent)
-        else:
-            self.effect_loc = nn.Parameter(torch.zeros(n_perturbations, n_latent))
-            self.effect_log_var = nn.Parameter(torch.zeros(n_perturbations, n_latent))
-        encoder_parts = [n_genes, n_latent] if correlated_basal else [n_genes]
-        self.encoder = MLP(encoder_parts, n_hidden, n_layers, 2 * n_latent)
+    # The masks m_t.
 
-    # The mask and its prior. Another kind of mask is another version of these three methods.
-
-    def init_mask(self, n_perturbations, n_latent):
+    def init_mask(self, n_perturbations):
         """Create the guide's mask parameters: q(m_tl) = Bern(sigmoid(mask_logits_tl))."""
-        self.mask_logits = nn.Parameter(torch.zeros(n_perturbations, n_latent))
+        self.mask_logits = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
 
     def mask_probability(self):
         """q(m_tl = 1), (T, L)."""
-        t = torch.arange(len(self.n_cells), device=self.n_cells.device)
-        return torch.sigmoid(self._posterior_logits(t))
+        return torch.sigmoid(self._posterior_logits(self.all_perturbations()))
 
     def sample_mask(self, t, n_particles):
         """Draw m_t ~ q: masks (K, U, L) of 0 and 1, and KL(q(m_t) || Bern(alpha)), (U,)."""
@@ -223,14 +227,33 @@ class SAMSVAE(nn.Module):
         mask = straight_through_bernoulli(logits.expand(n_particles, *logits.shape))
         return mask, kl_bernoulli(logits, self.alpha).sum(-1)
 
+    def prior_mask_probability(self):
+        """p(m_tl = 1)."""
+        return self.n_cells.new_tensor(self.alpha)
+
     def _posterior_logits(self, t):
         prior_logit = math.log(self.alpha) - math.log1p(-self.alpha)
-        return torch.where(self._seen(t), self.mask_logits.index_select(0, t), prior_logit)
+        return torch.where(self.seen(t), self.mask_logits.index_select(0, t), prior_logit)
 
-    def _seen(self, t):
-        return self.n_cells[t].unsqueeze(-1) > 0
+    # The effects e_t.
 
-    # The other latent variables.
+    def init_effects(self, n_perturbations, effect_hidden, effect_layers):
+        """Create the parameters of q(e_t | m_t): the network f_emb, or free ones."""
+        if self.correlated_effects:
+            self.f_emb = MLP([self.n_latent, n_perturbations], effect_hidden, effect_layers,
+                             2 * self.n_latent)
+        else:
+            self.effect_loc = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
+            self.effect_log_var = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
+
+    def effect_posterior(self, mask, t):
+        """Mean and variance of q(e_t | m_t), masks (K, U, L): (K, U, L), or (U, L) if free."""
+        if self.correlated_effects:
+            loc, var = loc_and_variance(self.f_emb(mask, t.unsqueeze(-1)))
+        else:
+            loc = self.effect_loc.index_select(0, t)
+            var = self.effect_log_var.index_select(0, t).exp()
+        return torch.where(self.seen(t), loc, 0.0), torch.where(self.seen(t), var, self.beta)
 
     def sample_effects(self, t, n_particles):
         """Draw (m_t, e_t) ~ q(m_t) q(e_t | m_t), eq. 4 and 5.
@@ -243,31 +266,85 @@ class SAMSVAE(nn.Module):
         to the prior there: its KL is zero, and what the model predicts for it is the prior's.
         """
         mask, kl_mask = self.sample_mask(t, n_particles)
-        if self.correlated_effects:
-            loc, var = loc_and_variance(self.f_emb(mask, t))  # (K, U, L)
-        else:
-            loc = self.effect_loc.index_select(0, t)  # (U, L)
-            var = self.effect_log_var.index_select(0, t).exp()
-        seen = self._seen(t)
-        loc, var = torch.where(seen, loc, 0.0), torch.where(seen, var, self.beta)
+        loc, var = self.effect_posterior(mask, t)
         effect = loc + var.sqrt() * torch.randn_like(mask)
         kl_effect = kl_normal(loc, var, self.beta).sum(-1).expand(n_particles, -1)
         return mask, effect, kl_mask, kl_effect
 
-    def encode(self, x, z_pert):
+    def log_global_ratio(self, mask, effect):
+        """log p(M, E) - log q(M, E) of draws (K, T, L) of all perturbations, (K,)."""
+        p, q = self.prior_mask_probability(), self.mask_probability()
+        bernoulli, normal = torch.distributions.Bernoulli, torch.distributions.Normal
+        log_ratio = bernoulli(p).log_prob(mask) - bernoulli(q).log_prob(mask)
+        loc, var = self.effect_posterior(mask, self.all_perturbations())
+        log_ratio += normal(0, math.sqrt(self.beta)).log_prob(effect)
+        log_ratio -= normal(loc, var.sqrt()).log_prob(effect)
+        return log_ratio.double().sum((1, 2))
+
+    def all_perturbations(self):
+        """0, 1, ..., T - 1."""
+        return torch.arange(len(self.n_cells), device=self.n_cells.device)
+
+    def seen(self, t):
+        """Whether any training cell received t (U,), as (U, 1)."""
+        return self.n_cells[t].unsqueeze(-1) > 0
+
+    # The cells.
+
+    def encode(self, x, z_pert, d=None):
         """Mean and variance of q(z_basal | x, z_pert): (K, B, L), or (B, L) if it sees x alone."""
-        x = (torch.log1p(x) - self.x_mean) / self.x_std
-        parts = (x, z_pert) if self.correlated_basal else (x,)
+        parts = (self.standardise(x), z_pert) if self.correlated_basal else (self.standardise(x),)
         return loc_and_variance(self.encoder(*parts))
 
-    def log_rho(self, z):
-        """Log expected transcript frequencies (..., G) of latent states z (..., L)."""
+    def standardise(self, x):
+        """What the encoder sees of counts x: log(1 + x), standardised per gene."""
+        return (torch.log1p(x) - self.x_mean) / self.x_std
+
+    def log_rho(self, z, d=None):
+        """Log expected transcript frequencies (..., G) of latent states z (..., L).
+
+        d (..., P) dosages, of use to the conditional VAE alone (also in encode)."""
         return F.log_softmax(self.decoder(z), dim=-1)
 
-    def log_likelihood(self, x, z):
+    def log_likelihood(self, x, z, d=None):
         """log p(x | z), (K, B), of counts x (B, G) with their observed library size (2.2)."""
         library = x.sum(-1, keepdim=True)
-        return nb_log_likelihood(x, self.log_rho(z) + library.log(), self.log_theta)
+        return nb_log_likelihood(x, self.log_rho(z, d) + library.log(), self.log_theta)
+
+
+class BetaBernoulliSAMSVAE(SAMSVAE):
+    """SAMS-VAE with the Beta-Bernoulli prior, "an easy plug-in replacement" (2.1).
+
+    Generative: p_tl ~ Beta(a, b), m_tl ~ Bern(p_tl). Guide: q(p_tl) is a Beta with free parameters,
+    and q(m_tl | p_tl) = Bern(p_tl) is the generative one: it cancels in the KL, and what is left is
+    KL(q(p_tl) || Beta(a, b)). Beta(1, 1) at the start.
+    """
+
+    def init_mask(self, n_perturbations):
+        """q(p_tl) = Beta(exp(log_a_tl), exp(log_b_tl))."""
+        self.mask_log_a = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
+        self.mask_log_b = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
+
+    def mask_probability(self):
+        """q(m_tl = 1) = E_q[p_tl], (T, L)."""
+        return self._posterior(self.all_perturbations()).mean
+
+    def sample_mask(self, t, n_particles):
+        """Draw p_t ~ q, reparameterised, and m_t ~ Bern(p_t): masks (K, U, L), KL (U,)."""
+        q = self._posterior(t)
+        p = q.rsample((n_particles,))
+        prior = torch.distributions.Beta(*torch.tensor([self.mask_a, self.mask_b], device=p.device))
+        kl = torch.distributions.kl_divergence(q, prior)
+        return straight_through_bernoulli(p.logit(eps=1e-6)), kl.sum(-1)
+
+    def prior_mask_probability(self):
+        """E[p_tl] = a / (a + b)."""
+        return self.n_cells.new_tensor(self.mask_a / (self.mask_a + self.mask_b))
+
+    def _posterior(self, t):
+        a, b = (torch.where(self.seen(t), log.index_select(0, t).exp(), prior) for log, prior in (
+            (self.mask_log_a, self.mask_a), (self.mask_log_b, self.mask_b)))
+        return torch.distributions.Beta(a, b)
 
 
 # ============================================================================================
@@ -281,18 +358,111 @@ class CPAVAE(SAMSVAE):
     With correlated_effects, f_emb(1, t) is a network in place of a table of the same e_t.
     """
 
-    def init_mask(self, n_perturbations, n_latent):
+    has_mask = False
+
+    def init_mask(self, n_perturbations):
         """A fixed mask has no parameters."""
-        self.mask_shape = (n_perturbations, n_latent)
 
     def mask_probability(self):
         """One everywhere, (T, L)."""
-        return torch.ones(self.mask_shape, device=self.n_cells.device)
+        return self.n_cells.new_ones(len(self.n_cells), self.n_latent)
 
     def sample_mask(self, t, n_particles):
         """Masks of one (K, U, L), and no KL (U,)."""
-        mask = torch.ones(n_particles, len(t), self.mask_shape[1], device=t.device)
-        return mask, torch.zeros(len(t), device=t.device)
+        mask = self.n_cells.new_ones(n_particles, len(t), self.n_latent)
+        return mask, mask.new_zeros(len(t))
+
+    def prior_mask_probability(self):
+        """One."""
+        return self.n_cells.new_tensor(1.0)
+
+
+# ============================================================================================
+# The other baselines (section 4)
+# ============================================================================================
+
+
+class SVAEPlus(SAMSVAE):
+    """SVAE+ (Lopez et al. 2023): z ~ N(m_d * mu_d, I), and q(z | x) that does not see d.
+
+    In the symbols of this file: z = z_basal + z_pert with z_basal ~ N(0, I) and one label d per
+    cell, whose effect mu_d is a parameter; z_pert = 0 for controls. A combination is a label of its
+    own, and one without training cells has no effect: nothing is known of it. The mask is sampled,
+    m_t ~ Bern(p_t), but p_t is a point estimate under a prior Beta(1, b): p and q of the mask are
+    the same and cancel, and -log Beta(p_t; 1, b) is what t pays in place of a KL.
+    """
+
+    def init_networks(self, *sizes):
+        """The encoder sees x alone."""
+        self.correlated_basal = False
+        super().init_networks(*sizes)
+
+    def init_effects(self, n_perturbations, effect_hidden, effect_layers):
+        """mu starts at 0.1 N(0, I)."""
+        self.effect_loc = nn.Parameter(0.1 * torch.randn(n_perturbations, self.n_latent))
+
+    def sample_mask(self, t, n_particles):
+        """Draw m_t ~ Bern(p_t): masks (K, U, L); -log Beta(p_t; 1, b) summed over latents, (U,)."""
+        logits = self.mask_logits.index_select(0, t)
+        mask = straight_through_bernoulli(logits.expand(n_particles, *logits.shape))
+        # The density is b (1 - p)^(b - 1), and log(1 - p) = -softplus(logits).
+        minus_log_beta = (self.mask_b - 1) * F.softplus(logits) - math.log(self.mask_b)
+        return mask, minus_log_beta.sum(-1)
+
+    def mask_probability(self):
+        """p, (T, L)."""
+        return torch.sigmoid(self.mask_logits)
+
+    def sample_effects(self, t, n_particles):
+        """Draw m_t; mask, effect (K, U, L), -log Beta (U,), and no KL of mu (K, U)."""
+        mask, minus_log_beta = self.sample_mask(t, n_particles)
+        effect = torch.where(self.seen(t), self.effect_loc.index_select(0, t), 0.0)
+        return mask, effect.expand_as(mask), minus_log_beta, mask.new_zeros(mask.shape[:2])
+
+    def log_global_ratio(self, mask, effect):
+        """Zero, (K,): mu and p are parameters, and given p, p and q of the mask are the same."""
+        return mask.new_zeros(len(mask), dtype=torch.float64)
+
+    def encode(self, x, z_pert, d=None):
+        """q(z | x) = N(loc, var) is q(z_basal | x, z_pert) = N(loc - z_pert, var), (K, B, L)."""
+        loc, var = super().encode(x, z_pert)
+        return loc - z_pert, var
+
+
+class ConditionalVAE(CPAVAE):
+    """Conditional VAE: z ~ N(0, I), decoder([z, d]), encoder([x, d]). z_pert is zero.
+
+    The dosages of a perturbation without training cells have untrained weights: left out of d.
+    """
+
+    def init_networks(self, n_genes, n_perturbations, n_hidden, n_layers):
+        """d is a part of both networks' input."""
+        self.decoder = MLP([self.n_latent, n_perturbations], n_hidden, n_layers, n_genes)
+        self.log_theta = nn.Parameter(torch.zeros(n_genes))
+        self.encoder = MLP([n_genes, n_perturbations], n_hidden, n_layers, 2 * self.n_latent)
+
+    def init_effects(self, n_perturbations, effect_hidden, effect_layers):
+        """There are no effects in latent space."""
+
+    def sample_effects(self, t, n_particles):
+        """Effects of zero, and no KL."""
+        mask, no_kl = self.sample_mask(t, n_particles)
+        return mask, torch.zeros_like(mask), no_kl, mask.new_zeros(mask.shape[:2])
+
+    def log_global_ratio(self, mask, effect):
+        """Zero, (K,): there are no global latent variables."""
+        return mask.new_zeros(len(mask), dtype=torch.float64)
+
+    def encode(self, x, z_pert, d):
+        """Mean and variance of q(z | x, d), (B, L)."""
+        return loc_and_variance(self.encoder(self.standardise(x), self._seen_only(d)))
+
+    def log_rho(self, z, d):
+        """Log expected transcript frequencies (..., G) of states z (..., L), dosages d (..., P)."""
+        return F.log_softmax(self.decoder(z, self._seen_only(d)), dim=-1)
+
+    def _seen_only(self, d):
+        return torch.where(self.n_cells[d] > 0, d, NONE)
 
 
 # ============================================================================================
@@ -322,7 +492,7 @@ def elbo(model, x, d, n_particles=5):
     mask, effect, kl_mask, kl_effect = model.sample_effects(t, n_particles)  # (K, U, L), .. (K, U)
 
     z_pert = sum_effects(mask, effect, place)  # eq. 1: (K, B, L)
-    loc, var = model.encode(x, z_pert)
+    loc, var = model.encode(x, z_pert, d)
     z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
     z = z_basal + z_pert  # (K, B, L)
 
@@ -339,7 +509,7 @@ def elbo(model, x, d, n_particles=5):
         return in_front.index_select(-1, (place + 1).flatten()).unflatten(-1, place.shape).sum(-1)
 
     terms = {
-        "log_likelihood": model.log_likelihood(x, z).mean(),
+        "log_likelihood": model.log_likelihood(x, z, d).mean(),
         "kl_basal": kl_normal(loc, var).sum(-1).mean(),
         "kl_mask": paid(kl_mask).mean(),
         "kl_effect": paid(kl_effect).mean(),
@@ -354,36 +524,46 @@ def elbo(model, x, d, n_particles=5):
 
 
 @torch.no_grad()
-def predictive_iwelbo(model, batches, n_particles=100, chunk=2**23):
-    """Predictive importance-weighted ELBO of each cell, (N,) nats.
+def iwelbo(model, batches, n_particles=100, chunk=2**23):
+    """Importance-weighted ELBO of test cells, by two definitions (3.1).
 
-    (M, E)_k ~ q, k = 1..K, is drawn once and shared by all cells. Then, for every cell,
+    (M_k, E_k) ~ q, k = 1..K, are drawn once and shared by all cells, z_ik^b ~ q(z_i^b | x_i, M_k,
+    E_k) for each. With w_ik = p(x_i, z_ik^b | M_k, E_k) / q(z_ik^b | x_i, M_k, E_k):
 
-        log 1/K sum_k p(x, z_k^b | M_k, E_k) / q(z_k^b | x, M_k, E_k),   z_k^b ~ q:
+        predictive   for each cell      log 1/K sum_k w_ik
+        joint        for all together   log 1/K sum_k [ p(M_k, E_k) / q(M_k, E_k) prod_i w_ik ]
 
-    a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)], the log density of a new cell
-    under the posterior predictive. The ratio p/q of the global latents does not enter, as it does
-    in the joint IWELBO of eq. 6 and 7. The mean of this quantity over test cells is what the
-    authors' code computes for Table 1.
+    The joint one is eq. 6 and 7: a bound on log p(X | D), the log marginal likelihood of all cells,
+    if nothing were known but theta. It is dominated by one or few particles when there are many
+    cells: see the effective sample size of its weights, (sum_k w_k)^2 / sum_k w_k^2, from 1 to K.
 
-    batches yields (x (B, G), d (B, P)). At most about `chunk` numbers per temporary array: memory
-    grows with neither K nor N, except for the draws of (M, E) themselves, (K, T, L).
+    The predictive one is tight, as K grows, on log E_q(M,E)[p(x | M, E)]: the log density of a new
+    cell under the posterior predictive. The ratio p/q of (M, E) does not enter. Its mean over
+    cells is what the authors' code computes for Table 1.
+
+    batches yields (x (B, G), d (B, P)). Returns predictive (N,), joint (a float, the total), and
+    effective_sample_size (a float). At most about `chunk` numbers per temporary array: memory grows
+    with neither K nor N, except for the draws of (M, E) themselves, (K, T, L).
     """
-    t = torch.arange(len(model.n_cells), device=model.n_cells.device)
-    mask, effect, _, _ = model.sample_effects(t, n_particles)
-    result = []
+    mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_particles)
+    log_w_joint = model.log_global_ratio(mask, effect)  # (K,)
+    predictive = []
     for x, d in batches:
         log_w = []
         for k in torch.arange(n_particles).split(max(1, chunk // x.numel())):
             z_pert = sum_effects(mask[k], effect[k], d)
-            loc, var = model.encode(x, z_pert)
+            loc, var = model.encode(x, z_pert, d)
             noise = torch.randn_like(z_pert)
             z_basal = loc + var.sqrt() * noise
             # log N(z; 0, I) - log N(z; loc, var); the factors (2 pi)^(-L/2) cancel.
             log_p_over_q = 0.5 * (noise**2 + var.log() - z_basal**2).sum(-1)
-            log_w.append(model.log_likelihood(x, z_basal + z_pert) + log_p_over_q)
-        result.append(torch.logsumexp(torch.cat(log_w), dim=0) - math.log(n_particles))
-    return torch.cat(result)
+            log_w.append(model.log_likelihood(x, z_basal + z_pert, d) + log_p_over_q)
+        log_w = torch.cat(log_w)  # (K, B)
+        predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
+        log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7
+    joint = torch.logsumexp(log_w_joint, dim=0) - math.log(n_particles)  # eq. 6
+    share = torch.softmax(log_w_joint, dim=0)
+    return torch.cat(predictive), joint.item(), 1 / share.square().sum().item()
 
 
 # ============================================================================================
@@ -392,48 +572,57 @@ def predictive_iwelbo(model, batches, n_particles=100, chunk=2**23):
 
 
 @torch.no_grad()
-def average_treatment_effects(model, dosages, n_particles=2500, n_samples=1, library=1e4, seed=0,
-                              chunk=2**22):
-    """Model-based average treatment effect of each row of dosages against control (3.2).
+def expected_expression(model, arms, n_particles=2500, n_samples=1, library=1e4, seed=0,
+                        chunk=2**22):
+    """Mean expression of cells that receive each row of dosages, arms (C, P).
 
-    ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ],
-
-    where y is one of two functions of the counts x of a cell with the given library size:
+    E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of two functions
+    of the counts x of a cell with the given library size:
 
         counts           y = x: the inner expectation is exactly library * rho
         log_normalised   y = log2(1 + 1e4 x / sum x), by n_samples sampled cells per particle
 
     All arms share every latent: z_basal, masks, effects and the gamma variables of the likelihood.
-    They also start their Poisson draws from the same random numbers: a dosage without any
-    perturbation has an effect of exactly zero.
+    They also start their Poisson draws from the same random numbers: equal arms give equal results.
 
-    dosages (C, P). Returns a dict of two (C, G) tensors, "counts" and "log_normalised".
+    Returns a dict of two (C, G) tensors, "counts" and "log_normalised", in double precision.
     At most about `chunk` numbers per temporary array.
-    Differs from the authors' code, which draws a new z_basal for each arm.
     """
     device = model.n_cells.device
-    n_genes, n_latent = len(model.log_theta), model.decoder.part_sizes[0]
-    t = torch.arange(len(model.n_cells), device=device)
+    n_genes, n_latent = len(model.log_theta), model.n_latent
+    t = model.all_perturbations()
     theta = model.log_theta.clamp(-20, 20).exp()  # as in nb_log_likelihood
     poisson_noise = torch.Generator(device)
 
-    arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
     counts = torch.zeros(len(arms), n_genes, dtype=torch.float64, device=device)
     log_normalised = torch.zeros_like(counts)
     n_chunk = max(1, chunk // max(n_latent * max(len(t), len(arms)), n_samples * n_genes))
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_effects(t, len(k))
         z_basal = torch.randn(len(k), 1, n_latent, device=device)
-        z = z_basal + sum_effects(mask, effect, arms)  # (K, 1 + C, L): the arms share z_basal
+        z = z_basal + sum_effects(mask, effect, arms)  # (K, C, L): the arms share z_basal
         # Gamma-Poisson mixture: lambda = mean * gamma with E[gamma] = 1, Var[gamma] = 1 / theta.
         gamma = torch.distributions.Gamma(theta, theta).sample((n_samples, len(k)))  # (S, K, G)
         for arm in range(len(arms)):
-            mean = library * model.log_rho(z[:, arm]).exp()  # (K, G)
+            mean = library * model.log_rho(z[:, arm], arms[arm]).exp()  # (K, G)
             poisson_noise.manual_seed(seed + int(k[0]))  # the same for every arm
             x = torch.poisson(mean * gamma, poisson_noise)  # (S, K, G)
             y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
             counts[arm] += mean.double().sum(0)
             log_normalised[arm] += y.mean(0).double().sum(0)
+    return {"counts": counts / n_particles, "log_normalised": log_normalised / n_particles}
 
-    expected = {"counts": counts / n_particles, "log_normalised": log_normalised / n_particles}
+
+def average_treatment_effects(model, dosages, n_particles=2500, n_samples=1, library=1e4, seed=0,
+                              chunk=2**22):
+    """Model-based average treatment effect of each row of dosages (C, P) against control (3.2).
+
+    ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ]
+
+    for the two y of `expected_expression`, whose arguments these are. Returns a dict of two (C, G)
+    tensors, "counts" and "log_normalised". A dosage without any perturbation has an effect of
+    exactly zero. Differs from the authors' code, which draws a new z_basal for each arm.
+    """
+    arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
+    expected = expected_expression(model, arms, n_particles, n_samples, library, seed, chunk)
     return {scale: (y[1:] - y[0]).float() for scale, y in expected.items()}

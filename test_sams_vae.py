@@ -24,9 +24,9 @@ import torch
 import data
 import evaluate
 import train
-from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, average_treatment_effects, elbo, kl_bernoulli,
-                      kl_normal, nb_log_likelihood, predictive_iwelbo, straight_through_bernoulli,
-                      sum_effects)
+from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
+                      average_treatment_effects, elbo, iwelbo, kl_bernoulli, kl_normal,
+                      nb_log_likelihood, straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -364,7 +364,7 @@ def test_gradients_on_several_threads_are_the_same_to_the_last_bit(n_perturbatio
 
 def repeated_iwelbo(model, x, d, n_particles, n):
     """n independent estimates of the predictive IWELBO of a few cells, (n, B)."""
-    return torch.stack([predictive_iwelbo(model, [(x, d)], n_particles) for _ in range(n)]).double()
+    return torch.stack([iwelbo(model, [(x, d)], n_particles)[0] for _ in range(n)]).double()
 
 
 def test_predictive_iwelbo_with_one_particle_has_the_elbo_without_global_terms_as_expectation():
@@ -413,7 +413,7 @@ def test_predictive_iwelbo_converges_to_the_exact_log_marginal(basal, effects):
             density = torch.distributions.Normal(center, spread.sqrt()).log_prob(z[:, None]).exp()
             q_m = torch.where(m == 1, p, 1 - p).prod()
             exact += q_m * (likelihood * density).sum(0) * (z[1] - z[0])
-    estimate = predictive_iwelbo(model, [(x, d)], 100_000, chunk=50_000)
+    estimate, _, _ = iwelbo(model, [(x, d)], 100_000, chunk=50_000)
     torch.testing.assert_close(estimate.double(), exact.log(), rtol=0, atol=0.02)
 
 
@@ -468,7 +468,7 @@ def test_gpu_and_cpu_agree():
     for a, b in zip(on_cpu, [on_gpu.log_likelihood(x, z), *on_gpu.encode(x, z)]):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4)
     elbo(on_gpu, x, d)[0].backward()
-    assert predictive_iwelbo(on_gpu, [(x, d)], 20).isfinite().all()
+    assert iwelbo(on_gpu, [(x, d)], 20)[0].isfinite().all()
     effects = average_treatment_effects(on_gpu, torch.tensor([[NONE], [1]]).cuda(), 50)
     assert (effects["log_normalised"][0] == 0).all() and (effects["counts"][1] != 0).all()
 
@@ -925,7 +925,7 @@ def test_columns_that_disagree_on_the_controls_are_ambiguous(tmp_path):
     assert conditions(path, perturbation_column="perturbation") == ["control", "control", "A"]
 
 
-def test_labels_without_controls_or_only_controls_are_refused_with_what_was_seen(tmp_path):
+def test_labels_without_controls_or_only_controls_are_refused_with_what_wasseen(tmp_path):
     path = write_obs(tmp_path / "x.h5ad", mine=["A", "B", "B", "A", "B"])
     with pytest.raises(data.DataError, match=r"its labels are B \(3\), A \(2\)"):
         data.read_screen(path, perturbation_column="mine")

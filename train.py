@@ -1,7 +1,8 @@
-"""Train SAMS-VAE or CPA-VAE on an .h5ad file, or on a simulated screen.
+"""Train SAMS-VAE, or a model it is compared with, on an .h5ad file or on a simulated screen.
 
     python train.py                               simulate a screen, train on it, evaluate: minutes
-    python train.py --data replogle.h5ad          train as in the paper's Table 1
+    python train.py --data replogle.h5ad --preset replogle         as in the paper's Table 1
+    python train.py --data norman.h5ad --preset norman-ood --train-combinations 0.5 --split-seed 1
     python train.py --data screen.h5ad --perturbation-column gene --control non-targeting
     python train.py --resume runs/NAME            go on where a run was stopped
 
@@ -25,15 +26,17 @@ import torch
 
 import data
 from data import DataError
-from sams_vae import CPAVAE, SAMSVAE, elbo
+from sams_vae import CPAVAE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus, elbo
 
-MODELS = {"sams-vae": SAMSVAE, "cpa-vae": CPAVAE}
+MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, "cpa-vae": CPAVAE,
+          "svae+": SVAEPlus, "cvae": ConditionalVAE}
 
 # Every option that is not about reading the file: its default, and where the default comes from.
 # "Replogle" and "Norman" are the paper's settings for its two data sets (A.4).
 OPTIONS = [
     # the model (2.1 to 2.4)
-    ("--model", "sams-vae", "sams-vae, or cpa-vae: every mask entry fixed to 1"),
+    ("--model", "sams-vae", "sams-vae; the same with a Beta-Bernoulli prior of the mask; cpa-vae: "
+                            "every mask entry is 1; svae+; cvae: the conditional VAE"),
     ("--correlated-basal", True, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
     ("--correlated-effects", True, "q(e | m) in place of q(e) (paper: best row of Table 1)"),
     ("--n-latent", 100, "latent dimensions (Replogle; Norman 200)"),
@@ -43,6 +46,8 @@ OPTIONS = [
     ("--effect-layers", 2, "hidden layers of f_emb (Replogle; Norman 4)"),
     ("--alpha", 0.001, "prior probability of a mask entry (Replogle; Norman 0.01)"),
     ("--beta", 1.0, "prior variance of an effect (paper)"),
+    ("--mask-a", 1.0, "a of the prior Beta(a, b) of mask probabilities, Beta-Bernoulli (ours)"),
+    ("--mask-b", 2.0, "b of the same, and of SVAE+'s Beta(1, b) (paper, for SVAE+)"),
     # the optimisation
     ("--steps", 150_000, "training steps (Replogle; Norman 30,000)"),
     ("--batch-size", 512, "cells per step (paper)"),
@@ -51,25 +56,41 @@ OPTIONS = [
     ("--weight-decay", 1e-6, "of Adam (paper)"),
     ("--clip", 0.0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
     ("--seed", 0, "of the weights and of training (paper: five seeds)"),
-    ("--split-seed", 0, "of the random split (Replogle 0)"),
+    # the split
+    ("--split", "random", "how cells are split (Replogle random; Norman two tasks, see data.py)"),
+    ("--train-combinations", 1.0, "fraction of the combinations, or of their cells, that the "
+                                  "Norman splits train on (Norman 0, 0.25, 0.5, 0.75 and 1)"),
+    ("--split-seed", 0, "of the random split (Replogle 0, Norman 0 to 4)"),
     # the run
     ("--log-every", 50, "steps between lines of log.jsonl (ours)"),
     ("--validate-every", 500, "steps between validations, each saving last.pt (ours)"),
 ]
 
-# What changes where there is no --data. A small screen needs a small model, and minutes allow few
-# steps: hence the higher learning rate. Everything here can be overridden by its flag, too.
-SIMULATED = dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
-                 batch_size=256, lr=1e-2, split_column="split")
+# What --preset changes. All of it can be overridden by its flag, too. OPTIONS holds the values for
+# Replogle already, so that its row says how to read the file.
+NORMAN = dict(layer="counts", gene_column="highly_variable", n_latent=200, effect_hidden=400,
+              effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
+PRESETS = {
+    "replogle": dict(perturbation_column="sgID_AB", control="*non-targeting*"),
+    "norman-ood": NORMAN | dict(split="norman-ood"),
+    "norman-data-efficiency": NORMAN | dict(split="norman-data-efficiency"),
+    # Where there is no --data. A small screen needs a small model, and minutes allow few steps:
+    # hence the higher learning rate.
+    "simulated": dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
+                      batch_size=256, lr=1e-2, split_column="split"),
+}
 SIMULATION_OPTIONS = [
     ("--simulated-perturbations", 500, "perturbations of the simulated screen"),
     ("--simulated-cells", 25, "cells per perturbation and pair of the simulated screen"),
+    ("--simulated-pairs", 60, "pairs of the simulated screen; half of them are held out"),
     ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
+    ("--simulated-seed", 0, "of the simulated screen"),
 ]
 
 POSITIVE = 1e-30
 LEAST = [  # the least values that make sense
-    (0, "seed split_seed weight_decay clip simulated_effect"), (POSITIVE, "lr beta"),
+    (0, "seed split_seed weight_decay clip train_combinations simulated_effect simulated_pairs "
+        "simulated_seed"), (POSITIVE, "lr beta mask_a mask_b"),
     (1, "n_latent n_hidden n_layers effect_hidden effect_layers steps batch_size particles "
         "log_every validate_every simulated_cells"), (2, "simulated_perturbations")]
 
@@ -79,18 +100,19 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FILE.h5ad", help="counts (default: simulate a screen)")
+    parser.add_argument("--preset", choices=list(PRESETS),
+                        help="settings of the paper's experiments")
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with this run")
     parser.add_argument("--name", help="the run's folder is runs/NAME (default: from the options)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     data.add_screen_options(parser)
     group = parser.add_argument_group("the model and its training")
+    choices = {"--model": list(MODELS), "--split": data.SPLITS}
     for flag, default, text in OPTIONS + SIMULATION_OPTIONS:
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
-            "type": type(default)}
-        choices = {"choices": sorted(MODELS)} if flag == "--model" else {}
-        simulated = SIMULATED.get(flag[2:].replace("-", "_"))
-        text += f" [{default}" + (f"; without --data {simulated}]" if simulated else "]")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind, **choices)
+            "type": type(default), "choices": choices.get(flag)}
+        text += f" [{default}]"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     args = parser.parse_args(arguments)
 
     def name_of(flag):
@@ -100,12 +122,21 @@ def parse_arguments(arguments=None):
     own = {name_of(flag) for flag, _, _ in OPTIONS + SIMULATION_OPTIONS}
     given = {k: v for k, v in vars(args).items() if k in own}
     given |= {k: getattr(args, k) for k in data.SCREEN_OPTIONS if getattr(args, k) is not None}
-    config = {"data": args.data and os.path.abspath(args.data)}
+    if args.preset is not None:
+        given["preset"] = args.preset
+    if args.data is None and args.preset not in (None, "simulated") and not args.resume:
+        parser.error(f"--preset {args.preset} needs --data")
+    config = {"data": args.data and os.path.abspath(args.data),
+              "preset": args.preset if args.data or args.preset else "simulated"}
     config |= dict.fromkeys(data.SCREEN_OPTIONS)
     config |= {name_of(flag): default for flag, default, _ in OPTIONS}
     if args.data is None:
-        config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS} | SIMULATED
-    config |= given
+        config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS}
+    config |= PRESETS.get(config["preset"], {}) | given
+    if config["model"] in ("svae+", "cvae"):  # in the paper, too, their guide is mean-field
+        if given.get("correlated_basal") or given.get("correlated_effects"):
+            parser.error(f"--model {config['model']} has no correlated guide")
+        config["correlated_basal"] = config["correlated_effects"] = False
     for option, least in ((option, least) for least, names in LEAST for option in names.split()):
         value = config.get(option, least)
         if not least <= value < 2**32:
@@ -113,6 +144,8 @@ def parse_arguments(arguments=None):
             parser.error(f"--{option.replace('_', '-')} must be {words}, not {value}")
     if not 0 < config["alpha"] < 1:
         parser.error(f"--alpha must lie between 0 and 1, not {config['alpha']}")
+    if config["train_combinations"] > 1:
+        parser.error("--train-combinations is a fraction: at most 1")
     if args.data and not args.resume and any(option.startswith("simulated") for option in given):
         parser.error("--simulated-... options describe the screen that is simulated without --data")
     if args.name is not None and (not args.name or args.name != os.path.basename(args.name)):
@@ -141,7 +174,10 @@ def new_folder(name, config):
         source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
         guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
                                                ("effects", config["correlated_effects"])) if on)
-        base = f"{source}-{config['model']}-{guide or 'mean-field'}-seed{config['seed']}"
+        base = f"{source}-{config['model']}-{guide or 'mean-field'}"
+        if config["split"] != "random":
+            base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
+        base += f"-seed{config['seed']}"
         name, n = base, 1
         while os.path.exists(os.path.join("runs", name)):
             name, n = f"{base}-{n + 1}", n + 1
@@ -153,7 +189,7 @@ def new_folder(name, config):
 def build_model(config, training):
     """The model of a configuration; `training` holds n_cells (T,), x_mean and x_std (G,)."""
     options = ("n_latent", "n_hidden", "n_layers", "effect_hidden", "effect_layers",
-               "correlated_basal", "correlated_effects", "alpha", "beta")
+               "correlated_basal", "correlated_effects", "alpha", "beta", "mask_a", "mask_b")
     return MODELS[config["model"]](training["n_cells"], training["x_mean"], training["x_std"],
                                    **{option: config[option] for option in options})
 
@@ -184,6 +220,17 @@ def read_config_screen(config, checkpoint=None):
         raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
                         "the run was trained on; it needs the same file, and --data says where")
     return screen
+
+
+def split_of(config, screen):
+    """The cells of the configuration's split; see data.split_cells."""
+    return data.split_cells(screen, config["split_seed"], config["split"],
+                            config["train_combinations"])
+
+
+def as_the_model_sees(screen, model):
+    """SVAE+ knows labels, not combinations: for it, each combination is a label of its own."""
+    return data.one_label_per_cell(screen) if model == "svae+" else screen
 
 
 def drop_later_lines(path, step):
@@ -237,18 +284,27 @@ def main(arguments=None):
         checkpoint = None
         if config["data"] is not None:  # before the folder is made: a wrong file leaves nothing
             screen = read_config_screen(config)
-            split = data.split_cells(screen, config["split_seed"])
+            split = split_of(config, screen)
         folder = new_folder(args.name, config)
         if config["data"] is None:
             config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
             config["simulated"] = True
-            data.simulate(config["data"], config["seed"], config["simulated_perturbations"],
-                          config["simulated_cells"], config["simulated_effect"])
+            data.simulate(config["data"], config["simulated_seed"],
+                          config["simulated_perturbations"], config["simulated_cells"],
+                          config["simulated_effect"], n_pairs=config["simulated_pairs"])
             screen = read_config_screen(config)
-            split = data.split_cells(screen)
+            split = split_of(config, screen)
     with data.replacing(os.path.join(folder, "config.json")) as path, open(path, "w") as file:
         json.dump(config, file, indent=2)
     print(f"{screen.path}", *screen.notes, sep="\n  ")
+    fingerprint = screen.fingerprint()
+    n_perturbations = len(screen.perturbations)
+    screen = as_the_model_sees(screen, config["model"])
+    if len(screen.perturbations) > n_perturbations:
+        print(f"  {config['model']} does not add effects up: the combinations are perturbations of "
+              f"their own, {len(screen.perturbations):,} in all; those without training cells have "
+              "no effect")
+    print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
 
     # The screen moves to the device once; what the model knows of the training cells is computed.
     batches = data.Batches(screen, device)
@@ -278,7 +334,6 @@ def main(arguments=None):
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
         drop_later_lines(log_path, step)
     log = open(log_path, "a", buffering=1)
-    fingerprint = screen.fingerprint()
 
     def save(name):
         """Write best.pt or last.pt: everything that is needed to go on."""
@@ -346,7 +401,11 @@ def main(arguments=None):
         seconds = time.time() - since
         line = {"step": step, "epoch": shuffle.epoch}
         line |= {name: round(float(total) / n_since, 4) for name, total in totals.items()}
-        line["mask_probability"] = round(model.mask_probability().mean().item(), 5)
+        if model.has_mask:
+            with torch.no_grad():
+                probability = model.mask_probability()
+            line["mask_probability"] = round(probability.mean().item(), 5)
+            line["mask_size"] = round((probability > 0.5).sum(1).float().mean().item(), 3)
         line["cells_per_second"] = round(n_since * config["batch_size"] / seconds)
         totals, n_since = {}, 0
         if validate:
@@ -365,8 +424,9 @@ def main(arguments=None):
             left = (config["steps"] - step) * (time.time() - started) / (step - first_step)
             print(f"\rstep {step:,}  loss {line['loss']:.2f} = data {-line['log_likelihood']:.2f} "
                   f"+ basal {line['kl_basal']:.2f} + mask {line['kl_mask']:.3f} + effect "
-                  f"{line['kl_effect']:.3f}  mask probability {line['mask_probability']:.4f}  "
-                  f"{line['cells_per_second']:,} cells/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                  f"{line['kl_effect']:.3f}  "
+                  + (f"mask probability {line['mask_probability']:.4f}  " if model.has_mask else "")
+                  + f"{line['cells_per_second']:,} cells/s  {left // 60:.0f}:{left % 60:02.0f} left"
                   + (f"  best validation {best:.2f} " if best < math.inf else " "), end="",
                   flush=True)
     log.close()

@@ -531,10 +531,16 @@ def table_of_runs(runs, scale="log_normalised"):
                     title: number([m["effects"][scale][effects_of][name][column] for m in same])
                     for column, title in COLUMNS}
                 rows.append([cells.get(title, "") for title in header])
-        tables.append(f"{os.path.basename(config['data'])}, split {config['split']}, effects of "
-                      f"{'test' if norman else 'all'} conditions in "
-                      f"{members[0]['options']['effects_from']} cells, {scale.replace('_', '-')}\n\n"
-                      + markdown(header, rows))
+        other = [f"{k} {config.get(k)}" for k in sorted(config) if k not in (*seeds, *model, "data")
+                 and len({str(m["config"].get(k)) for m in runs}) > 1]
+        evaluations = unique(json.dumps(m["options"], sort_keys=True) for m in members)
+        if len(evaluations) > 1:
+            other.append("NOT ALL EVALUATED WITH THE SAME OPTIONS: use --again")
+        tables.append(
+            f"{os.path.basename(config['data'])}, split {config['split']}; effects of {effects_of} "
+            f"conditions, by the data in {members[0]['options']['effects_from']} cells, "
+            f"{scale.replace('_', '-')}{'; ' * bool(other)}{', '.join(other)}\n\n"
+            + markdown(header, rows))
     return "\n\n".join(tables)
 
 
@@ -556,11 +562,12 @@ def unique(values):
 
 
 def dosages_of(run, conditions):
-    """Dosages (C, P), for the run's model, of conditions such as "A", "A+B" or "control".
+    """Dosages (C, P), for the run's model, of conditions such as "B+A" or "control"; and how the
+    screen spells them, "A+B".
 
     Raises DataError for names that the screen does not have, with those that come near.
     """
-    known, rows = run.screen.perturbations, []
+    known, rows, spelled = run.screen.perturbations, [], []
     index = {name: t for t, name in enumerate(run.seen.perturbations)}
     for condition in conditions:
         names = [condition] if condition in known else [n.strip() for n in condition.split("+")]
@@ -572,8 +579,9 @@ def dosages_of(run, conditions):
                                 f"{', '.join(near)} ({len(known):,} in all)")
         if len(set(names)) < len(names):
             raise DataError(f"{condition!r} names a perturbation twice")
+        spelled.append("+".join(names) or "control")
         if run.config["model"] == "svae+":  # one label per cell, and none for what it has not seen
-            names = ["+".join(names)] if names else []
+            names = [spelled[-1]] if names else []
             if not set(names) <= index.keys():
                 print(f"{condition}: not in the data, and svae+ cannot add effects up: no effect")
                 names = []
@@ -581,7 +589,7 @@ def dosages_of(run, conditions):
     d = np.full((len(rows), max(1, *map(len, rows))), data.NONE)
     for row, perturbations in zip(d, rows):
         row[:len(perturbations)] = perturbations
-    return torch.from_numpy(d).to(run.device)
+    return torch.from_numpy(d).to(run.device), spelled
 
 
 @torch.no_grad()
@@ -611,7 +619,7 @@ def predict(run, conditions, ate_particles=2500, ate_samples=1, library=1e4, eva
     effect_counts, differences from control cells; effect_counts_low and _high, see effect_interval.
     Returns a table of the ten strongest effects of each.
     """
-    dosages = dosages_of(run, conditions)
+    dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
     arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])
     expected = expected_expression(run.model, arms, ate_particles, ate_samples, library,
@@ -624,9 +632,7 @@ def predict(run, conditions, ate_particles=2500, ate_samples=1, library=1e4, eva
         run.model, dosages, library=library)
     layers = {name: value.cpu().numpy().astype(np.float32) for name, value in layers.items()}
     trained_on = run.screen.conditions[run.split["train"]]
-    spelled = ["+".join(sorted(run.seen.perturbations[t] for t in row if t != data.NONE))
-               for row in dosages.tolist()]
-    n_cells = np.array([int((trained_on == (name or "control")).sum()) for name in spelled])
+    n_cells = np.array([int((trained_on == name).sum()) for name in spelled])
     run.write("predictions.h5ad", X=layers["expected_log_normalised"],
               obs={"condition": list(conditions), "n_training_cells": n_cells},
               var={"gene": run.screen.gene_names}, layers=layers, uns={"library": library})
@@ -742,7 +748,7 @@ def figure_of_training(folder):
     if any("mask_size" in line for line in log):
         right = axes[2].twinx()
         right.plot([line["step"] for line in log], [line["mask_size"] for line in log], "C1")
-        right.set_ylabel("latents per perturbation, probability > 0.5", color="C1")
+        right.set_ylabel("latents of probability > 0.5", color="C1")
     else:
         axes[2].text(0.5, 0.5, "no masks to learn", transform=axes[2].transAxes, ha="center")
     figure.suptitle(os.path.basename(folder))
@@ -772,8 +778,8 @@ def figure_of_masks(run, pathways=None):
     panels = [("mask probability", probability, "Greys", 0, 1)] if model.has_mask else []
     limit = max(1e-6, np.quantile(np.abs(offset), 0.99))
     panels += [("mean offset E[m e]", offset, "RdBu_r", -limit, limit)]
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 5 * len(panels), 7), squeeze=False,
-                                     layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 5 * len(panels), 7),
+                                     squeeze=False, layout="constrained", sharey=True)
     n = np.cumsum([0] + [(pathway[rows] == g).sum() for g in groups])
     for axis, (title, values, colours, low, high) in zip(axes[0], panels):
         image = axis.imshow(values[rows][:, latents], aspect="auto", cmap=colours, vmin=low,
@@ -784,15 +790,15 @@ def figure_of_masks(run, pathways=None):
         axis.set_xticks([])
         for edge in n[1:-1]:
             axis.axhline(edge - 0.5, color="C1", linewidth=0.8)
-    short = [g if len(g) <= 28 else g[:26] + "..." for g in groups]
-    axes[0, 0].set_yticks((n[1:] + n[:-1] - 1) / 2, [f"{g} ({k})" for g, k in zip(short, np.diff(n))])
+    labels = [f"{g if len(g) <= 28 else g[:26] + '...'} ({k})" for g, k in zip(groups, np.diff(n))]
+    axes[0, 0].set_yticks((n[1:] + n[:-1] - 1) / 2, labels)
     figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations")
     return save_figure(figure, os.path.join(run.folder, "masks.png"))
 
 
-def figure_of_effects(run, metrics):
+def figure_of_effects(folder, metrics):
     """Figure 3: effects by the data and by the model, as heat maps and as a density of points."""
-    effects = data.read_layers(os.path.join(run.folder, "effects.h5ad"))
+    effects = data.read_layers(os.path.join(folder, "effects.h5ad"))
     kept = np.isfinite(effects["data_log_normalised"]).all(1)
     observed, predicted = (effects[f"{name}_log_normalised"][kept] for name in ("data", "model"))
     rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
@@ -812,9 +818,9 @@ def figure_of_effects(run, metrics):
     axes[2].axline((0, 0), slope=1, color="C3", linewidth=0.8)
     axes[2].set(xlabel="effect by the data", ylabel="effect by the model",
                 title=f"Pearson r = {pearson(predicted, observed):.3f}")
-    figure.suptitle(f"{os.path.basename(run.folder)}, data effects from "
+    figure.suptitle(f"{os.path.basename(folder)}, data effects from "
                     f"{metrics['options']['effects_from']} cells")
-    return save_figure(figure, os.path.join(run.folder, "effects.png"))
+    return save_figure(figure, os.path.join(folder, "effects.png"))
 
 
 def figure_of_combinations(runs, folder):
@@ -940,8 +946,9 @@ def main(arguments=None):
         results[folder] = metrics
         if args.figures:
             run = run or Run(folder, args.device, args.data)
-            figures = [figure_of_training(folder), figure_of_effects(run, metrics)]
-            figures += [figure_of_masks(run, metrics["options"]["pathways"])] if run.config["model"] != "cvae" else []
+            figures = [figure_of_training(folder), figure_of_effects(folder, metrics)]
+            if run.config["model"] != "cvae":  # it has neither masks nor effects in latent space
+                figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
             print("written: " + ", ".join(figures))
     if len(results) > 1:
         print(f"\n{table_of_runs(list(results.values()), args.scale)}")

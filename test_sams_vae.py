@@ -31,15 +31,17 @@ from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, Conditio
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
 GUIDES = list(itertools.product([False, True], repeat=2))  # correlated_basal, correlated_effects
+MODELS = [(kind, *guide) for kind in (SAMSVAE, CPAVAE) for guide in GUIDES] + [
+    (BetaBernoulliSAMSVAE, True, True), (SVAEPlus, False, False), (ConditionalVAE, False, False)]
 
 
 def small_model(kind=SAMSVAE, n_cells=(5, 3, 2), n_genes=6, n_latent=3, basal=True, effects=True,
-                alpha=0.2, beta=1.0, seed=0):
+                alpha=0.2, beta=1.0, mask_a=1.0, mask_b=2.0, seed=0):
     """A model with random parameters everywhere, so that no term is at its optimum by accident."""
     torch.manual_seed(seed)
     model = kind(torch.tensor(n_cells), torch.zeros(n_genes), torch.ones(n_genes), n_latent,
                  n_hidden=8, effect_hidden=8, correlated_basal=basal, correlated_effects=effects,
-                 alpha=alpha, beta=beta)
+                 alpha=alpha, beta=beta, mask_a=mask_a, mask_b=mask_b)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -162,7 +164,7 @@ def test_kl_of_mask_and_effect_equals_monte_carlo_under_the_joint_guide(effects)
     with torch.no_grad():
         mask, effect, kl_mask, kl_effect = model.sample_effects(t, n)
         if effects:
-            loc, log_var = model.f_emb(mask, t).chunk(2, -1)
+            loc, log_var = model.f_emb(mask, t[:, None]).chunk(2, -1)
             var = log_var.exp() + 1e-4
         else:
             loc, var = model.effect_loc[t], model.effect_log_var[t].exp()
@@ -176,13 +178,14 @@ def test_kl_of_mask_and_effect_equals_monte_carlo_under_the_joint_guide(effects)
 def test_a_network_of_parts_equals_the_network_of_their_concatenation():
     torch.manual_seed(0)
     net, x, z = MLP([4, 3, 5], 7, 3, 2), torch.randn(6, 4), torch.randn(2, 6, 3)
-    t = torch.tensor([0, 4, 2, 2, 1, 3])
-    one_hot = torch.nn.functional.one_hot(t, 5).float()
-    h = net.first(torch.cat([x.expand(2, 6, 4), z, one_hot.expand(2, 6, 5)], dim=-1))
+    d = torch.tensor([[0, NONE], [4, 0], [NONE, NONE], [2, 1], [1, NONE], [NONE, 3]])
+    multi_hot = torch.zeros(6, 5)
+    multi_hot[[0, 1, 1, 3, 3, 4, 5], [0, 4, 0, 2, 1, 1, 3]] = 1
+    h = net.first(torch.cat([x.expand(2, 6, 4), z, multi_hot.expand(2, 6, 5)], dim=-1))
     h = torch.nn.functional.leaky_relu(h)
     for layer in net.residual:
         h = h + torch.nn.functional.leaky_relu(layer(h))
-    torch.testing.assert_close(net(x, z, t), net.last(h))
+    torch.testing.assert_close(net(x, z, d), net.last(h))
 
 
 # ============================================================================================
@@ -263,6 +266,87 @@ def test_a_gene_that_is_constant_in_training_does_not_divide_by_zero():
 
 
 # ============================================================================================
+# The other models (2.1, 4)
+# ============================================================================================
+
+
+def test_beta_bernoulli_kl_equals_monte_carlo_and_the_mask_has_the_mean_of_its_beta():
+    model, n = small_model(BetaBernoulliSAMSVAE, mask_a=0.7, mask_b=3.0), 20_000
+    beta, bernoulli = torch.distributions.Beta, torch.distributions.Bernoulli
+    with torch.no_grad():
+        mask, kl = model.sample_mask(torch.arange(3), n)
+        q = beta(model.mask_log_a.exp(), model.mask_log_b.exp())
+        p = q.sample((n,))
+        m = bernoulli(p).sample()  # the joint KL of (p, m): the term of m cancels
+        log_q = q.log_prob(p) + bernoulli(p).log_prob(m)
+        log_p = beta(0.7, 3.0).log_prob(p) + bernoulli(p).log_prob(m)
+    assert ((mask == 0) | (mask == 1)).all()
+    assert_close_to_mean((log_q - log_p).sum(-1), kl.double())
+    assert_close_to_mean(mask, q.mean.detach())
+    torch.testing.assert_close(model.mask_probability(), q.mean)
+
+
+def test_the_gradient_of_the_beta_bernoulli_mask_reaches_both_parameters():
+    model = small_model(BetaBernoulliSAMSVAE)
+    elbo(model, *small_batch(), 50)[0].backward()
+    for p in (model.mask_log_a, model.mask_log_b):
+        assert p.grad.isfinite().all() and (p.grad != 0).all()
+
+
+def test_the_global_term_of_svae_plus_is_exactly_minus_log_beta_of_the_mask_probability():
+    model = small_model(SVAEPlus, mask_b=2.7)
+    _, _, kl_mask, kl_effect = model.sample_effects(torch.tensor([0, 2]), 4)
+    density = torch.distributions.Beta(1.0, 2.7).log_prob(model.mask_probability()[[0, 2]])
+    torch.testing.assert_close(kl_mask, -density.sum(-1))
+    assert (kl_effect == 0).all()
+
+
+def test_svae_plus_is_z_around_mask_times_mu_and_a_guide_of_z_that_does_not_see_the_label():
+    model, (x, d) = small_model(SVAEPlus), small_batch()
+    mask, effect, _, _ = model.sample_effects(torch.arange(3), 5)
+    z_pert = sum_effects(mask, effect, d[:, :1])
+    torch.testing.assert_close(z_pert[:, 0], mask[:, 0] * model.effect_loc[0])
+    loc, var = model.encode(x, z_pert, d[:, :1])
+    of_z = model.encode(x, torch.zeros_like(z_pert))[0]  # mean of q(z | x)
+    torch.testing.assert_close(loc + z_pert, of_z)
+    normal = torch.distributions.Normal
+    trusted = torch.distributions.kl_divergence(normal(of_z, var.sqrt()), normal(z_pert, 1.0))
+    torch.testing.assert_close(kl_normal(loc, var), trusted)
+
+
+def test_a_label_that_svae_plus_has_not_seen_predicts_exactly_the_control():
+    model = small_model(SVAEPlus, n_cells=(5, 0, 2))
+    effects = average_treatment_effects(model, torch.tensor([[1], [0]]), 20)
+    assert (effects["counts"][0] == 0).all() and (effects["counts"][1] != 0).any()
+
+
+def test_the_dosages_of_the_conditional_vae_enter_both_networks():
+    model, (x, d) = small_model(ConditionalVAE, n_cells=(5, 0, 2)), small_batch()
+    multi_hot = torch.zeros(10, 3)
+    for t in (0, 2):  # 1 has no training cells: its weights mean nothing
+        multi_hot[:, t] = (d == t).any(1)
+
+    def whole(net, inputs):
+        """The network of the concatenated inputs."""
+        return net.last(torch.nn.functional.leaky_relu(net.first(torch.cat(inputs, dim=-1))))
+
+    z = torch.randn(4, 10, 3)
+    rho = torch.softmax(whole(model.decoder, [z, multi_hot.expand(4, 10, 3)]), dim=-1)
+    torch.testing.assert_close(model.log_rho(z, d).exp(), rho)
+    loc, _ = whole(model.encoder, [torch.log1p(x), multi_hot]).chunk(2, -1)
+    torch.testing.assert_close(model.encode(x, None, d)[0], loc)
+    mask, effect, kl_mask, kl_effect = model.sample_effects(torch.arange(3), 2)
+    assert all((v == 0).all() for v in (sum_effects(mask, effect, d), kl_mask, kl_effect))
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_every_parameter_of_every_model_has_a_finite_gradient(kind, basal, effects):
+    model = small_model(kind, n_cells=(5, 0, 2), basal=basal, effects=effects)
+    elbo(model, *small_batch())[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ============================================================================================
 # The objective (eq. 3, A.1)
 # ============================================================================================
 
@@ -292,18 +376,18 @@ def test_a_validation_cell_of_a_perturbation_absent_from_training_gives_a_finite
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("basal, effects", GUIDES)
-def test_minibatches_sum_to_the_full_data_elbo_in_expectation(basal, effects):
-    model, (x, d) = small_model(basal=basal, effects=effects), small_batch()
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_minibatches_sum_to_the_full_data_elbo_in_expectation(kind, basal, effects):
+    model, (x, d) = small_model(kind, basal=basal, effects=effects), small_batch()
     with torch.no_grad():
         # Full data: one draw of (M, E) for all cells, every KL once, scored by hand.
         t, full = torch.arange(3), []
         for _ in range(500):
             mask, effect, kl_mask, kl_effect = model.sample_effects(t, 10)
             z_pert = torch.einsum("nt,ktl->knl", (d[:, :, None] == t).any(1).float(), mask * effect)
-            loc, var = model.encode(x, z_pert)
+            loc, var = model.encode(x, z_pert, d)
             z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
-            local = model.log_likelihood(x, z_basal + z_pert).sum(1).mean() - kl_normal(
+            local = model.log_likelihood(x, z_basal + z_pert, d).sum(1).mean() - kl_normal(
                 loc, var).sum() / len(loc.view(-1, 10, 3))
             full.append((local - kl_mask.sum() - kl_effect.sum(1).mean()) / 10)
         batches = [
@@ -387,34 +471,105 @@ def test_predictive_iwelbo_grows_with_the_number_of_particles():
     assert means == sorted(means) and means[-1] - means[0] > 0.05
 
 
-@pytest.mark.parametrize("basal, effects", GUIDES)
-def test_predictive_iwelbo_converges_to_the_exact_log_marginal(basal, effects):
-    # One latent dimension: z = z_basal + sum of m e. Enumerate the masks; given them z is Gaussian,
-    # and p(x) is an integral over a line.
-    model = small_model(n_cells=(5, 3), n_genes=4, n_latent=1, basal=basal, effects=effects)
-    with torch.no_grad():
-        model.encoder.last.bias[1] += 2  # a wide q(z_basal), so that 100,000 particles suffice
+def tiny_problem(kind, basal, effects):
+    """A model with one latent dimension and four cells: what follows can be integrated on a line.
+
+    Returns model, x, d, whether each cell has each perturbation (4, 2), a grid of z (n,), and
+    p(x | z) of each cell on it, (n, 4).
+    """
+    model = small_model(kind, n_cells=(5, 3), n_genes=4, n_latent=1, basal=basal, effects=effects)
     x = torch.poisson(torch.full((4, 4), 3.0), torch.Generator().manual_seed(2))
     d = torch.tensor([[NONE, NONE], [0, NONE], [1, NONE], [0, 1]])
     z = torch.linspace(-12, 12, 4001)
     with torch.no_grad():
-        t, p = torch.arange(2), torch.sigmoid(model.mask_logits[:, 0])
-        likelihood = model.log_likelihood(x, z[:, None, None].expand(-1, 4, 1)).double().exp()
+        # Wide q(z_basal) and q(e) near their priors, so that few particles suffice.
+        for p in model.encoder.parameters():
+            p.mul_(0.3)
+        model.encoder.last.bias[1] += 1
+        if kind is not SVAEPlus and kind is not ConditionalVAE:
+            (model.f_emb.last.bias[1:] if effects else model.effect_log_var).add_(1)
+        likelihood = model.log_likelihood(x, z[:, None, None].expand(-1, 4, 1), d).double().exp()
+    return model, x, d, torch.stack([(d == s).any(1) for s in range(2)], 1), z, likelihood
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_predictive_iwelbo_converges_to_the_exact_log_marginal(kind, basal, effects):
+    # z = z_basal + sum of m e. Enumerate the masks; given them z is Gaussian, and p(x) an integral.
+    model, x, d, has, z, likelihood = tiny_problem(kind, basal, effects)
+    with torch.no_grad():
+        t, p = torch.arange(2), model.mask_probability()[:, 0]
         exact = torch.zeros(4, dtype=torch.float64)
         for m in itertools.product([0.0, 1.0], repeat=2):
             m = torch.tensor(m)
-            if effects:
-                loc, log_var = model.f_emb(m[:, None], t).chunk(2, -1)
+            loc = var = torch.zeros(2)
+            if kind is SVAEPlus:
+                loc = model.effect_loc[:, 0]
+            elif kind is not ConditionalVAE and effects:
+                loc, log_var = model.f_emb(m[:, None], t[:, None]).chunk(2, -1)
                 loc, var = loc[:, 0], log_var.exp()[:, 0] + 1e-4
-            else:
+            elif kind is not ConditionalVAE:
                 loc, var = model.effect_loc[:, 0], model.effect_log_var[:, 0].exp()
-            has = torch.stack([(d == s).any(1) for s in range(2)], 1)  # (4, 2)
             center, spread = (has * m * loc).sum(1), 1 + (has * m * var).sum(1)
             density = torch.distributions.Normal(center, spread.sqrt()).log_prob(z[:, None]).exp()
             q_m = torch.where(m == 1, p, 1 - p).prod()
             exact += q_m * (likelihood * density).sum(0) * (z[1] - z[0])
     estimate, _, _ = iwelbo(model, [(x, d)], 100_000, chunk=50_000)
     torch.testing.assert_close(estimate.double(), exact.log(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS[:6] + MODELS[8:9])
+def test_joint_iwelbo_converges_to_the_exact_log_marginal_likelihood_of_all_cells(
+        kind, basal, effects):
+    # log p(X) = log sum over masks, integral over both effects, of their priors times the product
+    # over cells of p(x_i | offset), each an integral over z.
+    model, x, d, has, z, likelihood = tiny_problem(kind, basal, effects)
+    normal = torch.distributions.Normal
+    offset = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    density = normal(offset[:, None], 1.0).log_prob(z.double()).exp()
+    of_offset = (density @ likelihood) * (z[1] - z[0])  # p(x_i | offset), (801, 4)
+    e = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    weight = normal(0.0, 1.0).log_prob(e).exp() * (e[1] - e[0])
+    p_one = {CPAVAE: 1.0, SAMSVAE: 0.2, BetaBernoulliSAMSVAE: 1 / 3}[kind]
+    total = 0.0
+    for m in itertools.product([0, 1], repeat=2):
+        product = np.ones((161, 161))
+        for i in range(4):
+            o = has[i, 0] * m[0] * e[:, None] + has[i, 1] * m[1] * e[None, :]
+            product = product * np.interp(o.numpy(), offset.numpy(), of_offset[:, i].numpy())
+        prior = np.prod([p_one if one else 1 - p_one for one in m])
+        total += prior * (weight[:, None].numpy() * weight[None, :].numpy() * product).sum()
+    _, joint, ess = iwelbo(model, [(x[:3], d[:3]), (x[3:], d[3:])], 300_000, chunk=50_000)
+    assert 2000 < ess < 300_000  # the standard error of log mean w is about 1 / sqrt(ess)
+    assert joint == pytest.approx(math.log(total), abs=4.5 / math.sqrt(ess))
+
+
+@pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE, BetaBernoulliSAMSVAE])
+def test_joint_iwelbo_is_equation_6_and_7_of_the_same_draws(kind):
+    model, (x, d) = small_model(kind, n_cells=(5, 3, 0)), small_batch()
+    torch.manual_seed(5)
+    predictive, joint, ess = iwelbo(model, [(x, d)], 4)
+    torch.manual_seed(5)
+    normal, t = torch.distributions.Normal, torch.arange(3)
+    with torch.no_grad():
+        mask, effect, _, _ = model.sample_effects(t, 4)
+        loc_e, var_e = model.effect_posterior(mask, t)
+        log_p_global = normal(0.0, 1.0).log_prob(effect)
+        log_p_global -= normal(loc_e, var_e.sqrt()).log_prob(effect)
+        if kind is not CPAVAE:
+            q = model.mask_probability()
+            p = torch.full_like(q, 0.2 if kind is SAMSVAE else 1 / 3)
+            log_p_global += (mask * p + (1 - mask) * (1 - p)).log()
+            log_p_global -= (mask * q + (1 - mask) * (1 - q)).log()
+        z_pert = sum_effects(mask, effect, d)
+        loc, var = model.encode(x, z_pert)
+        z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
+        local = model.log_likelihood(x, z_basal + z_pert) + (
+            normal(0.0, 1.0).log_prob(z_basal) - normal(loc, var.sqrt()).log_prob(z_basal)).sum(-1)
+    w = (log_p_global.sum((1, 2)) + local.sum(1)).double()
+    assert joint == pytest.approx(torch.logsumexp(w, 0).item() - math.log(4), abs=1e-3)
+    w = (w - w.max()).exp()
+    assert ess == pytest.approx((w.sum() ** 2 / (w**2).sum()).item(), rel=1e-3)
+    torch.testing.assert_close(predictive, torch.logsumexp(local, 0) - math.log(4))
 
 
 # ============================================================================================
@@ -459,13 +614,14 @@ def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_and_cpu_agree():
-    (x, d), model = small_batch(), small_model()
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_gpu_and_cpu_agree(kind, basal, effects):
+    (x, d), model = small_batch(), small_model(kind, basal=basal, effects=effects)
     z = torch.randn(2, 10, 3)
-    on_cpu = [model.log_likelihood(x, z), *model.encode(x, z)]
+    on_cpu = [model.log_likelihood(x, z, d), *model.encode(x, z, d)]
     on_gpu = model.cuda()
     x, d, z = x.cuda(), d.cuda(), z.cuda()
-    for a, b in zip(on_cpu, [on_gpu.log_likelihood(x, z), *on_gpu.encode(x, z)]):
+    for a, b in zip(on_cpu, [on_gpu.log_likelihood(x, z, d), *on_gpu.encode(x, z, d)]):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4)
     elbo(on_gpu, x, d)[0].backward()
     assert iwelbo(on_gpu, [(x, d)], 20)[0].isfinite().all()
@@ -818,7 +974,8 @@ def test_what_we_write_is_opened_by_our_reader_and_by_anndata(tmp_path):
     path = tmp_path / "x.h5ad"
     uns = {"a": {"names": ["p", "q"], "values": np.eye(2)}, "s": "word"}
     data.write_h5ad(path, X=MATRIX.astype(np.float32), obs={"cell": CELLS, "n": np.arange(5)},
-                    var={"gene": GENES}, layers={"counts": MATRIX}, uns=uns)
+                    var={"gene": GENES}, layers={"counts": MATRIX}, obsm={"Z": MATRIX[:, :2]},
+                    uns=uns)
     read = data.read_h5ad(path)
     assert (read.counts.dense() == MATRIX).all() and read.obs("n").tolist() == [0, 1, 2, 3, 4]
     anndata = pytest.importorskip("anndata")
@@ -828,6 +985,7 @@ def test_what_we_write_is_opened_by_our_reader_and_by_anndata(tmp_path):
     assert (theirs.X == MATRIX).all() and (theirs.layers["counts"] == MATRIX).all()
     assert list(theirs.obs_names) == CELLS and list(theirs.var_names) == GENES
     assert list(theirs.uns["a"]["names"]) == ["p", "q"] and theirs.uns["s"] == "word"
+    assert (theirs.obsm["Z"] == MATRIX[:, :2]).all()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path):
@@ -968,6 +1126,126 @@ def test_splits_equal_those_of_the_installed_scikit_learn():
             assert a.tolist() == b.tolist()
 
 
+def combinations_file(path, labels=True):
+    """200 cells of 4 single perturbations, 5 combinations and controls."""
+    names = ["control", "A", "B", "C", "D", "A+B", "B+C", "C+D", "A+D", "B+D"]
+    condition = [names[(7 * i + i // 10) % 10] for i in range(200)]
+    return write_obs(path, condition=condition)
+
+
+# Numbers of cells, their sums and sums of squares in train, validation and test, computed once with
+# pandas.DataFrame selections and sklearn.model_selection.train_test_split(train_size=0.8).
+NORMAN_SPLITS = {
+    ("norman-ood", 0, 0.0): [(80, 8067, 1067893), (20, 1883, 257957), (7, 569, 71273)],
+    ("norman-ood", 1, 0.5): [(106, 10075, 1337237), (25, 2934, 408532), (7, 933, 147197)],
+    ("norman-ood", 3, 1.0): [(144, 13825, 1787739), (36, 3747, 515457), (10, 1029, 128369)],
+    ("norman-data-efficiency", 0, 0.0): [(80, 8067, 1067893), (36, 3333, 438075),
+                                         (20, 1878, 254634)],
+    ("norman-data-efficiency", 2, 0.25): [(96, 10056, 1354128), (36, 3223, 398421),
+                                          (20, 1564, 198712)],
+    ("norman-data-efficiency", 4, 1.0): [(144, 15452, 2118532), (36, 2807, 331959),
+                                         (20, 1641, 196209)]}
+
+
+@pytest.mark.parametrize("split, seed, fraction", NORMAN_SPLITS)
+def test_the_norman_splits_equal_those_of_scikit_learn_and_pandas(split, seed, fraction, tmp_path):
+    screen = data.read_screen(combinations_file(tmp_path / "x.h5ad"))
+    parts = data.split_cells(screen, seed, split, fraction).values()
+    sums = [(len(cells), int(cells.sum()), int((cells**2).sum())) for cells in parts]
+    assert sums == NORMAN_SPLITS[split, seed, fraction]
+
+
+def test_in_the_ood_split_training_cells_accumulate_and_test_cells_stay(tmp_path):
+    screen = data.read_screen(combinations_file(tmp_path / "x.h5ad"))
+    before = None
+    for fraction in (0, 0.25, 0.5, 0.75, 1):
+        parts = {k: set(v.tolist()) for k, v in
+                 data.split_cells(screen, 2, "norman-ood", fraction).items()}
+        combinations = {k: {screen.conditions[i] for i in v if "+" in screen.conditions[i]}
+                        for k, v in parts.items()}
+        assert len(combinations["train"]) == int(fraction * 5) and len(combinations["test"]) == 2
+        assert not parts["train"] & parts["test"] and not parts["validation"] & parts["test"]
+        assert fraction > 0.6 or not combinations["train"] & combinations["test"]
+        if before is not None:
+            assert before["train"] <= parts["train"] and before["test"] == parts["test"]
+        before = parts
+
+
+def test_the_order_of_combinations_is_that_of_guide_identity_where_the_file_has_it(tmp_path):
+    plain = data.read_screen(combinations_file(tmp_path / "x.h5ad"))
+    backwards = {"A+B": "z", "B+C": "y", "C+D": "x", "A+D": "w", "B+D": "v"}
+    path = write_obs(tmp_path / "y.h5ad", condition=plain.conditions,
+                     guide_identity=[backwards.get(c, c) for c in plain.conditions])
+    ours = data.split_cells(data.read_screen(path), 0, "norman-ood", 0.5)["test"]
+    order = ["v", "w", "x", "y", "z"]
+    np.random.default_rng(0).shuffle(order)
+    back = {v: k for k, v in backwards.items()}
+    assert set(plain.conditions[ours]) == {back[order[3]], back[order[4]]}
+
+
+def test_a_subset_keeps_any_value_of_a_column_and_needs_every_column(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", condition=["control", "A", "B", "A", "control", "B"],
+                     batch=[1, 1, 2, 3, 3, 1], line=["k", "k", "k", "k", "j", "j"])
+    kept = {tuple(s): conditions(path, subset=s) for s in (
+        ["batch=1"], ["batch=1", "batch=3"], ["batch=1", "batch=3", "line=k"])}
+    assert list(kept.values()) == [["control", "A", "B"], ["control", "A", "A", "control", "B"],
+                                   ["control", "A", "A"]]
+    screen = data.read_screen(path, subset=["batch=1"])
+    assert "dropped 3 cells outside of batch=1" in screen.notes
+    assert screen.obs("line").tolist() == ["k", "k", "j"]
+    for wrong, match in (("batch", "COLUMN=VALUE"), ("batch=9", "its values are 1 \\(3\\)"),
+                         ("day=1", "no column 'day'")):
+        with pytest.raises(data.DataError, match=match):
+            data.read_screen(path, subset=[wrong])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_genes_are_kept_where_a_var_column_is_true(sparse, tmp_path):
+    path = write_modern(tmp_path / "x.h5ad", dense("f4") if not sparse else (
+        lambda file: write_sparse(file, "X")))
+    words, flags = ["True", "no", "true", "False"], [True, False, True, False]
+    for column in (np.array(flags), np.array(flags, int), np.array(words, dtype=object)):
+        with h5py.File(path, "a") as file:
+            file["var"].pop("chosen", None)
+            file["var"].create_dataset("chosen", data=column, dtype=(
+                h5py.string_dtype() if column.dtype == object else None))
+        screen = data.read_screen(path, "condition", "X+ctrl", "", gene_column="chosen")
+        assert screen.gene_names.tolist() == ["A", "B"]
+        assert screen.counts.dense().tolist() == MATRIX[:, [0, 2]].tolist()
+        assert screen.rows.tolist() == [1, 4]  # the library size is that of the kept genes
+    for column, match in (("other", "no column 'other'; its columns are"), ("chosen", "no gene")):
+        with h5py.File(path, "a") as file:
+            file["var/chosen"][:] = "False"
+        with pytest.raises(data.DataError, match=match):
+            data.read_screen(path, gene_column=column)
+
+
+def test_svae_plus_sees_every_combination_as_a_label_of_its_own(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "B+A", "A", "B", "A+B", "C+A"])
+    screen = data.read_screen(path)
+    labels = data.one_label_per_cell(screen)
+    assert labels.perturbations == ["A", "A+B", "A+C", "B"] and screen.d.shape == (6, 2)
+    assert labels.d.tolist() == [[-1], [1], [0], [3], [1], [2]]
+
+
+def test_pathways_come_from_the_file_or_from_json(tmp_path):
+    data.simulate(tmp_path / "s.h5ad", n_perturbations=60, cells_per_condition=1, n_genes=5)
+    names, mask, _ = data.read_simulation(tmp_path / "s.h5ad")
+    pathways = data.read_pathways(tmp_path / "s.h5ad")
+    assert len(pathways) >= 1 and all(len(genes) >= 10 for genes in pathways.values())
+    for genes in pathways.values():  # a pathway shares one mask
+        assert len(np.unique(mask[[names.index(g) for g in genes]], axis=0)) == 1
+    assert data.read_pathways(write_obs(tmp_path / "x.h5ad", a=["b"])) is None
+    for content in ({"P": ["A", "B"]}, {"source": "x", "pathways": {"P": ["A", "B"]}}):
+        (tmp_path / "p.json").write_text(json.dumps(content))
+        assert data.read_pathways(tmp_path / "p.json") == {"P": ["A", "B"]}
+    assert evaluate.pathway_of(["A_P1P2", "C", "B"], {"P": ["A", "B"]}).tolist() == ["P", None, "P"]
+    for content in ("[]", "{", '{"P": "A"}'):
+        (tmp_path / "p.json").write_text(content)
+        with pytest.raises(data.DataError, match="p.json"):
+            data.read_pathways(tmp_path / "p.json")
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_batches_are_rows_of_the_counts_with_their_dosages(sparse, tmp_path):
     form = "csr uint8" if sparse else "dense f4"
@@ -1058,6 +1336,67 @@ def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_
     assert nothing == {"mask_precision": 0, "mask_recall": 0, "mask_f1": 0}
 
 
+def test_r_squared_and_pearson_per_condition_by_hand():
+    observed, predicted = np.array([[0.0, 2], [4, 6]]), np.array([[0.0, 1], [3, 2]])
+    assert evaluate.r_squared(predicted, observed) == pytest.approx(1 - (1 + 1 + 16) / 20)
+    assert evaluate.pearson_per_condition(predicted, observed) == pytest.approx((1 - 1) / 2)
+    assert evaluate.pearson_per_condition(0 * predicted, predicted) != 0  # undefined
+
+
+def test_the_discrimination_score_by_hand():
+    observed = np.array([[0.0, 0], [1, 0], [0, 5]])
+    assert evaluate.discrimination_score(observed, observed) == 1
+    # Ranks of the own prediction: 2, as both others are nearer; 1; 0.
+    predicted = np.array([[9.0, 9], [0, 0], [0, 5]])
+    assert evaluate.discrimination_score(predicted, observed) == pytest.approx(1 - (2 + 0 + 0) / 6)
+    predicted = np.array([[3.0, 0], [0, 0.5], [1, 0]])
+    # |0 - p|: 3, .5, 1 -> own rank 2; |1 - p|: 2, 1.5, 0 -> 1; |2 - p|: 8, 4.5, 6 -> 1
+    assert evaluate.discrimination_score(predicted, observed) == pytest.approx(1 - (2 + 1 + 1) / 6)
+    assert evaluate.discrimination_score(np.ones((3, 2)), observed) == 0.5  # a constant: chance
+    many = np.random.default_rng(0).normal(size=(700, 3))
+    shuffled = np.random.default_rng(1).normal(size=(700, 3))
+    assert abs(evaluate.discrimination_score(shuffled, many) - 0.5) < 0.05
+
+
+def test_effect_metrics_by_hand():
+    rng = np.random.default_rng(0)
+    observed, predicted, mean = rng.normal(size=(3, 4, 50))
+    scores = evaluate.effect_metrics(predicted, observed, mean)
+    top = [sorted(range(50), key=lambda g: -abs(observed[i, g]))[:20] for i in range(4)]
+    a = np.concatenate([predicted[i, g] for i, g in enumerate(top)])
+    b = np.concatenate([observed[i, g] for i, g in enumerate(top)])
+    assert scores["pearson_top20"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert scores["r_squared_top20"] == pytest.approx(1 - ((a - b) ** 2).sum() / b.var() / 80)
+    assert scores["pearson_per_condition_top20"] == pytest.approx(np.mean([
+        np.corrcoef(predicted[i, g], observed[i, g])[0, 1] for i, g in enumerate(top)]))
+    assert scores["pearson_from_perturbed_mean"] == pytest.approx(
+        np.corrcoef((predicted - mean).ravel(), (observed - mean).ravel())[0, 1])
+    assert scores["rmse"] == pytest.approx(((predicted - observed) ** 2).mean() ** 0.5)
+
+
+def test_masks_that_determine_the_pathway_predict_it_and_others_are_at_chance():
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    pathway = rng.choice(["a", "b", "c", "d"], 120)
+    mask = np.stack([pathway == p for p in "abcd"], 1)
+    mask = np.concatenate([mask, rng.random((120, 10)) < 0.1], 1)
+    mean, sd = evaluate.mask_pathway_accuracy(mask, pathway)
+    assert mean > 0.97 and sd < 0.05
+    mean, sd = evaluate.mask_pathway_accuracy(rng.permutation(mask), pathway)
+    assert abs(mean - 0.25) < 0.1 and 0 < sd < 0.2
+
+
+def test_the_two_halves_of_the_ceiling_share_no_cell_and_split_every_condition(monkeypatch):
+    group = np.array([0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3])  # 3 is the control
+    halves = []
+    monkeypatch.setattr(evaluate, "mean_expression", lambda batches, cells, g, n: (
+        halves.append(cells), ({scale: np.zeros((n, 2)) for scale in evaluate.SCALES}, None))[1])
+    evaluate.split_half_effects(None, np.arange(8), np.arange(8, 12), group, 3)
+    assert sorted(np.concatenate(halves)) == list(range(12))
+    n = [np.bincount(group[half], minlength=4).tolist() for half in halves]
+    assert n == [[2, 2, 1, 2], [1, 2, 0, 2]]
+
+
 def test_baseline_effects_by_hand():
     dosages = np.array([[0, -1], [1, -1], [0, 1], [0, 2]])
     mean = np.array([[3.0, 1], [1, 2], [9, 9], [np.nan, np.nan], [1, 1]])  # the control last
@@ -1099,7 +1438,9 @@ def train_on_screen(name, *options):
                 *options])
 
 
-@pytest.mark.parametrize("options", [[], ["--model", "cpa-vae", "--no-correlated-effects"]])
+@pytest.mark.parametrize("options", [[], ["--model", "cpa-vae", "--no-correlated-effects"],
+                                     ["--model", "sams-vae-beta-bernoulli"], ["--model", "svae+"],
+                                     ["--model", "cvae"]])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options, monkeypatch):
     train_on_screen("whole", "--steps", "18", *options)
     plain, calls = train.elbo, []
@@ -1205,10 +1546,16 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         return {scale: torch.from_numpy(e) for scale, e in effects.items()}
 
     monkeypatch.setattr(evaluate, "average_treatment_effects", of_the_data)
-    metrics = evaluate.evaluate("runs/run", 2, 2, effects_from=effects_from)
-    for scale, part in itertools.product(y, ("", "_pairs", "_held_out")):
-        assert metrics[f"ate_pearson_{scale}{part}"] == pytest.approx(1, abs=1e-6)
-        assert metrics[f"perturbed_mean_ate_pearson_{scale}{part}"] < 0.99
+    metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2, effects_from=effects_from)
+    for scale, part in itertools.product(y, ("all", "pairs", "held_out", "test")):
+        scores = metrics["effects"][scale][part]
+        for name in ("pearson", "pearson_per_condition_top20", "r_squared", "discrimination",
+                     "pearson_from_perturbed_mean"):
+            assert scores["model"][name] == pytest.approx(1, abs=1e-5)
+        assert scores["model"]["rmse"] < 1e-3 < scores["perturbed_mean"]["rmse"]
+        assert scores["perturbed_mean"]["pearson"] < 0.99 and scores["ceiling"]["pearson"] < 1
+        assert scores["no_change"]["pearson"] is None
+        assert scores["no_change"]["discrimination"] == 0.5
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
@@ -1221,19 +1568,243 @@ def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_sav
 def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, capsys):
     train.main(["--steps", "30", "--name", "demo", *TINY])
     out = capsys.readouterr().out
-    assert "test IWELBO" in out and "mask: precision" in out and "30 held out" in out
+    for words in ("test IWELBO, predictive", "test IWELBO, joint", "mask: precision",
+                  "held out of training (30)", "perturbed mean", "ceiling"):
+        assert words in out
     metrics = json.load(open("runs/demo/metrics.json"))
-    for key in ("iwelbo", "iwelbo_se", "ate_pearson_counts", "ate_pearson_log_normalised",
-                "ate_pearson_counts_pairs", "ate_pearson_log_normalised_held_out", "mask_precision",
-                "mask_recall", "mask_f1", "additive_ate_pearson_counts_held_out",
-                "perturbed_mean_ate_pearson_log_normalised"):
-        assert isinstance(metrics[key], (int, float)), key
-    assert metrics["no_change_ate_pearson_counts"] is None and metrics["iwelbo"] < 0
+    assert metrics["iwelbo_predictive"] < 0 and metrics["iwelbo_joint_per_cell"] < 0
+    assert metrics["iwelbo_joint_per_cell"] == pytest.approx(
+        metrics["iwelbo_joint_total"] / metrics["n_test_cells"])
+    assert 1 <= metrics["iwelbo_joint_effective_sample_size"] <= 100
+    assert metrics["n_conditions"] == {"all": 72, "pairs": 60, "held_out": 30, "train": 42,
+                                       "validation": 38, "test": 72}
     with h5py.File("runs/demo/effects.h5ad") as file:
         assert file["layers/model_counts"].shape == file["layers/data_counts"].shape == (72, 200)
         assert file["obs/condition"].asstr()[0] == "P001"
     assert sorted(os.listdir("runs/demo")) == ["best.pt", "config.json", "effects.h5ad", "last.pt",
                                                "log.jsonl", "metrics.json", "simulated.h5ad"]
+
+
+def configuration(*arguments):
+    """The configuration that these arguments of train.py give."""
+    return train.parse_arguments(arguments)[1]
+
+
+def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
+    common = dict(lr=3e-4, weight_decay=1e-6, batch_size=512, particles=5, n_layers=1, n_hidden=400,
+                  mask_b=2.0, correlated_basal=True, correlated_effects=True)
+    replogle = common | dict(steps=150_000, clip=0.0, n_latent=100, effect_layers=2,
+                             effect_hidden=200, alpha=0.001, split="random", split_seed=0,
+                             perturbation_column="sgID_AB", control="*non-targeting*")
+    norman = common | dict(steps=30_000, clip=100.0, n_latent=200, effect_layers=4,
+                           effect_hidden=400, alpha=0.01, layer="counts",
+                           gene_column="highly_variable")
+    for name, expected in (("replogle", replogle), ("norman-ood", norman | {"split": "norman-ood"}),
+                           ("norman-data-efficiency",
+                            norman | {"split": "norman-data-efficiency"})):
+        assert configuration("--data", "x", "--preset", name).items() >= expected.items()
+    changed = configuration("--data", "x", "--preset", "norman-ood", "--n-latent", "7", "--clip",
+                            "0", "--layer", "X", "--split", "random", "--gene-column", "")
+    assert (changed["n_latent"], changed["clip"], changed["layer"]) == (7, 0, "X")
+    assert (changed["split"], changed["gene_column"]) == ("random", "")
+    for preset, values in train.PRESETS.items():
+        assert values.keys() <= configuration("--data", "x").keys(), preset
+
+
+def test_the_replogle_preset_merges_all_non_targeting_guides_into_the_control(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", gene=["A", "non-targeting", "non-targeting"],
+                     sgID_AB=["A_1|A_2", "non-targeting_7|non-targeting_9", "non-targeting_1"])
+    config = configuration("--data", path, "--preset", "replogle")
+    screen = train.read_config_screen(config)
+    assert list(screen.conditions) == ["A_1|A_2", "control", "control"]
+
+
+def test_options_that_mean_nothing_together_are_refused(capsys):
+    for arguments, words in (
+            (["--model", "svae+", "--data", "x", "--correlated-basal"], "no correlated guide"),
+            (["--preset", "norman-ood"], "needs --data"),
+            (["--data", "x", "--train-combinations", "1.5"], "at most 1"),
+            (["--data", "x", "--mask-b", "0"], "--mask-b must be positive")):
+        with pytest.raises(SystemExit):
+            train.parse_arguments(arguments)
+        assert words in capsys.readouterr().err
+    assert configuration("--model", "cvae")["correlated_basal"] is False
+
+
+FEW = ["--iwelbo-particles", "5", "--ate-particles", "20"]
+
+
+def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
+        folder, capsys, monkeypatch):
+    for seed in "01":
+        train_on_screen(f"sams{seed}", "--steps", "4", "--seed", seed)
+        train_on_screen(f"cvae{seed}", "--steps", "4", "--seed", seed, "--model", "cvae")
+    train_on_screen("svae", "--steps", "4", "--model", "svae+")
+    os.makedirs("runs/other")
+    runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
+    counted, plain = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, **options: (
+        counted.append(run.folder), plain(run, **options))[1])
+    capsys.readouterr()
+    evaluate.main([*runs, *FEW])
+    assert counted == [run for run in runs if run != "runs/other"]
+    out = capsys.readouterr().out
+    assert "runs/other: passed over" in out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
+            if line.startswith(("| sams-vae", "| cvae", "| svae+", "| additive", "| model"))]
+    header, *rows = rows[-5:]
+    table = {row[0]: dict(zip(header, row)) for row in rows}
+    metrics = [json.load(open(f"runs/sams{seed}/metrics.json")) for seed in "01"]
+    a, b = (m["iwelbo_predictive"] for m in metrics)
+    assert table["sams-vae"]["test IWELBO"] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
+    a, b = (m["effects"]["log_normalised"]["all"]["model"]["rmse"] for m in metrics)
+    assert table["sams-vae"]["RMSE"] == f"{(a + b) / 2:.3f} ± {abs(a - b) / 2**0.5:.3f}"
+    assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
+    assert table["cvae"]["mask pathway acc."] == "-" and "±" not in table["svae+"]["test IWELBO"]
+
+    evaluate.main(runs)  # without options: whatever is there
+    assert len(counted) == 5 and capsys.readouterr().out.count("| sams-vae") == 1
+    evaluate.main([*runs, "--ate-particles", "21"])
+    assert len(counted) == 10
+    evaluate.main([runs[0], "--again", *FEW])
+    assert len(counted) == 11
+    train.main(["--resume", "runs/svae", "--steps", "9"])
+    if train.load_checkpoint("runs/svae", "best.pt")["step"] == 9:  # another checkpoint
+        evaluate.main(["runs/svae"])
+        assert len(counted) == 12
+
+
+def norman_runs():
+    """Six tiny runs of the norman-ood split: two models, two fractions, and a second split."""
+    for model, fraction, seed in itertools.product(["sams-vae", "cvae"], ["0", "1"], ["0", "1"]):
+        train.main(["--data", "screen.h5ad", "--preset", "norman-ood", "--layer", "X",
+                    "--gene-column", "", *TINY[4:], "--effect-layers", "1", "--steps", "2",
+                    "--model", model, "--train-combinations", fraction, "--split-seed", seed])
+    return sorted(f"runs/{name}" for name in os.listdir("runs"))
+
+
+def test_the_relative_iwelbo_is_that_to_sams_vae_without_combinations_on_the_same_split(
+        folder, capsys):
+    runs = norman_runs()
+    assert "runs/screen-cvae-mean-field-f0-split1-seed0" in runs
+    evaluate.main([*runs, *FEW])
+    out = capsys.readouterr().out
+    value = {}
+    for run in runs:
+        m = json.load(open(f"{run}/metrics.json"))
+        key = (m["config"]["model"], m["config"]["train_combinations"], m["config"]["split_seed"])
+        value[key] = m["iwelbo_predictive"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    header = next(row for row in rows if row[:3] == ["model", "guide", "f"])
+    found = {(row[0], row[2]): dict(zip(header, row)) for row in rows if row[2:3] in (["0"], ["1"])}
+    for model, f in itertools.product(["sams-vae", "cvae"], (0, 1)):
+        a, b = (value[model, f, s] - value["sams-vae", 0, s] for s in (0, 1))
+        expected = evaluate.number([a, b], 2)
+        assert found[model, str(f)]["relative IWELBO"] == expected
+    assert found["sams-vae", "0"]["relative IWELBO"] == "0.00 ± 0.00"
+    assert found["additive", "0"]["ATE-Pearson"] != ""
+
+
+def test_every_figure_is_drawn(folder, capsys):
+    pytest.importorskip("matplotlib")
+    runs = norman_runs()
+    evaluate.main([*runs, *FEW, "--figures"])
+    for run in runs:
+        figures = ["training.png", "effects.png"] + ["masks.png"] * ("cvae" not in run)
+        assert sorted(figures) == sorted(f for f in os.listdir(run) if f.endswith(".png"))
+        for name in figures:
+            assert open(f"{run}/{name}", "rb").read(4) == b"\x89PNG"
+    assert os.path.getsize("runs/norman-ood.png") > 10_000
+
+
+def test_figures_without_matplotlib_are_refused_in_one_sentence(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(data.DataError, match="pip install matplotlib"):
+        evaluate.main(["runs/any", "--figures"])
+
+
+def test_without_scikit_learn_only_the_pathway_accuracy_is_missing(folder, monkeypatch, capsys):
+    train_on_screen("run", "--steps", "2")
+    with open("p.json", "w") as file:
+        json.dump({"odd": [f"P{i:03d}" for i in range(1, 13, 2)],
+                   "even": [f"P{i:03d}" for i in range(2, 13, 2)]}, file)
+    for package in ("sklearn", "sklearn.ensemble"):
+        monkeypatch.setitem(sys.modules, package, None)
+    evaluate.main(["runs/run", *FEW, "--pathways", "p.json"])
+    assert "pip install scikit-learn" in capsys.readouterr().out
+    assert "mask_pathway_accuracy" not in json.load(open("runs/run/metrics.json"))
+
+
+@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
+def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, folder, capsys):
+    train_on_screen("run", "--steps", "4", "--model", model)
+    run = evaluate.Run("runs/run")
+    seen = next(c for c, part in zip(run.screen.conditions, run.screen.split)
+                if "+" in c and part == "train")
+    names = ["P001", "+".join(reversed(seen.split("+"))), "P001+P002+P003", "control"]
+    capsys.readouterr()
+    evaluate.main(["runs/run", "--predict", *names, "--ate-particles", "200"])
+    out = capsys.readouterr().out
+    predicted = data.read_layers("runs/run/predictions.h5ad")
+    assert (predicted["effect_counts"][3] == 0).all() and (predicted["effect_counts"][0] != 0).any()
+    assert ("no effect" in out) == (model == "svae+")  # three at once are no label of the data
+    assert (predicted["effect_counts"][2] == 0).all() == (model == "svae+")
+    torch.manual_seed(0)
+    trusted = average_treatment_effects(run.model, evaluate.dosages_of(run, names)[0], 200)
+    for scale in evaluate.SCALES:
+        effect = predicted[f"effect_{scale}"]
+        np.testing.assert_allclose(effect, trusted[scale].numpy(), rtol=1e-4, atol=1e-4)
+        control = predicted[f"expected_{scale}"][3]
+        np.testing.assert_allclose(predicted[f"expected_{scale}"] - control, effect, atol=1e-2)
+    assert (predicted["effect_counts_low"] <= predicted["effect_counts_high"]).all()
+    inside = (predicted["effect_counts_low"] <= predicted["effect_counts"]) & (
+        predicted["effect_counts"] <= predicted["effect_counts_high"])
+    assert inside.mean() > 0.9
+    with h5py.File("runs/run/predictions.h5ad") as file:
+        n = file["obs/n_training_cells"][()]
+    assert n[1] == ((run.screen.conditions == seen) & (run.screen.split == "train")).sum() > 0
+    assert n[2] == 0 and n[3] > 0
+    for wrong, match in (("P01", "near it are: P0"), ("P001+P001", "twice")):
+        with pytest.raises(data.DataError, match=match):
+            evaluate.main(["runs/run", "--predict", wrong])
+
+
+def test_an_interval_holds_nine_of_ten_particles():
+    model = small_model(CPAVAE, n_cells=(5, 3))
+    torch.manual_seed(0)
+    low, high = evaluate.effect_interval(model, torch.tensor([[0, NONE], [0, 1]]), 4000)
+    with torch.no_grad():
+        mask, effect, _, _ = model.sample_effects(torch.arange(2), 4000)
+        z = torch.randn(4000, 1, 3)
+        rho = model.log_rho(z + sum_effects(mask, effect, torch.tensor([[0, 1]]))).exp()
+        difference = 1e4 * (rho - model.log_rho(z).exp())[:, 0]
+    share = ((difference > low[1]) & (difference < high[1])).float().mean(0)
+    assert ((share - 0.9).abs() < 0.03).all()
+
+
+@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
+def test_latents_are_written_for_every_cell_with_its_name_and_labels(model, folder):
+    train_on_screen("run", "--steps", "4", "--model", model)
+    evaluate.main(["runs/run", "--latents"])
+    run = evaluate.Run("runs/run")
+    with h5py.File("runs/run/latents.h5ad") as file:
+        z, z_basal = file["obsm/X_z"][()], file["obsm/X_z_basal"][()]
+        uns = {name: file[f"uns/{name}"][()] for name in file["uns"]}
+        assert file["obs/condition"].asstr()[0] == run.screen.obs("condition")[0]
+        assert file["obs/sams_vae_split"].asstr()[3] == run.screen.split[3]
+    control = run.screen.conditions == "control"
+    np.testing.assert_allclose(z[control], z_basal[control], atol=1e-5)
+    assert (np.abs(z - z_basal).max() < 1e-6) == (model == "cvae")
+    if model != "cvae":
+        d = run.seen.d[~control][0]
+        offset = uns["offset"][d[d != NONE]].sum(0)
+        np.testing.assert_allclose((z - z_basal)[~control][0], offset, atol=1e-5)
+        n = len(run.seen.perturbations)
+        assert uns["mask_probability"].shape == uns["effect"].shape == (n, 4)
+    anndata = pytest.importorskip("anndata")
+    theirs = anndata.read_h5ad("runs/run/latents.h5ad")
+    assert list(theirs.obs_names) == list(run.screen.cell_names)
+    assert list(theirs.var_names) == list(run.screen.gene_names)
 
 
 def command(*arguments, **options):

@@ -34,7 +34,6 @@ SCALES = ("log_normalised", "counts")
 OPTIONS = [
     ("--iwelbo-particles", 100, "K of 3.1 (paper: 100)"),
     ("--ate-particles", 2500, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
-    ("--ate-samples", 1, "S of 3.2: sampled cells per particle (ours)"),
     ("--library", 10_000, "total counts of the simulated cells (authors' code: 10,000)"),
     ("--effects-from", "all", "cells data effects are taken from: all (paper's Table 1), or test"),
     ("--evaluation-seed", 0, "of all sampling (ours)"),
@@ -291,7 +290,7 @@ class Run:
         data.write_h5ad(os.path.join(self.folder, name), **contents)
 
 
-def evaluate(run, iwelbo_particles=100, ate_particles=2500, ate_samples=1, library=1e4,
+def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
              effects_from="all", evaluation_seed=0, pathways=None):
     """Evaluate a Run: write metrics.json and effects.h5ad, return the metrics.
 
@@ -306,9 +305,8 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, ate_samples=1, libra
     metrics = {"config": run.config, "step": run.checkpoint["step"],
                "validation_loss": run.checkpoint["best"],
                "options": {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
-                           "ate_samples": ate_samples, "library": library,
-                           "effects_from": effects_from, "evaluation_seed": evaluation_seed,
-                           "pathways": pathways}}
+                           "library": library, "effects_from": effects_from,
+                           "evaluation_seed": evaluation_seed, "pathways": pathways}}
 
     # Marginal likelihood of the test cells (3.1).
     values, joint, ess = iwelbo(model, run.batches.in_order(split["test"]), iwelbo_particles)
@@ -342,7 +340,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, ate_samples=1, libra
 
     # Effects by the model.
     dosages = torch.from_numpy(run.seen.d[first]).to(run.device)
-    by_model = average_treatment_effects(model, dosages, ate_particles, ate_samples, library,
+    by_model = average_treatment_effects(model, dosages, ate_particles, library,
                                          evaluation_seed)
     n_perturbed = (screen.d[first] != data.NONE).sum(1)
     groups = {"all": n_cells[:-1] > 0}
@@ -612,7 +610,7 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4):
     return low, high
 
 
-def predict(run, conditions, ate_particles=2500, ate_samples=1, library=1e4, evaluation_seed=0):
+def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed=0):
     """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
 
     X and the layer expected_log_normalised, expected_counts; effect_log_normalised and
@@ -622,8 +620,7 @@ def predict(run, conditions, ate_particles=2500, ate_samples=1, library=1e4, eva
     dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
     arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])
-    expected = expected_expression(run.model, arms, ate_particles, ate_samples, library,
-                                   evaluation_seed)
+    expected = expected_expression(run.model, arms, ate_particles, library, evaluation_seed)
     layers = {}
     for scale in SCALES:
         layers[f"expected_{scale}"] = expected[scale][1:]

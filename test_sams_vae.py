@@ -584,7 +584,7 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(lo
         model.log_theta += log_theta
         model.f_emb.last.bias[:3] += 2
     dosages, n, library = torch.tensor([[0, NONE], [1, 2]]), 60_000, 1e4
-    ours = average_treatment_effects(model, dosages, n, n_samples=1, chunk=50_000)
+    ours = average_treatment_effects(model, dosages, n, chunk=50_000)
     with torch.no_grad():  # the definition: two arms, latents shared, one sampled cell per arm
         mask, effect, _, _ = model.sample_effects(torch.arange(3), n)
         z_basal, theta = torch.randn(n, 3), model.log_theta.exp()
@@ -608,7 +608,7 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(lo
 def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
     for kind in (SAMSVAE, CPAVAE):
         effects = average_treatment_effects(
-            small_model(kind), torch.tensor([[NONE, NONE], [0, NONE]]), 50, n_samples=2, chunk=100)
+            small_model(kind), torch.tensor([[NONE, NONE], [0, NONE]]), 50, chunk=100)
         for scale in ("counts", "log_normalised"):
             assert (effects[scale][0] == 0).all() and (effects[scale][1] != 0).all()
 

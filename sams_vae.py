@@ -190,9 +190,10 @@ def sum_effects(mask, effect, d):
     mask, effect (K, U, L); d (B, P) holds positions 0..U-1 on their second axis, or NONE.
     Returns (K, B, L); zero for a row of NONE, a control cell.
     """
-    offset = F.pad(mask * effect, (0, 0, 1, 0))  # a row of zeros in front: where NONE + 1 points
     # index_select, here and below: on a CPU the gradient of x[index] adds up in random order.
-    return offset.index_select(1, (d + 1).flatten()).unflatten(1, d.shape).sum(dim=-2)
+    t = d.clamp(min=0).flatten()
+    offset = (mask.index_select(1, t) * effect.index_select(1, t)).unflatten(1, d.shape)
+    return (offset * (d != NONE).unsqueeze(-1)).sum(dim=-2)  # (K, B, P, L) -> (K, B, L)
 
 
 class SAMSVAE(nn.Module):
@@ -532,8 +533,8 @@ def elbo(model, x, d, n_particles=5):
 
     def paid(kl):
         """(..., U) -> (..., B): what each cell pays of its perturbations' KL."""
-        in_front = F.pad(share * kl, (1, 0))  # as in sum_effects
-        return in_front.index_select(-1, (place + 1).flatten()).unflatten(-1, place.shape).sum(-1)
+        kl = (share * kl).index_select(-1, place.clamp(min=0).flatten())
+        return (kl.unflatten(-1, place.shape) * (place != NONE)).sum(-1)
 
     terms = {
         "log_likelihood": model.log_likelihood(x, z, d).mean(),
@@ -575,19 +576,22 @@ def iwelbo(model, batches, n_particles=100, chunk=2**23):
     mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_particles)
     log_w_joint = model.log_global_ratio(mask, effect)  # (K,)
     predictive = []
-    for x, d in batches:
-        log_w = []
-        for k in torch.arange(n_particles).split(max(1, chunk // x.numel())):
-            z_pert = sum_effects(mask[k], effect[k], d)
-            loc, var = model.encode(x, z_pert, d)
-            noise = torch.randn_like(z_pert)
-            z_basal = loc + var.sqrt() * noise
-            # log N(z; 0, I) - log N(z; loc, var); the factors (2 pi)^(-L/2) cancel.
-            log_p_over_q = 0.5 * (noise**2 + var.log() - z_basal**2).sum(-1)
-            log_w.append(model.log_likelihood(x, z_basal + z_pert, d) + log_p_over_q)
-        log_w = torch.cat(log_w)  # (K, B)
-        predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
-        log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7
+    for batch_x, batch_d in batches:
+        # Few cells with all their particles at a time: what particles share is computed once.
+        n_cells = max(1, chunk // (n_particles * batch_x.shape[1]))
+        for x, d in zip(batch_x.split(n_cells), batch_d.split(n_cells)):
+            log_w, n_chunk = [], max(1, chunk // x.numel())
+            for m, e in zip(mask.split(n_chunk), effect.split(n_chunk)):
+                z_pert = sum_effects(m, e, d)
+                loc, var = model.encode(x, z_pert, d)
+                noise = torch.randn_like(z_pert)
+                z_basal = loc + var.sqrt() * noise
+                # log N(z; 0, I) - log N(z; loc, var); the factors (2 pi)^(-L/2) cancel.
+                log_p_over_q = 0.5 * (noise**2 + var.log() - z_basal**2).sum(-1)
+                log_w.append(model.log_likelihood(x, z_basal + z_pert, d) + log_p_over_q)
+            log_w = torch.cat(log_w)  # (K, B)
+            predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
+            log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7
     joint = torch.logsumexp(log_w_joint, dim=0) - math.log(n_particles)  # eq. 6
     share = torch.softmax(log_w_joint, dim=0)
     return torch.cat(predictive), joint.item(), 1 / share.square().sum().item()
@@ -672,13 +676,13 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chun
         z = z_basal + sum_effects(mask, effect, arms)  # (K, C, L): the arms share z_basal
         # Gamma-Poisson mixture: rate = mean * gamma with E[gamma] = 1, Var[gamma] = 1 / theta.
         gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
-        log_gamma, tenth = gamma.log().add_(math.log(library)), (k % 10 == 0).to(device)
+        log_gamma, first = gamma.log().add_(math.log(library)), -int(k[0]) % 10
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm])  # (K, G)
             log_rate = log_rho + log_gamma
             h[arm] += mean_h(log_rate).sum(0, dtype=torch.float64)
             poisson_noise.manual_seed(seed + int(k[0]))  # the same for every arm
-            x = torch.poisson(log_rate[tenth].exp_(), poisson_noise)
+            x = torch.poisson(log_rate[first::10].exp(), poisson_noise)  # of every tenth
             y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
             rest[arm] += (y - torch.log2(1 + 1e4 / library * x)).sum(0, dtype=torch.float64)
             counts[arm] += log_rho.exp_().sum(0, dtype=torch.float64)

@@ -552,7 +552,7 @@ def elbo(model, x, d, n_particles=5):
 
 
 @torch.no_grad()
-def iwelbo(model, batches, n_particles=100, chunk=2**23):
+def iwelbo(model, batches, n_particles=100, chunk=2**22):
     """Importance-weighted ELBO of test cells, by two definitions (3.1).
 
     (M_k, E_k) ~ q, k = 1..K, are drawn once and shared by all cells, z_ik^b ~ q(z_i^b | x_i, M_k,
@@ -660,7 +660,8 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chun
     At most about `chunk` numbers per temporary array.
     """
     device, n_genes = model.n_cells.device, len(model.log_theta)
-    t = model.all_perturbations()
+    t, place = torch.unique(arms.clamp(min=0), return_inverse=True)  # those of some arm
+    place = torch.where(arms == NONE, NONE, place)
     theta = model.log_theta.clamp(-20, 20).exp()  # as in nb_log_likelihood
     mean_h = mean_log_of_poisson(library, device)
     sobol = torch.quasirandom.SobolEngine(model.n_latent, scramble=True,
@@ -673,7 +674,7 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chun
         mask, effect, _, _ = model.sample_effects(t, len(k))
         u = sobol.draw(len(k), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
         z_basal = torch.special.ndtri(u).float().unsqueeze(1).to(device)  # (K, 1, L)
-        z = z_basal + sum_effects(mask, effect, arms)  # (K, C, L): the arms share z_basal
+        z = z_basal + sum_effects(mask, effect, place)  # (K, C, L): the arms share z_basal
         # Gamma-Poisson mixture: rate = mean * gamma with E[gamma] = 1, Var[gamma] = 1 / theta.
         gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
         log_gamma, first = gamma.log().add_(math.log(library)), -int(k[0]) % 10

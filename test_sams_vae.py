@@ -26,7 +26,7 @@ import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
                       average_treatment_effects, elbo, iwelbo, kl_bernoulli, kl_normal,
-                      nb_log_likelihood, straight_through_bernoulli, sum_effects)
+                      mean_log_of_poisson, nb_log_likelihood, straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -603,6 +603,41 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(lo
                 # our own noise is no larger than that of plain sampling
                 assert_close_to_mean(samples, ours[scale][i].double(), sigmas=4.5 * 2**0.5)
                 assert (ours[scale][i].abs() > 15 * samples.std(0) / math.sqrt(n)).any()
+
+
+def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
+    rate = torch.tensor([1e-6, 0.01, 0.3, 1, 4.7, 60, 400, 998, 1003, 5000], dtype=torch.float64)
+    x = torch.arange(12_000, dtype=torch.float64)
+    p = torch.distributions.Poisson(rate[:, None]).log_prob(x).exp()
+    for library in (100.0, 1e4, 3e5):
+        exact = (p * torch.log2(1 + 1e4 * x / library)).sum(1)
+        ours = mean_log_of_poisson(library, "cpu")(rate.log().float())
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=3e-5)
+
+
+def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
+    model = small_model(n_genes=30)
+    with torch.no_grad():
+        model.decoder.last.bias[:20] -= 4  # genes of few counts
+    d, theta = torch.tensor([[0]]), model.log_theta.detach().exp()
+
+    @torch.no_grad()
+    def plain(n):
+        """A loop over arms that samples counts, basal states shared."""
+        mask, effect, _, _ = model.sample_effects(torch.arange(3), n)
+        z_basal, y = torch.randn(n, 3), []
+        for z in (z_basal + (mask * effect)[:, 0], z_basal):
+            mean = 1e4 * model.log_rho(z).exp()
+            x = torch.poisson(torch.distributions.Gamma(theta, theta / mean).sample())
+            y.append(torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True)))
+        return (y[0] - y[1]).mean(0)
+
+    a = torch.stack([plain(300) for _ in range(60)])
+    b = torch.stack([average_treatment_effects(model, d, 300)["log_normalised"][0]
+                     for _ in range(60)])
+    error = ((a.var(0) + b.var(0)) / 60).sqrt()
+    assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all()
+    assert a.var(0).mean() > 5 * b.var(0).mean()
 
 
 def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
@@ -1805,6 +1840,18 @@ def test_latents_are_written_for_every_cell_with_its_name_and_labels(model, fold
     theirs = anndata.read_h5ad("runs/run/latents.h5ad")
     assert list(theirs.obs_names) == list(run.screen.cell_names)
     assert list(theirs.var_names) == list(run.screen.gene_names)
+
+
+def test_the_benchmark_times_every_part_beside_the_matrix_products(folder, capsys, monkeypatch):
+    monkeypatch.setitem(train.SHAPES, "simulated", (1000, 30, 12, 2))
+    train.main(["--benchmark", "--preset", "simulated", "--device", "cpu"])
+    out, result = capsys.readouterr().out, json.load(open("benchmark.json"))
+    for words in ("matrix products", "IWELBO, 1,000 cells", "peak memory"):
+        assert words in out
+    parts = [result[name] for name in ("batch", "forward", "backward", "optimizer")]
+    assert result["step"] == pytest.approx(sum(parts)) and min(parts) > 0
+    assert result["step_ratio"] > 1 and result["iwelbo_ratio"] > 1 and result["peak_memory"] > 1e6
+    assert os.listdir(".") != [] and not os.path.exists("runs")
 
 
 def command(*arguments, **options):

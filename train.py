@@ -33,9 +33,12 @@ with contextlib.suppress(AttributeError, OSError, TypeError):
     for parameter, value in ((-3, 2**25), (-1, -1)):
         ctypes.CDLL(None).mallopt(parameter, value)
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 import data
 from data import DataError
-from sams_vae import CPAVAE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus, elbo
+from sams_vae import (CPAVAE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
+                      average_treatment_effects, elbo, iwelbo)
 
 MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, "cpa-vae": CPAVAE,
           "svae+": SVAEPlus, "cvae": ConditionalVAE}
@@ -71,6 +74,8 @@ OPTIONS = [
                                   "Norman splits train on (Norman 0, 0.25, 0.5, 0.75 and 1)"),
     ("--split-seed", 0, "of the random split (Replogle 0, Norman 0 to 4)"),
     # the run
+    ("--compile", False, "compile the objective with torch.compile (ours)"),
+    ("--tf32", False, "on a GPU, matrix products of TensorFloat-32 precision (ours)"),
     ("--log-every", 50, "steps between lines of log.jsonl (ours)"),
     ("--validate-every", 500, "steps between validations, each saving last.pt (ours)"),
 ]
@@ -114,6 +119,8 @@ def parse_arguments(arguments=None):
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with this run")
     parser.add_argument("--name", help="the run's folder is runs/NAME (default: from the options)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="time a step, IWELBO and effects on random data; write benchmark.json")
     data.add_screen_options(parser)
     group = parser.add_argument_group("the model and its training")
     choices = {"--model": list(MODELS), "--split": data.SPLITS}
@@ -133,10 +140,11 @@ def parse_arguments(arguments=None):
     given |= {k: getattr(args, k) for k in data.SCREEN_OPTIONS if getattr(args, k) is not None}
     if args.preset is not None:
         given["preset"] = args.preset
-    if args.data is None and args.preset not in (None, "simulated") and not args.resume:
+    if args.data is None and args.preset not in (None, "simulated") and not (
+            args.resume or args.benchmark):
         parser.error(f"--preset {args.preset} needs --data")
     config = {"data": args.data and os.path.abspath(args.data),
-              "preset": args.preset if args.data or args.preset else "simulated"}
+              "preset": args.preset if args.data or args.preset or args.benchmark else "simulated"}
     config |= dict.fromkeys(data.SCREEN_OPTIONS)
     config |= {name_of(flag): default for flag, default, _ in OPTIONS}
     if args.data is None:
@@ -201,6 +209,12 @@ def build_model(config, training):
                "correlated_basal", "correlated_effects", "alpha", "beta", "mask_a", "mask_b")
     return MODELS[config["model"]](training["n_cells"], training["x_mean"], training["x_std"],
                                    **{option: config[option] for option in options})
+
+
+def new_optimizer(model, config):
+    """Adam, all parameters in one kernel."""
+    return torch.optim.Adam(model.parameters(), lr=config["lr"],
+                            weight_decay=config["weight_decay"], fused=True)
 
 
 def load_checkpoint(folder, name):
@@ -268,10 +282,147 @@ def validation_loss(model, batches, cells, n_particles):
     return float(total) / len(cells)
 
 
+# ============================================================================================
+# How fast is it? (--benchmark)
+# ============================================================================================
+
+SHAPES = {  # cells, genes, perturbations, perturbations per cell
+    "replogle": (118_461, 1187, 722, 1), "norman-ood": (111_255, 5000, 105, 2),
+    "norman-data-efficiency": (111_255, 5000, 105, 2), "simulated": (16_000, 200, 500, 2)}
+
+
+def benchmark(config, device):
+    """Time training, IWELBO and treatment effects on random counts; write benchmark.json.
+
+    Everything is timed beside its own matrix products alone, the same shapes in the same run: no
+    code can be faster than those. Numbers are medians.
+    """
+    n_cells, n_genes, n_perturbations, most = SHAPES[config["preset"] or "replogle"]
+    rng = np.random.default_rng(0)
+    counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
+    d = rng.integers(0, n_perturbations, (n_cells, most))
+    batches = data.Batches(argparse.Namespace(counts=counts, rows=np.arange(n_cells), d=d), device)
+    shuffle = data.Shuffle(np.arange(n_cells), config["batch_size"], 0, device)
+    training = {"n_cells": torch.full((n_perturbations,), n_cells * most / n_perturbations),
+                "x_mean": torch.full((n_genes,), 1.5), "x_std": torch.full((n_genes,), 0.7)}
+    torch.manual_seed(0)
+    model = build_model(config, training).to(device)
+    optimizer = new_optimizer(model, config)
+    objective = torch.compile(elbo) if config["compile"] else elbo
+
+    def seconds(function, repeats=1):
+        """Of one call, all its work on the device included."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    def matrix_products(function):
+        """A function that repeats all matrix products of the given one, and their operations."""
+        pairs, operations = [], [0]
+
+        class Recorder(TorchDispatchMode):
+            """Sees every operation before it runs."""
+
+            def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+                if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                    a, b = arguments[-2:]
+                    operations[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+                    pairs.append([torch.empty_strided(
+                        m.shape, m.stride(), device=device).uniform_() for m in (a, b)])
+                return operation(*arguments, **(options or {}))
+
+        with Recorder():
+            function()
+        return lambda: [a @ b for a, b in pairs], operations[0]
+
+    x, d = batches(next(shuffle))
+    state = {}
+
+    def forward(objective=objective):
+        """Minus the ELBO of a batch."""
+        state["loss"] = -objective(model, x, d, config["particles"])[0]
+
+    def backward():
+        """Its gradient."""
+        optimizer.zero_grad(set_to_none=True)
+        state["loss"].backward()
+
+    floor, operations = matrix_products(lambda: (forward(elbo), backward()))
+    for _ in range(3):
+        forward(), backward(), optimizer.step()
+    parts = {"batch": lambda: batches(next(shuffle)), "forward": forward, "backward": backward,
+             "optimizer": optimizer.step, "its matrix products": floor}
+    times = {name: [] for name in parts}
+    for _ in range(30):  # interleaved: a busy machine slows all of them
+        for name, function in parts.items():
+            times[name].append(seconds(function))
+    result = {name: float(np.median(t)) for name, t in times.items()}
+    whole = sum(result[name] for name in list(parts)[:4])
+    rows = [(f"step: {name}", f"{1e3 * t:.2f} ms") for name, t in result.items()]
+    result |= {"step": whole, "step_ratio": whole / result["its matrix products"],
+               "cells_per_second": config["batch_size"] / whole}
+    rows += [("step: all four", f"{1e3 * whole:.2f} ms"),
+             ("step / its matrix products", f"{result['step_ratio']:.2f}"),
+             ("cells per second", f"{result['cells_per_second']:,.0f}"),
+             (f"{config['steps']:,} steps would take", f"{config['steps'] * whole / 3600:.2f} h")]
+
+    # IWELBO of 1,000 cells with 100 particles (3.1).
+    cells = np.arange(1000)
+    of_iwelbo, _ = matrix_products(lambda: iwelbo(model, batches.in_order(cells), 100))
+    times = [(seconds(lambda: iwelbo(model, batches.in_order(cells), 100)), seconds(of_iwelbo))
+             for _ in range(3)]
+    result["iwelbo_per_1000_cells"], products = np.median(times, axis=0).tolist()
+    result["iwelbo_ratio"] = result["iwelbo_per_1000_cells"] / products
+    rows += [("IWELBO, 1,000 cells, K = 100", f"{result['iwelbo_per_1000_cells']:.2f} s"),
+             ("IWELBO / its matrix products", f"{result['iwelbo_ratio']:.2f}")]
+
+    # Treatment effects on both scales: 1,000 particles of 50 perturbations (3.2).
+    dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
+    t = min(seconds(lambda: average_treatment_effects(model, dosages, 1000)) for _ in range(2))
+    result["ate_per_perturbation_and_1000_particles"] = t / len(dosages)
+    rows += [("effects, a perturbation, 1,000 particles", f"{1e3 * t / len(dosages):.1f} ms")]
+
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device)
+        a @ a
+        rate, copied = 2 * 8192**3 / seconds(lambda: a @ a, 10), torch.empty(2**28, device=device)
+        bandwidth = 2 * 4 * 2**28 / seconds(lambda: copied.copy_(copied.clone()), 5) * 2
+        result |= {"matrix_rate": rate, "bandwidth": bandwidth,
+                   "share_of_matrix_rate": operations / whole / rate,
+                   "peak_memory": torch.cuda.max_memory_allocated(device)}
+        rows += [("share of the card's matrix rate", f"{operations / whole / rate:.2f}"),
+                 ("bandwidth of a copy", f"{bandwidth / 1e9:,.0f} GB/s")]
+    else:
+        import resource  # not on Windows
+
+        result["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows += [("peak memory", f"{result['peak_memory'] / 1e9:.2f} GB")]
+    print(f"{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
+          f"perturbations, {config['batch_size']} cells a step, {device}\n")
+    width = max(len(name) for name, _ in rows)
+    print(f"| {'':{width}} | |\n|---|---|",
+          *(f"| {name:{width}} | {value} |" for name, value in rows), sep="\n")
+    with data.replacing("benchmark.json") as path, open(path, "w") as file:
+        json.dump({"config": config, "device": str(device)} | result, file, indent=2)
+
+
+# ============================================================================================
+# Training
+# ============================================================================================
+
+
 def main(arguments=None):
     """Train."""
     args, config, given = parse_arguments(arguments)
     device = default_device(args.device)
+    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
+    if args.benchmark:
+        return benchmark(config, device)
 
     # A new run, or an old one from where it stopped.
     if args.resume:
@@ -328,8 +479,7 @@ def main(arguments=None):
 
     torch.manual_seed(config["seed"])
     model = build_model(config, training).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"],
-                                 weight_decay=config["weight_decay"], fused=True)
+    optimizer = new_optimizer(model, config)
     progress = {} if checkpoint is None else checkpoint["shuffle"]
     shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device, **progress)
     step, best = 0, math.inf
@@ -369,6 +519,7 @@ def main(arguments=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, stop_soon)
 
+    objective = torch.compile(elbo) if config["compile"] else elbo
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
           f"training cells, steps {step:,} to {config['steps']:,} on {device}")
@@ -387,7 +538,7 @@ def main(arguments=None):
     while step < config["steps"] and not stop:
         # One step: a batch, an estimate of the ELBO, its gradient, Adam.
         x, d = batches(next(shuffle))
-        value, terms = elbo(model, x, d, config["particles"])
+        value, terms = objective(model, x, d, config["particles"])
         optimizer.zero_grad(set_to_none=True)
         (-value).backward()
         if config["clip"]:

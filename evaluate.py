@@ -29,6 +29,7 @@ from train import (MODELS, as_the_model_sees, build_model, default_device, load_
                    read_config_screen)
 
 SCALES = ("log_normalised", "counts")
+BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
 
 # How a run is evaluated: option, default, and where the default comes from.
 OPTIONS = [
@@ -290,6 +291,40 @@ class Run:
         data.write_h5ad(os.path.join(self.folder, name), **contents)
 
 
+def conditions_of(screen):
+    """The C conditions other than the control: their sorted names (C,), a cell of each (C,), and
+    the condition of every cell (N,), where C stands for the control."""
+    label = np.where(screen.conditions == "control", "", screen.conditions).astype(str)
+    names, first, group = np.unique(label, return_index=True, return_inverse=True)
+    return names[1:], first[1:], np.where(group == 0, len(names) - 1, group - 1)  # "" sorts first
+
+
+def mask_metrics(run, pathways=None):
+    """`mask_recovery` where the screen is simulated, `mask_pathway_accuracy` where there are
+    pathways (10 annotated perturbations or more). Empty for models without masks."""
+    if not run.model.has_mask:
+        return {}
+    names, probability = run.seen.perturbations, run.model.mask_probability().numpy(force=True)
+    metrics, truth = {}, data.read_simulation(run.config["data"])
+    row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
+    if row.keys() >= set(names):
+        metrics |= mask_recovery(truth[1][[row[name] for name in names]], probability)
+    pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))
+    known = np.array([p is not None for p in pathway])
+    if known.sum() >= 10:
+        mask, pathway = probability[known] > 0.5, pathway[known].astype(str)
+        try:
+            accuracy, sd = mask_pathway_accuracy(mask, pathway)
+        except ImportError:
+            print("mask pathway accuracy is left out: pip install scikit-learn")
+        else:
+            commonest = np.unique(pathway, return_counts=True)[1].max()
+            metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
+                        "mask_pathway_chance": float(commonest / len(pathway)),
+                        "n_annotated": len(pathway)}
+    return metrics
+
+
 def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
              effects_from="all", evaluation_seed=0, pathways=None):
     """Evaluate a Run: write metrics.json and effects.h5ad, return the metrics.
@@ -318,11 +353,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
                 "iwelbo_joint_effective_sample_size": ess}
 
     # Effects by the data and by the baselines (3.2). The control is the last group.
-    names, first, group = np.unique(np.where(screen.conditions == "control", "",
-                                             screen.conditions).astype(str),
-                                    return_index=True, return_inverse=True)
-    names, first = names[1:], first[1:]  # "" sorts first
-    group = np.where(group == 0, len(names), group - 1)
+    names, first, group = conditions_of(screen)
     controls = {"all": np.flatnonzero(group == len(names))}
     for part, cells in split.items():
         controls[part] = cells[group[cells] == len(names)]
@@ -369,28 +400,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
             rows["ceiling"] = scores(halves[0][scale], halves[1][scale], both)
             metrics["effects"][scale][name] = rows
 
-    # Masks: against the truth, where it is known, and against annotated pathways (4.1.1).
-    if model.has_mask:
-        probability = model.mask_probability().detach().cpu().numpy()
-        truth = data.read_simulation(run.config["data"])
-        row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
-        if row.keys() >= set(run.seen.perturbations):
-            true_mask = truth[1][[row[name] for name in run.seen.perturbations]]
-            metrics |= mask_recovery(true_mask, probability)
-        pathway = pathway_of(run.seen.perturbations,
-                             data.read_pathways(pathways or run.config["data"]))
-        known = np.array([p is not None for p in pathway])
-        if known.sum() >= 10:
-            try:
-                accuracy, sd = mask_pathway_accuracy(probability[known] > 0.5,
-                                                     pathway[known].astype(str))
-            except ImportError:
-                print("mask pathway accuracy is left out: pip install scikit-learn")
-            else:
-                commonest = np.unique(pathway[known].astype(str), return_counts=True)[1].max()
-                metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
-                            "mask_pathway_chance": float(commonest / known.sum()),
-                            "n_annotated": int(known.sum())}
+    metrics |= mask_metrics(run, pathways)
 
     def without_nan(value):
         """The value with null in place of NaN, which JSON does not know."""
@@ -414,7 +424,6 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
 # Tables
 # ============================================================================================
 
-BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
 COLUMNS = [("pearson", "ATE-Pearson"), ("pearson_per_condition", "per condition"),
            ("pearson_top20", "top 20 genes"), ("r_squared", "R2"),
            ("pearson_from_perturbed_mean", "from perturbed mean"), ("rmse", "RMSE"),

@@ -26,7 +26,8 @@ import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
                       average_treatment_effects, elbo, iwelbo, kl_bernoulli, kl_normal,
-                      mean_log_of_poisson, nb_log_likelihood, straight_through_bernoulli, sum_effects)
+                      mean_log_of_poisson, nb_log_likelihood, straight_through_bernoulli,
+                      sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -533,7 +533,9 @@ def table_of_runs(runs, scale="log_normalised"):
             rows.append([cells[title] for title in header])
         for name, label in {**BASELINES, "ceiling": "ceiling"}.items():
             for f in unique(m["config"]["train_combinations"] for m in members):
-                same = [m for m in members if m["config"]["train_combinations"] == f]
+                # They depend on data and split, not on the model: one run of each.
+                same = {(m["config"]["split_seed"], m["config"].get("simulated_seed")): m
+                        for m in members if m["config"]["train_combinations"] == f}.values()
                 cells = {"model": label, "f": f"{f:g}"} | {
                     title: number([m["effects"][scale][effects_of][name][column] for m in same])
                     for column, title in COLUMNS}

@@ -51,8 +51,8 @@ NONE = -1  # fills the free places of a row of dosages
 # ============================================================================================
 
 
-def nb_log_likelihood(x, log_mean, log_theta):
-    """log NB(x | mean, inverse dispersion theta), summed over genes (section 2.2).
+def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
+    """log NB(x | mean library * rho, inverse dispersion theta), summed over genes (section 2.2).
 
     The Gamma-Poisson mixture lambda ~ Gamma(shape theta, rate theta / mean), x ~ Poisson(lambda)
     has E[x] = mean, Var[x] = mean + mean^2 / theta and, marginally over lambda,
@@ -63,11 +63,13 @@ def nb_log_likelihood(x, log_mean, log_theta):
     where G is the gamma function. With s = log mean - log theta the two logarithms of fractions are
     s - softplus(s) and -softplus(s), which keeps everything in log space.
 
-    x          (B, G)      counts
-    log_mean   (..., B, G)
-    log_theta  (G,)        used between -20 and 20: beyond, the distribution does not change within
-                           floating-point precision (Poisson above), but gamma functions overflow
-    returns    (..., B)    nats
+    x            (B, G)         counts
+    log_rho      (..., B, G)    log mean, up to
+    log_library  (B, 1) or 0    which is added to it
+    log_theta    (G,)           used between -20 and 20: beyond, the distribution does not change
+                                within floating-point precision (Poisson above), but gamma functions
+                                overflow
+    returns      (..., B)       nats
     """
     log_theta = log_theta.clamp(-20, 20)
     # A small difference of large numbers: in double precision. Every particle shares it, so that it
@@ -75,12 +77,14 @@ def nb_log_likelihood(x, log_mean, log_theta):
     x_, theta_ = x.double(), log_theta.double().exp()
     log_gammas = torch.lgamma(x_ + theta_) - torch.lgamma(theta_) - torch.lgamma(x_ + 1)
 
-    log_mean = log_mean.expand(torch.broadcast_shapes(x.shape, log_mean.shape))
-    return log_gammas.sum(-1).to(log_mean.dtype) + _NBMeanTerms.apply(x, log_mean, log_theta)
+    log_rho = log_rho.expand(torch.broadcast_shapes(x.shape, log_rho.shape))
+    offset = (log_library - log_theta).expand_as(x)  # s = log_rho + offset
+    return log_gammas.sum(-1).to(log_rho.dtype) + _NBMeanTerms.apply(
+        x, log_rho, offset, log_theta.exp())
 
 
 class _NBMeanTerms(torch.autograd.Function):
-    """sum over genes of x (s - softplus(s)) - theta softplus(s), s = log mean - log theta.
+    """sum over genes of x (s - softplus(s)) - theta softplus(s), s = log_rho + offset.
 
     The only arrays of a training step of size (K, B, G) are here and in the softmax, so that their
     number decides how fast it is. autograd would keep five and pass over them a dozen times. By
@@ -90,21 +94,21 @@ class _NBMeanTerms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, log_mean, log_theta):
-        """x (B, G), log_mean (..., B, G), log_theta (G,) -> (..., B)."""
-        theta, s = log_theta.exp(), log_mean - log_theta
+    def forward(ctx, x, log_rho, offset, theta):
+        """x, offset (B, G), log_rho (..., B, G), theta (G,) -> (..., B)."""
+        s = log_rho + offset
         softplus = F.softplus(s)
         ctx.save_for_backward(x, theta, softplus)
         return s.sub_(softplus).mul_(x).sum(-1) - softplus @ theta
 
     @staticmethod
     def backward(ctx, gradient):
-        """gradient (..., B) -> those of log_mean and log_theta."""
+        """gradient (..., B) -> those of log_rho, offset and theta."""
         x, theta, softplus = ctx.saved_tensors
         minus_sigmoid = softplus.neg().expm1_()
         by_s = torch.addcmul(x, x + theta, minus_sigmoid).mul_(gradient.unsqueeze(-1))
         by_theta = -(gradient.flatten() @ softplus.flatten(0, -2))
-        return None, by_s, theta * by_theta - by_s.flatten(0, -2).sum(0)
+        return None, by_s, by_s.sum_to_size(x.shape), by_theta
 
 
 # ============================================================================================
@@ -337,7 +341,7 @@ class SAMSVAE(nn.Module):
     def log_likelihood(self, x, z, d=None):
         """log p(x | z), (K, B), of counts x (B, G) with their observed library size (2.2)."""
         library = x.sum(-1, keepdim=True)
-        return nb_log_likelihood(x, self.log_rho(z, d) + library.log(), self.log_theta)
+        return nb_log_likelihood(x, self.log_rho(z, d), self.log_theta, library.log())
 
 
 class BetaBernoulliSAMSVAE(SAMSVAE):

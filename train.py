@@ -26,19 +26,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
+import data
+from data import DataError
+from sams_vae import (CPAVAE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
+                      average_treatment_effects, elbo, iwelbo)
+
 # glibc returns freed arrays to the system, and the system fills the next ones with zeros, page by
 # page: a fifth of a step on a CPU. Ask it to keep them, up to 32 MB each (M_MMAP_THRESHOLD is -3,
 # M_TRIM_THRESHOLD is -1). Other C libraries have no mallopt.
 with contextlib.suppress(AttributeError, OSError, TypeError):
     for parameter, value in ((-3, 2**25), (-1, -1)):
         ctypes.CDLL(None).mallopt(parameter, value)
-
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import data
-from data import DataError
-from sams_vae import (CPAVAE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, elbo, iwelbo)
 
 MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, "cpa-vae": CPAVAE,
           "svae+": SVAEPlus, "cvae": ConditionalVAE}
@@ -297,6 +295,9 @@ def benchmark(config, device):
     Everything is timed beside its own matrix products alone, the same shapes in the same run: no
     code can be faster than those. Numbers are medians.
     """
+    from torch.utils._python_dispatch import TorchDispatchMode  # torch's own, but not documented
+
+    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
     n_cells, n_genes, n_perturbations, most = SHAPES[config["preset"] or "replogle"]
     rng = np.random.default_rng(0)
     counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
@@ -322,23 +323,28 @@ def benchmark(config, device):
         return (time.perf_counter() - start) / repeats
 
     def matrix_products(function):
-        """A function that repeats all matrix products of the given one, and their operations."""
-        pairs, operations = [], [0]
+        """A function that repeats all matrix products of the given one; the number of their
+        operations; and how many bytes all of its operations read and write."""
+        pairs, total = [], {"operations": 0, "bytes": 0}
 
         class Recorder(TorchDispatchMode):
-            """Sees every operation before it runs."""
+            """Sees every operation."""
 
             def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+                result = operation(*arguments, **(options or {}))
                 if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
                     a, b = arguments[-2:]
-                    operations[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+                    total["operations"] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
                     pairs.append([torch.empty_strided(
                         m.shape, m.stride(), device=device).uniform_() for m in (a, b)])
-                return operation(*arguments, **(options or {}))
+                if not operation.is_view:
+                    total["bytes"] += sum(t.nbytes for t in (*arguments, result)
+                                          if isinstance(t, torch.Tensor))
+                return result
 
         with Recorder():
             function()
-        return lambda: [a @ b for a, b in pairs], operations[0]
+        return lambda: [a @ b for a, b in pairs], total
 
     x, d = batches(next(shuffle))
     state = {}
@@ -352,7 +358,7 @@ def benchmark(config, device):
         optimizer.zero_grad(set_to_none=True)
         state["loss"].backward()
 
-    floor, operations = matrix_products(lambda: (forward(elbo), backward()))
+    floor, of_step = matrix_products(lambda: (forward(elbo), backward(), optimizer.step()))
     for _ in range(3):
         forward(), backward(), optimizer.step()
     parts = {"batch": lambda: batches(next(shuffle)), "forward": forward, "backward": backward,
@@ -388,15 +394,16 @@ def benchmark(config, device):
     rows += [("effects, a perturbation, 1,000 particles", f"{1e3 * t / len(dosages):.1f} ms")]
 
     if device.type == "cuda":
-        a = torch.randn(8192, 8192, device=device)
+        a, long = torch.randn(8192, 8192, device=device), torch.empty(2**28, device=device)
         a @ a
-        rate, copied = 2 * 8192**3 / seconds(lambda: a @ a, 10), torch.empty(2**28, device=device)
-        bandwidth = 2 * 4 * 2**28 / seconds(lambda: copied.copy_(copied.clone()), 5) * 2
-        result |= {"matrix_rate": rate, "bandwidth": bandwidth,
-                   "share_of_matrix_rate": operations / whole / rate,
+        rate = 2 * 8192**3 / seconds(lambda: a @ a, 10)
+        bandwidth = 2 * long.nbytes / seconds(lambda: long.neg_(), 10)  # read and written
+        result |= {"share_of_matrix_rate": of_step["operations"] / whole / rate,
+                   "share_of_bandwidth": of_step["bytes"] / whole / bandwidth,
                    "peak_memory": torch.cuda.max_memory_allocated(device)}
-        rows += [("share of the card's matrix rate", f"{operations / whole / rate:.2f}"),
-                 ("bandwidth of a copy", f"{bandwidth / 1e9:,.0f} GB/s")]
+        rows += [(f"share of the measured {name}", f"{of_step[unit] / whole / limit:.2f} of "
+                  f"{limit / 1e12:.2f} T{unit}/s") for name, unit, limit in (
+                      ("matrix rate", "operations", rate), ("bandwidth", "bytes", bandwidth))]
     else:
         import resource  # not on Windows
 
@@ -420,7 +427,6 @@ def main(arguments=None):
     """Train."""
     args, config, given = parse_arguments(arguments)
     device = default_device(args.device)
-    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
     if args.benchmark:
         return benchmark(config, device)
 
@@ -465,6 +471,8 @@ def main(arguments=None):
               f"their own, {len(screen.perturbations):,} in all; those without training cells have "
               "no effect")
     print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
+
+    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
 
     # The screen moves to the device once; what the model knows of the training cells is computed.
     batches = data.Batches(screen, device)

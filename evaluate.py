@@ -371,8 +371,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
 
     # Effects by the model.
     dosages = torch.from_numpy(run.seen.d[first]).to(run.device)
-    by_model = average_treatment_effects(model, dosages, ate_particles, library,
-                                         evaluation_seed)
+    by_model = average_treatment_effects(model, dosages, ate_particles, library)
     n_perturbed = (screen.d[first] != data.NONE).sum(1)
     groups = {"all": n_cells[:-1] > 0}
     groups["pairs"] = groups["all"] & (n_perturbed == 2)
@@ -608,13 +607,15 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4):
     A particle is a basal state and a draw of (M, E): the interval holds the effect on nine of ten
     cells of the population, by what the model knows of the effects. It is no standard error.
     """
-    mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_particles)
+    t, place = torch.unique(dosages.clamp(min=0), return_inverse=True)
+    place = torch.where(dosages == data.NONE, data.NONE, place)
+    mask, effect = model.sample_many(t, n_particles)
     z_basal = torch.randn(n_particles, model.n_latent, device=dosages.device)
     control = model.log_rho(z_basal, torch.full_like(dosages[0], data.NONE)).exp()
     quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
     low_and_high = []
-    for d in dosages:
-        z = z_basal + sum_effects(mask, effect, d[None])[:, 0]
+    for d, p in zip(dosages, place):
+        z = z_basal + sum_effects(mask, effect, p[None])[:, 0]
         difference = library * (model.log_rho(z, d).exp() - control)  # (K, G)
         low_and_high.append(torch.quantile(difference, quantiles, dim=0))
     low, high = torch.stack(low_and_high, dim=1)
@@ -631,7 +632,7 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
     dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
     arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])
-    expected = expected_expression(run.model, arms, ate_particles, library, evaluation_seed)
+    expected = expected_expression(run.model, arms, ate_particles, library)
     layers = {}
     for scale in SCALES:
         layers[f"expected_{scale}"] = expected[scale][1:]
@@ -666,7 +667,7 @@ def write_latents(run, n_draws=50):
     offset = E[m_t * e_t] (T, L), where the model has them.
     """
     model, screen = run.model, run.screen
-    mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_draws)
+    mask, effect = model.sample_many(model.all_perturbations(), n_draws)
     basal, total = [], []
     for x, d in run.batches.in_order(np.arange(len(screen.rows))):
         z_pert = sum_effects(mask, effect, d)
@@ -767,7 +768,7 @@ def figure_of_masks(run, pathways=None):
     """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway."""
     model, names = run.model, run.seen.perturbations
     with torch.no_grad():
-        mask, effect, _, _ = model.sample_effects(model.all_perturbations(), 50)
+        mask, effect = model.sample_many(model.all_perturbations(), 50)
         probability, offset = model.mask_probability().numpy(force=True), (
             mask * effect).mean(0).numpy(force=True)
     pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))

@@ -63,15 +63,14 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     where G is the gamma function. With s = log mean - log theta the two logarithms of fractions are
     s - softplus(s) and -softplus(s), which keeps everything in log space.
 
-    x            (B, G)         counts
+    x            (B, G)         counts; data, without a gradient
     log_rho      (..., B, G)    log mean, up to
     log_library  (B, 1) or 0    which is added to it
-    log_theta    (G,)           used between -20 and 20: beyond, the distribution does not change
-                                within floating-point precision (Poisson above), but gamma functions
-                                overflow
+    log_theta    (G,)           used between -20 and 20: above, it is a Poisson distribution within
+                                floating-point precision; below, a gene that is nearly always zero
     returns      (..., B)       nats
     """
-    log_theta = log_theta.clamp(-20, 20)
+    x, log_theta = x.detach(), log_theta.clamp(-20, 20)
     # A small difference of large numbers: in double precision. Every particle shares it, so that it
     # is computed once and not K times.
     x_, theta_ = x.double(), log_theta.double().exp()
@@ -102,6 +101,7 @@ class _NBMeanTerms(torch.autograd.Function):
         return s.sub_(softplus).mul_(x).sum(-1) - softplus @ theta
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         """gradient (..., B) -> those of log_rho, offset and theta."""
         x, theta, softplus = ctx.saved_tensors
@@ -225,7 +225,7 @@ class SAMSVAE(nn.Module):
         n_perturbations, n_genes = len(n_cells), len(x_mean)
         self.correlated_basal, self.correlated_effects = correlated_basal, correlated_effects
         self.alpha, self.beta, self.mask_a, self.mask_b = alpha, beta, mask_a, mask_b
-        self.n_latent = n_latent
+        self.n_latent, self.widest = n_latent, max(n_latent, effect_hidden)
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
         self.register_buffer("x_mean", torch.as_tensor(x_mean, dtype=torch.float32))
         # A gene that is constant in training, up to rounding, must not divide by zero.
@@ -303,9 +303,17 @@ class SAMSVAE(nn.Module):
         kl_effect = kl_normal(loc, var, self.beta).sum(-1).expand(n_particles, -1)
         return mask, effect, kl_mask, kl_effect
 
+    def sample_many(self, t, n_particles, chunk=2**22):
+        """mask, effect (K, U, L) of `sample_effects`, with no more memory than for themselves: at
+        most about `chunk` numbers per temporary array."""
+        n = max(1, chunk // (self.widest * len(t)))
+        draws = [self.sample_effects(t, min(n, n_particles - k))[:2]
+                 for k in range(0, n_particles, n)]
+        return [torch.cat(parts) for parts in zip(*draws)]
+
     def log_global_ratio(self, mask, effect):
         """log p(M, E) - log q(M, E) of draws (K, T, L) of all perturbations, (K,)."""
-        p, q = self.prior_mask_probability(), self.mask_probability()
+        p, q = self.prior_mask_probability().double(), self.mask_probability().double()
         bernoulli, normal = torch.distributions.Bernoulli, torch.distributions.Normal
         log_ratio = bernoulli(p).log_prob(mask) - bernoulli(q).log_prob(mask)
         loc, var = self.effect_posterior(mask, self.all_perturbations())
@@ -365,7 +373,8 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
         """Draw p_t ~ q, reparameterised, and m_t ~ Bern(p_t): masks (K, U, L), KL (U,)."""
         q = self._posterior(t)
         p = q.rsample((n_particles,))
-        prior = torch.distributions.Beta(*torch.tensor([self.mask_a, self.mask_b], device=p.device))
+        prior = self._beta(torch.full_like(q.mean, self.mask_a),
+                           torch.full_like(q.mean, self.mask_b))
         kl = torch.distributions.kl_divergence(q, prior)
         return straight_through_bernoulli(p.logit(eps=1e-6)), kl.sum(-1)
 
@@ -376,7 +385,10 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     def _posterior(self, t):
         a, b = (torch.where(self.seen(t), log.index_select(0, t).exp(), prior) for log, prior in (
             (self.mask_log_a, self.mask_a), (self.mask_log_b, self.mask_b)))
-        return torch.distributions.Beta(a, b)
+        return self._beta(a, b)
+
+    def _beta(self, a, b):
+        return torch.distributions.Beta(a, b, validate_args=False)  # a check would wait for a GPU
 
 
 # ============================================================================================
@@ -442,8 +454,9 @@ class SVAEPlus(SAMSVAE):
         return mask, minus_log_beta.sum(-1)
 
     def mask_probability(self):
-        """p, (T, L)."""
-        return torch.sigmoid(self.mask_logits)
+        """p, (T, L); 0 for a label without training cells, which has no effect."""
+        p = torch.sigmoid(self.mask_logits)
+        return torch.where(self.seen(self.all_perturbations()), p, 0.0)
 
     def sample_effects(self, t, n_particles):
         """Draw m_t; mask, effect (K, U, L), -log Beta (U,), and no KL of mu (K, U)."""
@@ -577,7 +590,7 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     effective_sample_size (a float). At most about `chunk` numbers per temporary array: memory grows
     with neither K nor N, except for the draws of (M, E) themselves, (K, T, L).
     """
-    mask, effect, _, _ = model.sample_effects(model.all_perturbations(), n_particles)
+    mask, effect = model.sample_many(model.all_perturbations(), n_particles, chunk)
     log_w_joint = model.log_global_ratio(mask, effect)  # (K,)
     predictive = []
     for batch_x, batch_d in batches:
@@ -610,7 +623,7 @@ def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):
     """A function rate -> E[log2(1 + 1e4 x / library)], x ~ Poisson(rate), of tensors of log rates.
 
     It depends on one number only and is tabulated: n_nodes equidistant values of log(1 + rate), in
-    which it is nearly a line, and linear interpolation between them. Values are exact to 1e-5.
+    which it is nearly a line, and linear interpolation between them. Values are exact to 2e-5.
     """
     u = torch.linspace(0, math.log1p(largest), n_nodes, dtype=torch.float64, device=device)
     rate, unit = torch.expm1(u), library / 1e4  # E log(1 + x / unit) = E log(unit + x) - log unit
@@ -624,12 +637,12 @@ def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):
     by_series = (m / unit).log() - high / (2 * m**2) + high / (3 * m**3) - (
         high + 3 * high**2) / (4 * m**4)
     table = (torch.cat([by_sum, by_series]) / math.log(2)).float()
-    slope = F.pad(table.diff(), (0, 1))
+    slope, nodes_per_u = table.diff(), (n_nodes - 1) / math.log1p(largest)
 
     def function(log_rate):
-        """log_rate (...,) -> (...,), in single precision."""
-        place = F.softplus(log_rate).mul_((n_nodes - 1) / u[-1].item()).clamp_(max=n_nodes - 1)
-        node = place.int()
+        """log_rate (...,) -> (...,), in single precision; beyond the last node, along its line."""
+        place = F.softplus(log_rate).mul_(nodes_per_u)
+        node = place.clamp(max=n_nodes - 2).int()
         value = table.index_select(0, node.flatten()).view_as(place)
         return value.addcmul_(slope.index_select(0, node.flatten()).view_as(place), place - node)
 
@@ -637,7 +650,7 @@ def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):
 
 
 @torch.no_grad()
-def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chunk=2**24):
+def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24):
     """Mean expression of cells that receive each row of dosages, arms (C, P).
 
     E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of two functions
@@ -673,7 +686,7 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chun
     poisson_noise = torch.Generator(device)
 
     counts, h, rest = torch.zeros(3, len(arms), n_genes, dtype=torch.float64, device=device)
-    n_chunk = max(10, chunk // (model.n_latent * max(len(t), len(arms)) + n_genes))
+    n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + n_genes))
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_effects(t, len(k))
         u = sobol.draw(len(k), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
@@ -682,11 +695,12 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chun
         # Gamma-Poisson mixture: rate = mean * gamma with E[gamma] = 1, Var[gamma] = 1 / theta.
         gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
         log_gamma, first = gamma.log().add_(math.log(library)), -int(k[0]) % 10
+        seed = int(torch.randint(2**31, ()))
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm])  # (K, G)
             log_rate = log_rho + log_gamma
             h[arm] += mean_h(log_rate).sum(0, dtype=torch.float64)
-            poisson_noise.manual_seed(seed + int(k[0]))  # the same for every arm
+            poisson_noise.manual_seed(seed)  # the same for every arm
             x = torch.poisson(log_rate[first::10].exp(), poisson_noise)  # of every tenth
             y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
             rest[arm] += (y - torch.log2(1 + 1e4 / library * x)).sum(0, dtype=torch.float64)
@@ -695,7 +709,7 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, seed=0, chun
             "log_normalised": h / n_particles + rest / math.ceil(n_particles / 10)}
 
 
-def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, seed=0, chunk=2**24):
+def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chunk=2**24):
     """Model-based average treatment effect of each row of dosages (C, P) against control (3.2).
 
     ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ]
@@ -705,5 +719,5 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, see
     exactly zero. Differs from the authors' code, which draws a new z_basal for each arm.
     """
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
-    expected = expected_expression(model, arms, n_particles, library, seed, chunk)
+    expected = expected_expression(model, arms, n_particles, library, chunk)
     return {scale: (y[1:] - y[0]).float() for scale, y in expected.items()}

@@ -1847,7 +1847,7 @@ def test_the_benchmark_times_every_part_beside_the_matrix_products(folder, capsy
     monkeypatch.setitem(train.SHAPES, "simulated", (1000, 30, 12, 2))
     train.main(["--benchmark", "--preset", "simulated", "--device", "cpu"])
     out, result = capsys.readouterr().out, json.load(open("benchmark.json"))
-    for words in ("matrix products", "IWELBO, 1,000 cells", "peak memory"):
+    for words in ("matrix products", "IWELBO, 1,000 cells", "peak memory of training"):
         assert words in out
     parts = [result[name] for name in ("batch", "forward", "backward", "optimizer")]
     assert result["step"] == pytest.approx(sum(parts)) and min(parts) > 0

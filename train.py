@@ -107,6 +107,11 @@ LEAST = [  # the least values that make sense
         "log_every validate_every simulated_cells"), (2, "simulated_perturbations")]
 
 
+def name_of(flag):
+    """--like-this -> like_this."""
+    return flag[2:].replace("-", "_")
+
+
 def parse_arguments(arguments=None):
     """(arguments, configuration, the part of the configuration that was given explicitly)."""
     parser = argparse.ArgumentParser(
@@ -128,10 +133,6 @@ def parse_arguments(arguments=None):
         text += f" [{default}]"
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     args = parser.parse_args(arguments)
-
-    def name_of(flag):
-        """--like-this -> like_this."""
-        return flag[2:].replace("-", "_")
 
     own = {name_of(flag) for flag, _, _ in OPTIONS + SIMULATION_OPTIONS}
     given = {k: v for k, v in vars(args).items() if k in own}
@@ -157,8 +158,8 @@ def parse_arguments(arguments=None):
         if not least <= value < 2**32:
             words = "positive" if least == POSITIVE else f"at least {least}"
             parser.error(f"--{option.replace('_', '-')} must be {words}, not {value}")
-    if not 0 < config["alpha"] < 1:
-        parser.error(f"--alpha must lie between 0 and 1, not {config['alpha']}")
+    if not 1e-12 <= config["alpha"] < 1:
+        parser.error(f"--alpha must lie between 1e-12 and 1, not {config['alpha']}")
     if config["train_combinations"] > 1:
         parser.error("--train-combinations is a fraction: at most 1")
     if args.data and not args.resume and any(option.startswith("simulated") for option in given):
@@ -295,7 +296,8 @@ def benchmark(config, device):
     Everything is timed beside its own matrix products alone, the same shapes in the same run: no
     code can be faster than those. Numbers are medians.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode  # torch's own, but not documented
+    from torch.utils._python_dispatch import TorchDispatchMode  # torch's own, not documented
+    from torch.utils._pytree import tree_leaves
 
     torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
     n_cells, n_genes, n_perturbations, most = SHAPES[config["preset"] or "replogle"]
@@ -338,8 +340,8 @@ def benchmark(config, device):
                     pairs.append([torch.empty_strided(
                         m.shape, m.stride(), device=device).uniform_() for m in (a, b)])
                 if not operation.is_view:
-                    total["bytes"] += sum(t.nbytes for t in (*arguments, result)
-                                          if isinstance(t, torch.Tensor))
+                    total["bytes"] += sum(t.nbytes for t in tree_leaves(
+                        (arguments, options, result)) if isinstance(t, torch.Tensor))
                 return result
 
         with Recorder():
@@ -358,9 +360,16 @@ def benchmark(config, device):
         optimizer.zero_grad(set_to_none=True)
         state["loss"].backward()
 
-    floor, of_step = matrix_products(lambda: (forward(elbo), backward(), optimizer.step()))
     for _ in range(3):
         forward(), backward(), optimizer.step()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
+    floor, of_step = matrix_products(lambda: (forward(elbo), backward(), optimizer.step()))
     parts = {"batch": lambda: batches(next(shuffle)), "forward": forward, "backward": backward,
              "optimizer": optimizer.step, "its matrix products": floor}
     times = {name: [] for name in parts}
@@ -370,7 +379,7 @@ def benchmark(config, device):
     result = {name: float(np.median(t)) for name, t in times.items()}
     whole = sum(result[name] for name in list(parts)[:4])
     rows = [(f"step: {name}", f"{1e3 * t:.2f} ms") for name, t in result.items()]
-    result |= {"step": whole, "step_ratio": whole / result["its matrix products"],
+    result |= {"peak_memory": peak, "step": whole, "step_ratio": whole / result["its matrix products"],
                "cells_per_second": config["batch_size"] / whole}
     rows += [("step: all four", f"{1e3 * whole:.2f} ms"),
              ("step / its matrix products", f"{result['step_ratio']:.2f}"),
@@ -389,7 +398,8 @@ def benchmark(config, device):
 
     # Treatment effects on both scales: 1,000 particles of 50 perturbations (3.2).
     dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
-    t = min(seconds(lambda: average_treatment_effects(model, dosages, 1000)) for _ in range(2))
+    t = np.median([seconds(lambda: average_treatment_effects(model, dosages, 1000))
+                   for _ in range(3)])
     result["ate_per_perturbation_and_1000_particles"] = t / len(dosages)
     rows += [("effects, a perturbation, 1,000 particles", f"{1e3 * t / len(dosages):.1f} ms")]
 
@@ -399,16 +409,11 @@ def benchmark(config, device):
         rate = 2 * 8192**3 / seconds(lambda: a @ a, 10)
         bandwidth = 2 * long.nbytes / seconds(lambda: long.neg_(), 10)  # read and written
         result |= {"share_of_matrix_rate": of_step["operations"] / whole / rate,
-                   "share_of_bandwidth": of_step["bytes"] / whole / bandwidth,
-                   "peak_memory": torch.cuda.max_memory_allocated(device)}
+                   "share_of_bandwidth": of_step["bytes"] / whole / bandwidth}
         rows += [(f"share of the measured {name}", f"{of_step[unit] / whole / limit:.2f} of "
                   f"{limit / 1e12:.2f} T{unit}/s") for name, unit, limit in (
                       ("matrix rate", "operations", rate), ("bandwidth", "bytes", bandwidth))]
-    else:
-        import resource  # not on Windows
-
-        result["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rows += [("peak memory", f"{result['peak_memory'] / 1e9:.2f} GB")]
+    rows += [("peak memory of training", f"{peak / 1e9:.2f} GB")]
     print(f"{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
           f"perturbations, {config['batch_size']} cells a step, {device}\n")
     width = max(len(name) for name, _ in rows)
@@ -434,7 +439,7 @@ def main(arguments=None):
     if args.resume:
         folder = args.resume.rstrip("/")
         checkpoint = load_checkpoint(folder, "last.pt")
-        config = checkpoint["config"]
+        config = {name_of(flag): default for flag, default, _ in OPTIONS} | checkpoint["config"]
         changed = [k for k in given if k != "steps" and given[k] != config.get(k)]
         if changed or args.name:
             raise DataError(f"--resume takes its options from {folder}; only --steps, --device and "
@@ -611,6 +616,7 @@ def main(arguments=None):
     if config.get("simulated"):
         import evaluate  # it imports this module
 
+        torch.set_float32_matmul_precision("highest")
         evaluate.main([folder, "--device", str(device)])
     else:
         print(f"next: python evaluate.py {folder}")

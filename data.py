@@ -722,7 +722,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     else:
         labels = _find_family(data, control, combination_separator)
     column, sets, note = labels
-    split = None if split_column is None else _read_split(data, split_column)
+    split = _read_split(data, split_column) if split_column else None
 
     library, missing = data.counts.library(), np.array([names is None for names in sets])
     keep = (library > 0) & ~missing & chosen
@@ -964,6 +964,9 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     In the Norman splits all other cells are split 80 / 20 into train / validation.
     """
     n_perturbed = (screen.d != NONE).sum(1)
+    if split != "random" and screen.split is None and n_perturbed.max() < 2:
+        raise DataError(f"{screen.path}: --split {split} needs combinations, and no cell has two "
+                        "perturbations: check --combination-separator or --one-hot-prefix")
 
     def of_80_20(cells):
         """Split cells in two."""
@@ -999,6 +1002,9 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
         if not len(cells):
             raise DataError(f"{screen.path}: no cells are left for {name} ({len(screen.rows):,} "
                             "cells in all)")
+    if n_perturbed[parts["train"]].min() > 0:
+        raise DataError(f"{screen.path}: no control among the {len(parts['train']):,} training "
+                        "cells: effects are differences from control cells")
     return parts
 
 
@@ -1261,7 +1267,8 @@ def read_pathways(path):
             raise DataError(f"{path}: cannot be read as JSON: {error}") from None
         pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else None
         if not isinstance(pathways, dict) or not all(
-                isinstance(genes, list) for genes in pathways.values()):
+                isinstance(genes, list) and all(isinstance(gene, str) for gene in genes)
+                for genes in pathways.values()):
             raise DataError(f"{path}: must hold an object of pathways, each a list of genes")
         return pathways
     with _h5_file(path) as file:

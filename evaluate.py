@@ -17,6 +17,7 @@ import difflib
 import json
 import math
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; see train.py
 import numpy as np
@@ -26,8 +27,9 @@ import data
 from data import DataError
 from sams_vae import average_treatment_effects, expected_expression, iwelbo, sum_effects
 from train import (MODELS, as_the_model_sees, build_model, default_device, load_checkpoint,
-                   read_config_screen)
+                   read_config_screen, read_log)
 
+FORMAT = 2  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
 
@@ -71,48 +73,46 @@ def r_squared(predicted, observed):
     return 1 - float(((observed - predicted) ** 2).sum()) / total if total > 0 else math.nan
 
 
-def discrimination_score(predicted, observed, device="cpu"):
-    """How well a predicted effect is told from those of the other conditions: 1 - normalised rank.
+def discrimination_scores(predicted, observed, device="cpu"):
+    """How well each predicted effect is told from those of the others: 1 - normalised rank, (C,).
 
-    For each condition, all predicted effects are ranked by their L1 distance to its observed one.
-    The rank of its own, from 0 (nearest) to C - 1, ties at half, is divided by C - 1. The score is
-    one minus the mean of that: 1 is perfect, 1/2 is chance and what a constant prediction gets.
+    For each of C conditions, all predicted effects (C, G) are ranked by their L1 distance to its
+    observed one. The rank of its own, from 0 (nearest) to C - 1, ties at half, is divided by C - 1.
+    The score is one minus that: 1 is perfect, 1/2 is chance and what a constant prediction gets.
     """
-    if len(observed) < 2:
-        return math.nan
     predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
                            for v in (predicted, observed))
-    ranks = []
+    ranks = [torch.empty(0, device=device)]
     for i in torch.arange(len(observed)).split(256):
         distance = torch.cdist(observed[i], predicted, p=1)  # (256, C)
         own = distance.gather(1, i[:, None].to(device))
         ranks.append((distance < own).sum(1) + 0.5 * ((distance == own).sum(1) - 1))
-    return 1 - torch.cat(ranks).mean().item() / (len(observed) - 1)
+    with np.errstate(invalid="ignore"):
+        return 1 - torch.cat(ranks).cpu().numpy() / np.float64(len(observed) - 1)
 
 
-def effect_metrics(predicted, observed, perturbed_mean, device="cpu"):
-    """All metrics of predicted against observed effects, (C, G) each, as a dict.
+def effect_metrics(predicted, observed, predicted_from_mean, observed_from_mean):
+    """All other metrics of predicted against observed effects, (C, G) each, as a dict.
 
     The names that end in _top20 are restricted to the 20 genes of largest absolute observed effect
-    of each condition. pearson_from_perturbed_mean is Pearson's r of the differences from the mean
-    training effect (`baseline_effects`) rather than from the control: without the shift that all
-    perturbations share, which makes trivial predictions look good.
+    of each condition. pearson_from_perturbed_mean is Pearson's r of the last two arguments, (C, G):
+    predicted and observed means minus the mean over training conditions (see `baseline_effects`),
+    in place of the control. It is without the shift that all perturbations share, which makes
+    trivial predictions look good, and without the noise of the controls.
     """
-    predicted, observed, perturbed_mean = (
-        np.asarray(v, np.float64) for v in (predicted, observed, perturbed_mean))
+    predicted, observed = np.asarray(predicted, np.float64), np.asarray(observed, np.float64)
     top = np.argsort(-np.abs(observed), axis=1, kind="stable")[:, :20]
     a, b = (np.take_along_axis(v, top, axis=1) for v in (predicted, observed))
     return {
+        "n_conditions": len(observed),
         "pearson": pearson(predicted, observed),
         "pearson_per_condition": pearson_per_condition(predicted, observed),
         "r_squared": r_squared(predicted, observed),
         "pearson_top20": pearson(a, b),
         "pearson_per_condition_top20": pearson_per_condition(a, b),
         "r_squared_top20": r_squared(a, b),
-        "pearson_from_perturbed_mean": pearson(predicted - perturbed_mean,
-                                               observed - perturbed_mean),
+        "pearson_from_perturbed_mean": pearson(predicted_from_mean, observed_from_mean),
         "rmse": math.sqrt(((predicted - observed) ** 2).mean()) if len(observed) else math.nan,
-        "discrimination": discrimination_score(predicted, observed, device),
     }
 
 
@@ -247,24 +247,21 @@ def baseline_effects(mean, n_cells, dosages):
             "additive": alone[dosages].sum(1)}
 
 
-def split_half_effects(batches, cells, controls, group, n_conditions, seed=0):
-    """Effects of one random half of the cells of each condition, and of the other half (ceiling).
+def split_half_means(batches, cells, controls, group, n_conditions, seed=0):
+    """Means of one random half of the cells of each condition, and of the other half (ceiling).
 
     No prediction can be expected to agree with the effects of so many cells better than those of
-    as many other cells do. cells and controls (n,) positions, group (N,) conditions of all cells.
-    Returns {scale: (C, G)} twice, each half with a half of the controls; NaN for conditions with
-    fewer than two cells.
+    as many other cells do. cells and controls (n,) positions, group (N,) conditions of all cells,
+    where C stands for the control. Returns {scale: (C + 1, G)} twice, as `mean_expression`, each
+    half with a half of the controls; NaN for conditions with fewer than two cells.
     """
     perturbed = cells[group[cells] != n_conditions]
     chosen = np.random.default_rng(seed).permutation(np.concatenate([perturbed, controls]))
     chosen = chosen[np.argsort(group[chosen], kind="stable")]
     _, start, n = np.unique(group[chosen], return_index=True, return_counts=True)
     place = np.arange(len(chosen)) - np.repeat(start, n)  # within the condition
-    effects = []
-    for half in (chosen[place % 2 == 0], chosen[place % 2 == 1]):
-        mean, _ = mean_expression(batches, half, group[half], n_conditions + 1)
-        effects.append({scale: mean[scale][:-1] - mean[scale][-1] for scale in SCALES})
-    return effects
+    return [mean_expression(batches, half, group[half], n_conditions + 1)[0]
+            for half in (chosen[place % 2 == 0], chosen[place % 2 == 1])]
 
 
 # ============================================================================================
@@ -277,8 +274,12 @@ class Run:
 
     def __init__(self, folder, device=None, data_path=None):
         self.folder, self.device = folder, default_device(device)
-        self.checkpoint = load_checkpoint(folder, "best.pt")
-        self.config = self.checkpoint["config"] | ({"data": data_path} if data_path else {})
+        self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
+        self.last_step = last["step"]
+        self.config = last["config"] | ({"data": data_path} if data_path else {})
+        if not os.path.exists(self.config["data"]):
+            raise DataError(f"{folder}: its data, {self.config['data']}, are not there; --data "
+                            "says where they are")
         self.screen = read_config_screen(self.config, self.checkpoint)
         self.seen = as_the_model_sees(self.screen, self.config["model"])
         self.batches = data.Batches(self.seen, self.device)
@@ -299,7 +300,18 @@ def conditions_of(screen):
     return names[1:], first[1:], np.where(group == 0, len(names) - 1, group - 1)  # "" sorts first
 
 
-def mask_metrics(run, pathways=None):
+def pathways_of(run, path=None):
+    """The pathways of a .json file, or those of the data. Only the former must be readable."""
+    if path is not None:
+        return data.read_pathways(path)
+    try:
+        return data.read_pathways(run.config["data"])
+    except DataError as error:
+        print(f"{error}: passed over, --pathways FILE.json would do")
+        return None
+
+
+def mask_metrics(run, pathways):
     """`mask_recovery` where the screen is simulated, `mask_pathway_accuracy` where there are
     pathways (10 annotated perturbations or more). Empty for models without masks."""
     if not run.model.has_mask:
@@ -309,9 +321,12 @@ def mask_metrics(run, pathways=None):
     row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
     if row.keys() >= set(names):
         metrics |= mask_recovery(truth[1][[row[name] for name in names]], probability)
-    pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))
+    pathway = pathway_of(names, pathways)
     known = np.array([p is not None for p in pathway])
-    if known.sum() >= 10:
+    if pathways and known.sum() < 10:
+        print(f"mask pathway accuracy is left out: {known.sum()} of {len(names):,} perturbations "
+              "are in a pathway, and 10 are needed")
+    elif pathways:
         mask, pathway = probability[known] > 0.5, pathway[known].astype(str)
         try:
             accuracy, sd = mask_pathway_accuracy(mask, pathway)
@@ -336,8 +351,10 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
     default the data.
     """
     screen, model, split = run.screen, run.model, run.split
+    known_pathways = pathways_of(run, pathways)
     torch.manual_seed(evaluation_seed)
-    metrics = {"config": run.config, "step": run.checkpoint["step"],
+    metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.checkpoint["fingerprint"],
+               "step": run.checkpoint["step"], "last_step": run.last_step,
                "validation_loss": run.checkpoint["best"],
                "options": {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
                            "library": library, "effects_from": effects_from,
@@ -357,9 +374,6 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
     controls = {"all": np.flatnonzero(group == len(names))}
     for part, cells in split.items():
         controls[part] = cells[group[cells] == len(names)]
-    if not len(controls["train"]):
-        raise DataError(f"{screen.path}: no control among the training cells: there is nothing to "
-                        "compare with")
     # The Norman splits have no controls among their test cells: then all of them are taken.
     test_controls = controls["test"] if len(controls["test"]) > 1 else controls["all"]
     cells = np.arange(len(group)) if effects_from == "all" else np.union1d(split["test"],
@@ -367,7 +381,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
     observed, n_cells = mean_expression(run.batches, cells, group[cells], len(names) + 1)
     trained, n_train = mean_expression(run.batches, split["train"], group[split["train"]],
                                        len(names) + 1)
-    halves = split_half_effects(run.batches, split["test"], test_controls, group, len(names))
+    halves = split_half_means(run.batches, split["test"], test_controls, group, len(names))
 
     # Effects by the model.
     dosages = torch.from_numpy(run.seen.d[first]).to(run.device)
@@ -379,27 +393,33 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
     for part, cells in split.items():
         groups[part] = groups["all"] & np.isin(np.arange(len(names)), group[cells])
     metrics["n_conditions"] = {name: int(chosen.sum()) for name, chosen in groups.items()}
+    by_model["counts"] *= 1e4 / library  # in the unit of the data's
     layers, metrics["effects"] = {}, {}
     for scale in SCALES:
         effect = {"data": observed[scale][:-1] - observed[scale][-1],
                   "model": by_model[scale].cpu().numpy()}
         effect |= baseline_effects(trained[scale], n_train, screen.d[first])
         layers |= {f"{name}_{scale}": effect[name] for name in ("model", "data")}
+        mean = trained[scale][-1] + effect["perturbed_mean"]
+        # What is compared with what, in which conditions, and the same from the perturbed mean.
+        a, b = halves[0][scale], halves[1][scale]
+        compared = {name: (effect[name], effect["data"], groups["all"],
+                           effect[name] - effect["perturbed_mean"], observed[scale][:-1] - mean)
+                    for name in ("model", *BASELINES)}
+        compared["ceiling"] = (a[:-1] - a[-1], b[:-1] - b[-1],
+                               groups["all"] & np.isfinite(a[:-1] + b[:-1]).all(1),
+                               a[:-1] - mean, b[:-1] - mean)
+        rows = metrics["effects"][scale] = {name: {} for name in groups}
+        for name, (predicted, against, usable, *from_mean) in compared.items():
+            score = np.full(len(names), math.nan)
+            score[usable] = discrimination_scores(predicted[usable], against[usable], run.device)
+            for group_name, chosen in groups.items():
+                chosen = chosen & usable
+                rows[group_name][name] = effect_metrics(
+                    predicted[chosen], against[chosen], *(v[chosen] for v in from_mean)) | {
+                    "discrimination": float(score[chosen].mean()) if chosen.any() else math.nan}
 
-        def scores(predicted, against, chosen):
-            """Metrics over the chosen conditions."""
-            return effect_metrics(predicted[chosen], against[chosen],
-                                  effect["perturbed_mean"][chosen], run.device)
-
-        metrics["effects"][scale] = {}
-        for name, chosen in groups.items():
-            rows = {prediction: scores(effect[prediction], effect["data"], chosen)
-                    for prediction in ("model", *BASELINES)}
-            both = chosen & np.isfinite(halves[0][scale] + halves[1][scale]).all(1)
-            rows["ceiling"] = scores(halves[0][scale], halves[1][scale], both)
-            metrics["effects"][scale][name] = rows
-
-    metrics |= mask_metrics(run, pathways)
+    metrics |= mask_metrics(run, known_pathways)
 
     def without_nan(value):
         """The value with null in place of NaN, which JSON does not know."""
@@ -443,6 +463,13 @@ def number(values, digits=3):
     return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
+def options_line(options):
+    """How the numbers below were made."""
+    return (f"(IWELBO with {options['iwelbo_particles']:,} particles; effects with "
+            f"{options['ate_particles']:,} particles, cells of {options['library']:,} counts, by "
+            f"the data in {options['effects_from']} cells)")
+
+
 def guide_of(config):
     """The name of a run's guide in Table 1."""
     correlated = [name for name, on in (("z_basal", config["correlated_basal"]),
@@ -452,10 +479,10 @@ def guide_of(config):
 
 def table(metrics):
     """The metrics of one run as text: likelihood, masks, effects beside baselines."""
-    options, m = metrics["options"], metrics
-    lines = [f"test IWELBO, predictive: {number(m['iwelbo_predictive'], 2)} per cell, standard "
-             f"error {number(m['iwelbo_predictive_se'], 2)} (K = {options['iwelbo_particles']}, "
-             f"{m['n_test_cells']:,} cells)",
+    m = metrics
+    lines = [options_line(m["options"]),
+             f"test IWELBO, predictive: {number(m['iwelbo_predictive'], 2)} per cell, standard "
+             f"error {number(m['iwelbo_predictive_se'], 2)} ({m['n_test_cells']:,} cells)",
              f"test IWELBO, joint:      {number(m['iwelbo_joint_per_cell'], 2)} per cell, "
              f"{m['iwelbo_joint_total']:,.1f} in all, effective sample size "
              f"{m['iwelbo_joint_effective_sample_size']:.2f}"]
@@ -474,6 +501,7 @@ def table(metrics):
                 for row, label in {"model": f"**{m['config']['model']}**", **BASELINES,
                                    "ceiling": "ceiling"}.items():
                     scores = m["effects"][scale][name][row]
+                    label += f" ({scores['n_conditions']:,})" if row == "ceiling" else ""
                     rows.append([f"{scale.replace('_', '-')}, {text} "
                                  f"({m['n_conditions'][name]:,})" if row == "model" else "", label,
                                  *(number(scores[column]) for column, _ in COLUMNS)])
@@ -481,48 +509,65 @@ def table(metrics):
                                             *(title for _, title in COLUMNS)], rows)])
 
 
+SEEDS = ("seed", "split_seed", "simulated_seed")
+ROW = ("model", "correlated_basal", "correlated_effects", "train_combinations")
+NO_MATTER = ("data", "name", "preset", "compile", "tf32", "log_every", "validate_every")
+
+
+def key(metrics, without):
+    """The options of a run that matter, but for some, and its data, as text."""
+    config = {k: v for k, v in metrics["config"].items() if k not in (*NO_MATTER, *without)}
+    config["fingerprint"] = "" if config.get("simulated") else metrics["fingerprint"]
+    return json.dumps(config, sort_keys=True)
+
+
+def tables_of(runs):
+    """Lists of runs that belong into one table, each in the order of Table 1: they differ in
+    nothing but the model, its guide, the fraction of combinations, and seeds."""
+    def order(m):
+        """Table by table, row by row."""
+        return (key(m, SEEDS + ROW), list(MODELS).index(m["config"]["model"]),
+                *(m["config"][k] for k in (*ROW[1:], "split_seed", "seed")))
+
+    runs = sorted(runs, key=order)
+    return [[m for m in runs if key(m, SEEDS + ROW) == table]
+            for table in unique(key(m, SEEDS + ROW) for m in runs)]
+
+
+def relative_iwelbo(m, members):
+    """Predictive IWELBO minus that of SAMS-VAE with the correlated guide and no combinations on the
+    same split (Figure 4; of several model seeds, their mean). NaN where there is none."""
+    reference = [r["iwelbo_predictive"] for r in members
+                 if r["config"]["model"] == "sams-vae" and not r["config"]["train_combinations"]
+                 and guide_of(r["config"]) == "corr. z_basal and E"
+                 and r["config"]["split_seed"] == m["config"]["split_seed"]]
+    return m["iwelbo_predictive"] - (np.mean(reference) if reference else math.nan)
+
+
 def table_of_runs(runs, scale="log_normalised"):
-    """Markdown of many runs, {folder: metrics}: a row per model and guide, mean +- sd over seeds.
+    """Markdown of the metrics of many runs: a row per model and guide, mean +- sd over seeds.
 
-    Runs are rows of one table if they differ in nothing but the model, its guide and the fraction
-    of combinations; they are averaged if they differ in nothing but seeds. In the Norman splits,
-    effects are those of conditions with test cells, and the relative IWELBO is the predictive one
-    minus that of SAMS-VAE with the correlated guide and no combinations on the same split (Fig. 4).
+    Runs with the same seeds count once. In the Norman splits, effects are those of conditions with
+    test cells.
     """
-    seeds = ("seed", "split_seed", "simulated_seed", "name")
-    model = ("model", "correlated_basal", "correlated_effects", "train_combinations")
-
-    def key(config, without):
-        """The options of a run, but for some."""
-        config = config | {"data": os.path.basename(config["data"])}
-        return json.dumps({k: v for k, v in config.items() if k not in without}, sort_keys=True)
-
-    def order(metrics):
-        """In the order of Table 1."""
-        config = metrics["config"]
-        return (key(config, seeds + model), list(MODELS).index(config["model"]),
-                config["correlated_basal"], config["correlated_effects"],
-                config["train_combinations"])
-
-    tables, runs = [], sorted(runs, key=order)
-    for of_table in unique(key(m["config"], seeds + model) for m in runs):
-        members = [m for m in runs if key(m["config"], seeds + model) == of_table]
+    tables = []
+    for members in tables_of(runs):
         config, norman = members[0]["config"], members[0]["config"]["split"] != "random"
         effects_of = "test" if norman else "all"
-        reference = reference_iwelbo(members)
         header = ["model", "guide", *(["f"] if norman else []), "runs", "test IWELBO",
-                  *(["relative IWELBO"] if norman else []), "joint IWELBO", "mask pathway acc.",
+                  *(["relative IWELBO"] if norman else []), "joint IWELBO",
+                  *(["mask pathway acc."] if any("mask_pathway_accuracy" in m for m in members)
+                    else []),
                   *(["mask F1"] if any("mask_f1" in m for m in members) else []),
                   *(title for _, title in COLUMNS)]
         rows = []
-        for of_row in unique(key(m["config"], seeds) for m in members):
-            same = [m for m in members if key(m["config"], seeds) == of_row]
-            cells = {"model": same[0]["config"]["model"], "guide": guide_of(same[0]["config"]),
-                     "f": f"{same[0]['config']['train_combinations']:g}", "runs": str(len(same)),
+        for row in unique(key(m, SEEDS) for m in members):
+            same = {key(m, ()): m for m in members if key(m, SEEDS) == row}.values()
+            own = next(iter(same))["config"]
+            cells = {"model": own["model"], "guide": guide_of(own),
+                     "f": f"{own['train_combinations']:g}", "runs": str(len(same)),
                      "test IWELBO": number([m["iwelbo_predictive"] for m in same], 2),
-                     "relative IWELBO": number([
-                         m["iwelbo_predictive"] - reference.get(m["config"]["split_seed"], math.nan)
-                         for m in same], 2),
+                     "relative IWELBO": number([relative_iwelbo(m, members) for m in same], 2),
                      "joint IWELBO": number([m["iwelbo_joint_per_cell"] for m in same], 2),
                      "mask pathway acc.": number([m.get("mask_pathway_accuracy", math.nan)
                                                   for m in same]),
@@ -539,24 +584,19 @@ def table_of_runs(runs, scale="log_normalised"):
                     title: number([m["effects"][scale][effects_of][name][column] for m in same])
                     for column, title in COLUMNS}
                 rows.append([cells.get(title, "") for title in header])
-        other = [f"{k} {config.get(k)}" for k in sorted(config) if k not in (*seeds, *model, "data")
-                 and len({str(m["config"].get(k)) for m in runs}) > 1]
-        evaluations = unique(json.dumps(m["options"], sort_keys=True) for m in members)
-        if len(evaluations) > 1:
-            other.append("NOT ALL EVALUATED WITH THE SAME OPTIONS: use --again")
-        tables.append(
-            f"{os.path.basename(config['data'])}, split {config['split']}; effects of {effects_of} "
-            f"conditions, by the data in {members[0]['options']['effects_from']} cells, "
-            f"{scale.replace('_', '-')}{'; ' * bool(other)}{', '.join(other)}\n\n"
-            + markdown(header, rows))
+        differing = [f"{k} {config.get(k)}" for k in sorted(config)
+                     if k not in (*NO_MATTER, *SEEDS, *ROW)
+                     and len({str(m["config"].get(k)) for m in runs}) > 1]
+        lines = [f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
+                 f"{effects_of} conditions, {scale.replace('_', '-')}"
+                 + "; ".join(["", *differing]), options_line(members[0]["options"])]
+        if len({json.dumps(m["options"], sort_keys=True) for m in members}) > 1:
+            lines.append("WARNING: not all were evaluated with the same options; --again does")
+        unfinished = sum(m["last_step"] < m["config"]["steps"] for m in members)
+        if unfinished:
+            lines.append(f"WARNING: {unfinished} of these runs were stopped before their last step")
+        tables.append("\n".join([*lines, "", markdown(header, rows)]))
     return "\n\n".join(tables)
-
-
-def reference_iwelbo(runs):
-    """{split seed: test IWELBO of SAMS-VAE with the correlated guide and no combinations}."""
-    return {m["config"]["split_seed"]: m["iwelbo_predictive"] for m in runs
-            if m["config"]["model"] == "sams-vae" and not m["config"]["train_combinations"]
-            and guide_of(m["config"]) == "corr. z_basal and E"}
 
 
 def unique(values):
@@ -584,7 +624,8 @@ def dosages_of(run, conditions):
             if name not in known:
                 near = difflib.get_close_matches(name, known, 5, 0.5) or known[:5]
                 raise DataError(f"{run.folder}: no perturbation is called {name!r}; near it are: "
-                                f"{', '.join(near)} ({len(known):,} in all)")
+                                f"{', '.join(near)} ({len(known):,} in all; the control is "
+                                "called control)")
         if len(set(names)) < len(names):
             raise DataError(f"{condition!r} names a perturbation twice")
         spelled.append("+".join(names) or "control")
@@ -659,7 +700,7 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
 
 
 @torch.no_grad()
-def write_latents(run, n_draws=50):
+def write_latents(run, n_draws=50, evaluation_seed=0):
     """Write latents.h5ad: the screen's cells and genes without counts, and latent states.
 
     obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means; all columns of obs, and
@@ -667,6 +708,7 @@ def write_latents(run, n_draws=50):
     offset = E[m_t * e_t] (T, L), where the model has them.
     """
     model, screen = run.model, run.screen
+    torch.manual_seed(evaluation_seed)
     mask, effect = model.sample_many(model.all_perturbations(), n_draws)
     basal, total = [], []
     for x, d in run.batches.in_order(np.arange(len(screen.rows))):
@@ -675,19 +717,32 @@ def write_latents(run, n_draws=50):
         basal.append(loc.expand_as(z_pert).mean(0).cpu())
         total.append((loc + z_pert).mean(0).cpu())
 
-    def column(name):
-        """An obs column in a form that can be written."""
-        values = screen.obs(name)
-        if values.dtype == object:
-            values = np.array(["" if v is None else str(v) for v in values], dtype=object)
-        return values
+    columns = {}
+    for name in screen.file.obs_columns:
+        try:
+            values = screen.obs(name)
+        except DataError as error:
+            print(f"{run.config['data']}: {error}: this column is left out")
+            continue
+        if values.dtype == object:  # text, or something with missing values
+            missing = np.array([v is None for v in values])
+            numbers = all(isinstance(v, (int, float, np.number, np.bool_))
+                          for v in values[~missing])
+            values = (np.where(missing, np.nan, values).astype(float) if numbers else
+                      np.where(missing, "", values))
+        columns[name] = values
+
+    def free(name):
+        """The name, or one like it that no column of the file has."""
+        while name in columns:
+            name += "_"
+        return name
 
     split = np.full(len(screen.rows), "", dtype=object)
     for name, cells in run.split.items():
         split[cells] = name
-    obs = {"cell_name": screen.cell_names}
-    obs |= {name: column(name) for name in screen.file.obs_columns if name not in obs}
-    obs |= {"sams_vae_condition": screen.conditions, "sams_vae_split": split}
+    obs = {free("cell"): screen.cell_names, **columns,
+           free("sams_vae_condition"): screen.conditions, free("sams_vae_split"): split}
     uns = {"perturbations": list(run.seen.perturbations)}
     if model.has_mask:
         uns["mask_probability"] = model.mask_probability().cpu().numpy()
@@ -734,8 +789,9 @@ def in_order_of_angle(matrix):
 
 def figure_of_training(folder):
     """Loss, KL terms and masks over the steps of log.jsonl."""
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        log = [json.loads(line) for line in file]
+    log = read_log(folder)
+    if not log:
+        raise DataError(f"{folder}/log.jsonl: no line to draw")
     figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     for axis, names in zip(axes, (("loss", "validation_loss"),
                                   ("kl_basal", "kl_mask", "kl_effect"), ("mask_probability",))):
@@ -767,11 +823,12 @@ def figure_of_training(folder):
 def figure_of_masks(run, pathways=None):
     """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway."""
     model, names = run.model, run.seen.perturbations
+    torch.manual_seed(0)
     with torch.no_grad():
         mask, effect = model.sample_many(model.all_perturbations(), 50)
         probability, offset = model.mask_probability().numpy(force=True), (
             mask * effect).mean(0).numpy(force=True)
-    pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))
+    pathway = pathway_of(names, pathways_of(run, pathways))
     if any(p is not None for p in pathway):
         rows = np.flatnonzero([p is not None for p in pathway])
         groups = unique(sorted(pathway[rows].astype(str)))
@@ -810,6 +867,8 @@ def figure_of_effects(folder, metrics):
     effects = data.read_layers(os.path.join(folder, "effects.h5ad"))
     kept = np.isfinite(effects["data_log_normalised"]).all(1)
     observed, predicted = (effects[f"{name}_log_normalised"][kept] for name in ("data", "model"))
+    if not len(observed):
+        raise DataError(f"{folder}: no condition has cells that effects could be taken from")
     rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
     limit = max(1e-6, np.quantile(np.abs(observed), 0.99))
     plt = pyplot()
@@ -835,20 +894,20 @@ def figure_of_effects(folder, metrics):
 def figure_of_combinations(runs, folder):
     """Figure 4: relative IWELBO and ATE-Pearson of the Norman runs over f, mean and sd over splits.
 
-    One file for each of the two tasks among the runs. Returns their paths.
+    One file for each table of the runs. Returns their paths.
     """
     paths = []
-    for split in data.SPLITS[1:]:
-        members = [m for m in runs if m["config"]["split"] == split]
-        if not members:
+    for members in tables_of(runs):
+        split = members[0]["config"]["split"]
+        if split == "random":
             continue
-        reference = reference_iwelbo(members)
         fractions = sorted({m["config"]["train_combinations"] for m in members})
         kinds = unique((m["config"]["model"], guide_of(m["config"])) for m in sorted(
             members, key=lambda m: list(MODELS).index(m["config"]["model"])))
-        figure, axes = pyplot().subplots(1, 2, figsize=(12, 4), layout="constrained")
+        plt = pyplot()
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 
-        def bars(axis, i, n, label, values, colour):
+        def bars(axis, i, n, values, colour):
             """The i-th of n bars at every f: mean and sd of values(f)."""
             width = 0.85 / n
             for j, f in enumerate(fractions):
@@ -856,30 +915,36 @@ def figure_of_combinations(runs, folder):
                 v = v[np.isfinite(v)]
                 if len(v):
                     axis.bar(j + (i - (n - 1) / 2) * width, v.mean(), 0.92 * width, color=colour,
-                             yerr=v.std(ddof=1) if len(v) > 1 else None, capsize=2,
-                             label=label if j == 0 else None)
+                             yerr=v.std(ddof=1) if len(v) > 1 else None, capsize=2)
 
         for i, kind in enumerate(kinds):
             same = [m for m in members if (m["config"]["model"], guide_of(m["config"])) == kind]
             of = {f: [m for m in same if m["config"]["train_combinations"] == f] for f in fractions}
-            bars(axes[0], i, len(kinds), ", ".join(kind), lambda f: [
-                m["iwelbo_predictive"] - reference.get(m["config"]["split_seed"], math.nan)
-                for m in of[f]], f"C{i}")
-            bars(axes[1], i, len(kinds) + 2, ", ".join(kind), lambda f: [
+            bars(axes[0], i, len(kinds), lambda f: [
+                relative_iwelbo(m, members) for m in of[f]], f"C{i}")
+            bars(axes[1], i, len(kinds) + 2, lambda f: [
                 m["effects"]["log_normalised"]["test"]["model"]["pearson"] for m in of[f]], f"C{i}")
+        greys = ("0.75", "0.5")
         for i, name in enumerate(("perturbed_mean", "additive")):
-            bars(axes[1], len(kinds) + i, len(kinds) + 2, BASELINES[name], lambda f: [
+            bars(axes[1], len(kinds) + i, len(kinds) + 2, lambda f: [
                 m["effects"]["log_normalised"]["test"][name]["pearson"] for m in members
-                if m["config"]["train_combinations"] == f], ("0.75", "0.5")[i])
+                if m["config"]["train_combinations"] == f], greys[i])
         axes[0].set_ylabel("test IWELBO relative to\nSAMS-VAE (correlated), f = 0")
         axes[1].set_ylabel("ATE-Pearson, test conditions")
         for axis in axes:
             axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
             axis.set_xlabel("fraction f of training combinations")
             axis.axhline(0, color="0.3", linewidth=0.8)
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        figure.suptitle(split)
-        paths.append(save_figure(figure, os.path.join(folder, f"{split}.png")))
+        labels = [", ".join(kind) for kind in kinds] + ["perturbed mean", "additive"]
+        colours = [f"C{i}" for i in range(len(kinds))] + list(greys)
+        figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours], labels,
+                      loc="outside lower center", ncols=4)
+        data_name = os.path.basename(members[0]["config"]["data"])
+        figure.suptitle(f"{split}, {data_name}")
+        path, n = os.path.join(folder, f"{split}.png"), 1
+        while path in paths:  # runs of other data, or with other settings
+            path, n = os.path.join(folder, f"{split}-{n + 1}.png"), n + 1
+        paths.append(save_figure(figure, path))
     return paths
 
 
@@ -893,9 +958,12 @@ def evaluated(folder, options):
     try:
         with open(os.path.join(folder, "metrics.json")) as file:
             metrics = json.load(file)
-        same = metrics["step"] == load_checkpoint(folder, "best.pt")["step"]
-        return metrics if same and metrics["options"].items() >= options.items() else None
-    except (OSError, ValueError, KeyError):
+        steps = [load_checkpoint(folder, name)["step"] for name in ("best.pt", "last.pt")]
+        same = (metrics["format"] == FORMAT and [metrics["step"], metrics["last_step"]] == steps
+                and metrics["options"].items() >= options.items()
+                and os.path.exists(os.path.join(folder, "effects.h5ad")))
+        return metrics if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -925,26 +993,24 @@ def main(arguments=None):
         least = 0 if name == "evaluation_seed" else 1
         if isinstance(value, int) and not least <= value < 2**32:
             parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^32")
+    if args.figures and (args.predict or args.latents):
+        parser.error("--figures evaluates, --predict and --latents do not: use two commands")
     if args.figures:
         pyplot()
 
-    folders, results = [folder.rstrip("/") for folder in args.runs], {}
-    for folder in folders:
-        if len(folders) > 1 and not os.path.isfile(os.path.join(folder, "best.pt")):
-            print(f"{folder}: passed over, it has no best.pt")
-            continue
-        run = None
+    def one(folder):
+        """Do what was asked for with one run. Returns its metrics, if it was evaluated."""
         if args.predict or args.latents:
             run = Run(folder, args.device, args.data)
+            own = {k: v for k, v in options.items() if k in (
+                "ate_particles", "library", "evaluation_seed")}
             if args.predict:
-                own = {k: v for k, v in options.items() if k not in (
-                    "iwelbo_particles", "effects_from", "pathways")}
                 print(f"{predict(run, args.predict, **own)}\n\nwritten: {folder}/predictions.h5ad")
             if args.latents:
-                write_latents(run)
+                write_latents(run, evaluation_seed=own.get("evaluation_seed", 0))
                 print(f"written: {folder}/latents.h5ad")
-            continue
-        metrics = None if args.again else evaluated(folder, options)
+            return None
+        run, metrics = None, None if args.again else evaluated(folder, options)
         if metrics is None:
             run = Run(folder, args.device, args.data)
             metrics = evaluate(run, **options)
@@ -952,19 +1018,34 @@ def main(arguments=None):
             print(f"\n{folder}\n{table(metrics)}{written}")
         elif len(folders) == 1:
             print(f"\n{folder}, as evaluated before\n{table(metrics)}")
-        results[folder] = metrics
         if args.figures:
             run = run or Run(folder, args.device, args.data)
             figures = [figure_of_training(folder), figure_of_effects(folder, metrics)]
             if run.config["model"] != "cvae":  # it has neither masks nor effects in latent space
                 figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
             print("written: " + ", ".join(figures))
-    if len(results) > 1:
-        print(f"\n{table_of_runs(list(results.values()), args.scale)}")
-    if results and args.figures:
-        for path in figure_of_combinations(list(results.values()),
-                                           os.path.dirname(folders[0]) or "."):
+        return metrics
+
+    folders, results, failed = [folder.rstrip("/") for folder in args.runs], [], False
+    for folder in folders:
+        if len(folders) > 1 and not os.path.isfile(os.path.join(folder, "best.pt")):
+            print(f"{folder}: passed over, it has no best.pt")
+            continue
+        try:
+            results.append(one(folder))
+        except DataError as error:  # of several runs, the others go on
+            if len(folders) == 1:
+                raise
+            print(f"error: {folder}: {error}", file=sys.stderr)
+            failed = True
+    evaluations = [metrics for metrics in results if metrics is not None]
+    if len(evaluations) > 1:
+        print(f"\n{table_of_runs(evaluations, args.scale)}")
+    if evaluations and args.figures:
+        for path in figure_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
             print(f"written: {path}")
+    if failed or not results:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

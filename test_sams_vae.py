@@ -1191,6 +1191,16 @@ def test_the_norman_splits_equal_those_of_scikit_learn_and_pandas(split, seed, f
     assert sums == NORMAN_SPLITS[split, seed, fraction]
 
 
+def test_a_split_without_combinations_or_training_controls_is_refused(tmp_path):
+    singles = data.read_screen(write_obs(tmp_path / "x.h5ad", condition=["ctrl", "A", "B"] * 20))
+    with pytest.raises(data.DataError, match="needs combinations.*--combination-separator"):
+        data.split_cells(singles, 0, "norman-ood", 1.0)
+    path = write_obs(tmp_path / "y.h5ad", condition=["ctrl", "A", "B"] * 2,
+                     s=["test", "train", "val", "test", "train", "val"])
+    with pytest.raises(data.DataError, match="no control among the 2 training cells"):
+        data.split_cells(data.read_screen(path, split_column="s"))
+
+
 def test_in_the_ood_split_training_cells_accumulate_and_test_cells_stay(tmp_path):
     screen = data.read_screen(combinations_file(tmp_path / "x.h5ad"))
     before = None
@@ -1276,7 +1286,7 @@ def test_pathways_come_from_the_file_or_from_json(tmp_path):
         (tmp_path / "p.json").write_text(json.dumps(content))
         assert data.read_pathways(tmp_path / "p.json") == {"P": ["A", "B"]}
     assert evaluate.pathway_of(["A_P1P2", "C", "B"], {"P": ["A", "B"]}).tolist() == ["P", None, "P"]
-    for content in ("[]", "{", '{"P": "A"}'):
+    for content in ("[]", "{", '{"P": "A"}', '{"P": [["A"]]}'):
         (tmp_path / "p.json").write_text(content)
         with pytest.raises(data.DataError, match="p.json"):
             data.read_pathways(tmp_path / "p.json")
@@ -1379,25 +1389,23 @@ def test_r_squared_and_pearson_per_condition_by_hand():
     assert evaluate.pearson_per_condition(0 * predicted, predicted) != 0  # undefined
 
 
-def test_the_discrimination_score_by_hand():
+def test_the_discrimination_scores_by_hand():
     observed = np.array([[0.0, 0], [1, 0], [0, 5]])
-    assert evaluate.discrimination_score(observed, observed) == 1
-    # Ranks of the own prediction: 2, as both others are nearer; 1; 0.
-    predicted = np.array([[9.0, 9], [0, 0], [0, 5]])
-    assert evaluate.discrimination_score(predicted, observed) == pytest.approx(1 - (2 + 0 + 0) / 6)
+    assert evaluate.discrimination_scores(observed, observed).tolist() == [1, 1, 1]
+    # Distances to the observed 0: 3, .5, 1, own rank 2; to 1: 2, 1.5, 0, own 1; to 2: 8, 4.5, 6: 1.
     predicted = np.array([[3.0, 0], [0, 0.5], [1, 0]])
-    # |0 - p|: 3, .5, 1 -> own rank 2; |1 - p|: 2, 1.5, 0 -> 1; |2 - p|: 8, 4.5, 6 -> 1
-    assert evaluate.discrimination_score(predicted, observed) == pytest.approx(1 - (2 + 1 + 1) / 6)
-    assert evaluate.discrimination_score(np.ones((3, 2)), observed) == 0.5  # a constant: chance
-    many = np.random.default_rng(0).normal(size=(700, 3))
-    shuffled = np.random.default_rng(1).normal(size=(700, 3))
-    assert abs(evaluate.discrimination_score(shuffled, many) - 0.5) < 0.05
+    assert evaluate.discrimination_scores(predicted, observed).tolist() == [0, 0.5, 0.5]
+    constant = evaluate.discrimination_scores(np.ones((3, 2)), observed)
+    assert constant.tolist() == [0.5, 0.5, 0.5]  # chance
+    many, other = np.random.default_rng(0).normal(size=(2, 700, 3))
+    assert abs(evaluate.discrimination_scores(other, many).mean() - 0.5) < 0.05
+    assert np.isnan(evaluate.discrimination_scores(observed[:1], observed[:1])).all()
 
 
 def test_effect_metrics_by_hand():
     rng = np.random.default_rng(0)
-    observed, predicted, mean = rng.normal(size=(3, 4, 50))
-    scores = evaluate.effect_metrics(predicted, observed, mean)
+    observed, predicted, c, d = rng.normal(size=(4, 4, 50))
+    scores = evaluate.effect_metrics(predicted, observed, c, d)
     top = [sorted(range(50), key=lambda g: -abs(observed[i, g]))[:20] for i in range(4)]
     a = np.concatenate([predicted[i, g] for i, g in enumerate(top)])
     b = np.concatenate([observed[i, g] for i, g in enumerate(top)])
@@ -1406,7 +1414,7 @@ def test_effect_metrics_by_hand():
     assert scores["pearson_per_condition_top20"] == pytest.approx(np.mean([
         np.corrcoef(predicted[i, g], observed[i, g])[0, 1] for i, g in enumerate(top)]))
     assert scores["pearson_from_perturbed_mean"] == pytest.approx(
-        np.corrcoef((predicted - mean).ravel(), (observed - mean).ravel())[0, 1])
+        np.corrcoef(c.ravel(), d.ravel())[0, 1])
     assert scores["rmse"] == pytest.approx(((predicted - observed) ** 2).mean() ** 0.5)
 
 
@@ -1427,7 +1435,7 @@ def test_the_two_halves_of_the_ceiling_share_no_cell_and_split_every_condition(m
     halves = []
     monkeypatch.setattr(evaluate, "mean_expression", lambda batches, cells, g, n: (
         halves.append(cells), ({scale: np.zeros((n, 2)) for scale in evaluate.SCALES}, None))[1])
-    evaluate.split_half_effects(None, np.arange(8), np.arange(8, 12), group, 3)
+    evaluate.split_half_means(None, np.arange(8), np.arange(8, 12), group, 3)
     assert sorted(np.concatenate(halves)) == list(range(12))
     n = [np.bincount(group[half], minlength=4).tolist() for half in halves]
     assert n == [[2, 2, 1, 2], [1, 2, 0, 2]]
@@ -1561,6 +1569,24 @@ def test_another_file_or_the_same_cells_in_another_order_are_refused(folder):
             run()
 
 
+def test_labels_without_meaning_leave_nothing_to_predict_from_the_perturbed_mean(
+        tmp_path, monkeypatch):
+    # Few controls, and labels that say nothing: relative to the controls everything is shifted the
+    # same way, so that even "no change" and "perturbed mean" seem to know something.
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    condition = np.repeat(["control", *(f"P{i}" for i in range(30))], [8] + [40] * 30)
+    data.write_h5ad("screen.h5ad", X=rng.poisson(3, (1208, 60)),
+                    obs={"cell": [str(i) for i in range(1208)],
+                         "condition": condition.astype(object)},
+                    var={"gene": [str(g) for g in range(60)]})
+    train.main(["--data", "screen.h5ad", "--name", "run", *TINY[6:], "--steps", "2"])
+    metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 20, effects_from="test")
+    scores = metrics["effects"]["log_normalised"]["all"]
+    assert scores["perturbed_mean"]["pearson"] > 0.2
+    assert abs(scores["no_change"]["pearson_from_perturbed_mean"]) < 0.1
+
+
 @pytest.mark.parametrize("effects_from", ["all", "test"])
 def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         folder, effects_from, monkeypatch):
@@ -1585,9 +1611,10 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
     metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2, effects_from=effects_from)
     for scale, part in itertools.product(y, ("all", "pairs", "held_out", "test")):
         scores = metrics["effects"][scale][part]
-        for name in ("pearson", "pearson_per_condition_top20", "r_squared", "discrimination",
-                     "pearson_from_perturbed_mean"):
+        for name in ("pearson", "pearson_per_condition_top20", "r_squared", "discrimination"):
             assert scores["model"][name] == pytest.approx(1, abs=1e-5)
+        # Its control is that of the data, the other side's that of the training cells.
+        assert scores["model"]["pearson_from_perturbed_mean"] > 0.97
         assert scores["model"]["rmse"] < 1e-3 < scores["perturbed_mean"]["rmse"]
         assert scores["perturbed_mean"]["pearson"] < 0.99 and scores["ceiling"]["pearson"] < 1
         assert scores["no_change"]["pearson"] is None
@@ -1659,7 +1686,9 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
     for arguments, words in (
             (["--model", "svae+", "--data", "x", "--correlated-basal"], "no correlated guide"),
             (["--preset", "norman-ood"], "needs --data"),
-            (["--data", "x", "--train-combinations", "1.5"], "at most 1"),
+            (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"], "at most 1"),
+            (["--data", "x", "--train-combinations", "0.5"], "needs --split"),
+            (["--data", "x", "--split", "norman-ood", "--split-column", "s"], "exclude each other"),
             (["--data", "x", "--mask-b", "0"], "--mask-b must be positive")):
         with pytest.raises(SystemExit):
             train.parse_arguments(arguments)
@@ -1686,6 +1715,7 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     assert counted == [run for run in runs if run != "runs/other"]
     out = capsys.readouterr().out
     assert "runs/other: passed over" in out
+    assert "WARNING" not in out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
             if line.startswith(("| sams-vae", "| cvae", "| svae+", "| additive", "| model"))]
     header, *rows = rows[-5:]
@@ -1696,7 +1726,7 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     a, b = (m["effects"]["log_normalised"]["all"]["model"]["rmse"] for m in metrics)
     assert table["sams-vae"]["RMSE"] == f"{(a + b) / 2:.3f} ± {abs(a - b) / 2**0.5:.3f}"
     assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
-    assert table["cvae"]["mask pathway acc."] == "-" and "±" not in table["svae+"]["test IWELBO"]
+    assert table["cvae"]["mask F1"] == "-" and "±" not in table["svae+"]["test IWELBO"]
 
     evaluate.main(runs)  # without options: whatever is there
     assert len(counted) == 5 and capsys.readouterr().out.count("| sams-vae") == 1
@@ -1708,6 +1738,48 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     if train.load_checkpoint("runs/svae", "best.pt")["step"] == 9:  # another checkpoint
         evaluate.main(["runs/svae"])
         assert len(counted) == 12
+
+
+def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folder, capsys):
+    data.simulate("other.h5ad", 1, n_perturbations=12, cells_per_condition=20, n_pairs=10,
+                  n_genes=40)
+    os.makedirs("x")
+    os.replace("other.h5ad", "x/screen.h5ad")  # the same name, other data
+    train_on_screen("a", "--steps", "4")
+    train_on_screen("same", "--steps", "4", "--log-every", "3")  # nothing that matters
+    train_on_screen("settings", "--steps", "4", "--beta", "2")
+    train_on_screen("stopped", "--steps", "4", "--seed", "1")
+    train.main(["--data", "x/screen.h5ad", "--split-column", "split", "--name", "b", *TINY[4:],
+                "--steps", "4"])
+    runs = [f"runs/{name}" for name in ("a", "same", "settings", "stopped", "b")]
+    capsys.readouterr()
+    evaluate.main([*runs, *FEW])
+    out = capsys.readouterr().out
+    assert out.count("| model ") == 3 and "beta 2.0" in out and "WARNING" not in out
+    n_runs = [line.split("|")[3].strip() for line in out.splitlines() if line[:10] == "| sams-vae"]
+    assert sorted(n_runs) == ["1", "1", "2"]  # a and same are one run
+    metrics = [json.load(open(f"{run}/metrics.json")) for run in runs]
+    metrics[3]["last_step"] = 2
+    assert "1 of these runs were stopped" in evaluate.table_of_runs(metrics)
+    metrics[0]["options"]["library"] = 7
+    assert "not all were evaluated with the same options" in evaluate.table_of_runs(metrics)
+
+
+def test_one_damaged_run_does_not_keep_others_from_the_table(folder, capsys):
+    for name in ("a", "b", "c"):
+        train_on_screen(name, "--steps", "2", "--seed", str(ord(name)))
+    with open("runs/b/best.pt", "wb") as file:
+        file.write(b"nonsense")
+    for damaged in ("[]", "null", '{"step": 2, "options": null}', '{"format": 2, "step": 2}'):
+        with open("runs/a/metrics.json", "w") as file:
+            file.write(damaged)
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(["runs/a", "runs/b", "runs/c", *FEW])
+        out, errors = capsys.readouterr()
+        assert stopped.value.code == 2 and "error: runs/b" in errors and "| sams-vae " in out
+    os.remove("screen.h5ad")
+    with pytest.raises(data.DataError, match="runs/a: its data.*--data"):
+        evaluate.main(["runs/a", "--again"])
 
 
 def norman_runs():

@@ -162,6 +162,12 @@ def parse_arguments(arguments=None):
         parser.error(f"--alpha must lie between 1e-12 and 1, not {config['alpha']}")
     if config["train_combinations"] > 1:
         parser.error("--train-combinations is a fraction: at most 1")
+    if given.get("split", "random") != "random":
+        if given.get("split_column"):
+            parser.error(f"--split {config['split']} and --split-column exclude each other")
+        config["split_column"] = None  # of the preset
+    if "train_combinations" in given and config["split"] == "random" and not args.resume:
+        parser.error("--train-combinations needs --split norman-ood or norman-data-efficiency")
     if args.data and not args.resume and any(option.startswith("simulated") for option in given):
         parser.error("--simulated-... options describe the screen that is simulated without --data")
     if args.name is not None and (not args.name or args.name != os.path.basename(args.name)):
@@ -225,13 +231,16 @@ def load_checkpoint(folder, name):
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
             raise DataError(f"{folder} was stopped before its first validation: go on with "
                             f"python train.py --resume {folder}") from None
-        raise DataError(f"{path}: no such file; a run is a folder like runs/NAME, and without "
-                        "last.pt it cannot be resumed: delete it and start again") from None
+        raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
+                        "and this one has no checkpoint to go on from") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as a checkpoint: {reason}") from None
+        raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or "fingerprint" not in checkpoint:
         raise DataError(f"{path}: is no checkpoint of train.py")
+    # Options that are younger than the run have their defaults.
+    checkpoint["config"] = (dict.fromkeys(("preset", *data.SCREEN_OPTIONS))
+                            | {name_of(flag): default for flag, default, _ in OPTIONS}
+                            | checkpoint["config"])
     return checkpoint
 
 
@@ -255,14 +264,35 @@ def as_the_model_sees(screen, model):
     return data.one_label_per_cell(screen) if model == "svae+" else screen
 
 
-def drop_later_lines(path, step):
+def read_log(folder):
+    """The lines of log.jsonl as dicts; a last line that was cut off does not count."""
+    try:
+        with open(os.path.join(folder, "log.jsonl")) as file:
+            return [json.loads(line) for line in file if line.endswith("}\n")]
+    except FileNotFoundError:
+        return []
+
+
+def drop_later_lines(folder, step):
     """Drop the lines of a log that a run resumed at this step will write again."""
-    lines = []
-    if os.path.exists(path):
-        with open(path) as file:
-            lines = [line for line in file if line.endswith("}\n")]
-    with data.replacing(path) as temporary, open(temporary, "w") as file:
-        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+    kept = [line for line in read_log(folder) if line["step"] <= step]
+    with data.replacing(os.path.join(folder, "log.jsonl")) as path, open(path, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+
+
+def choose_objective(config, model, x, d):
+    """elbo, compiled if that is wanted. Tried on a batch: raises DataError where it fails."""
+    if not config["compile"]:
+        return elbo
+    objective = torch.compile(elbo)
+    try:
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            objective(model, x, d, config["particles"])[0].backward()
+    except Exception as error:  # no compiler, or whatever goes wrong in one
+        raise DataError(f"--compile: torch.compile fails on this machine ({type(error).__name__}): "
+                        "leave it out, or --no-compile with --resume") from None
+    model.zero_grad(set_to_none=True)
+    return objective
 
 
 @torch.no_grad()
@@ -311,8 +341,6 @@ def benchmark(config, device):
     torch.manual_seed(0)
     model = build_model(config, training).to(device)
     optimizer = new_optimizer(model, config)
-    objective = torch.compile(elbo) if config["compile"] else elbo
-
     def seconds(function, repeats=1):
         """Of one call, all its work on the device included."""
         if device.type == "cuda":
@@ -349,7 +377,7 @@ def benchmark(config, device):
         return lambda: [a @ b for a, b in pairs], total
 
     x, d = batches(next(shuffle))
-    state = {}
+    objective, state = choose_objective(config, model, x, d), {}
 
     def forward(objective=objective):
         """Minus the ELBO of a batch."""
@@ -379,7 +407,8 @@ def benchmark(config, device):
     result = {name: float(np.median(t)) for name, t in times.items()}
     whole = sum(result[name] for name in list(parts)[:4])
     rows = [(f"step: {name}", f"{1e3 * t:.2f} ms") for name, t in result.items()]
-    result |= {"peak_memory": peak, "step": whole, "step_ratio": whole / result["its matrix products"],
+    result |= {"peak_memory": peak, "step": whole,
+               "step_ratio": whole / result["its matrix products"],
                "cells_per_second": config["batch_size"] / whole}
     rows += [("step: all four", f"{1e3 * whole:.2f} ms"),
              ("step / its matrix products", f"{result['step_ratio']:.2f}"),
@@ -439,12 +468,11 @@ def main(arguments=None):
     if args.resume:
         folder = args.resume.rstrip("/")
         checkpoint = load_checkpoint(folder, "last.pt")
-        config = {name_of(flag): default for flag, default, _ in OPTIONS} | checkpoint["config"]
-        changed = [k for k in given if k != "steps" and given[k] != config.get(k)]
-        if changed or args.name:
-            raise DataError(f"--resume takes its options from {folder}; only --steps, --device and "
-                            "--data (a file that has moved) can be given")
-        config["steps"] = given.get("steps", config["steps"])
+        config, free = checkpoint["config"], ("steps", "compile", "tf32")
+        if args.name or any(given[k] != config.get(k) for k in given if k not in free):
+            raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
+                            "--tf32, --device and --data (a file that has moved) can be given")
+        config |= {k: given[k] for k in free if k in given}
         config["data"] = os.path.abspath(args.data) if args.data else config["data"]
         if config["steps"] < checkpoint["step"]:
             raise DataError(f"{folder} is at step {checkpoint['step']:,} already: --steps must be "
@@ -496,7 +524,6 @@ def main(arguments=None):
     progress = {} if checkpoint is None else checkpoint["shuffle"]
     shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device, **progress)
     step, best = 0, math.inf
-    log_path = os.path.join(folder, "log.jsonl")
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -504,8 +531,8 @@ def main(arguments=None):
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
-        drop_later_lines(log_path, step)
-    log = open(log_path, "a", buffering=1)
+        drop_later_lines(folder, step)
+    log = open(os.path.join(folder, "log.jsonl"), "a", buffering=1)
 
     def save(name):
         """Write best.pt or last.pt: everything that is needed to go on."""
@@ -532,7 +559,8 @@ def main(arguments=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, stop_soon)
 
-    objective = torch.compile(elbo) if config["compile"] else elbo
+    first_cells = torch.from_numpy(split["train"][:config["batch_size"]]).to(device)
+    objective = choose_objective(config, model, *batches(first_cells))
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
           f"training cells, steps {step:,} to {config['steps']:,} on {device}")

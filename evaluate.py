@@ -362,8 +362,8 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
 
     # Marginal likelihood of the test cells (3.1).
     values, joint, ess = iwelbo(model, run.batches.in_order(split["test"]), iwelbo_particles)
-    metrics["iwelbo_predictive"] = values.double().mean().item()
-    metrics["iwelbo_predictive_se"] = (values.double().std().item() / math.sqrt(len(values))
+    metrics["iwelbo"] = values.double().mean().item()
+    metrics["iwelbo_se"] = (values.double().std().item() / math.sqrt(len(values))
                                        if len(values) > 1 else math.nan)
     metrics |= {"n_test_cells": len(values), "iwelbo_joint_total": joint,
                 "iwelbo_joint_per_cell": joint / len(values),
@@ -418,6 +418,11 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
                 rows[group_name][name] = effect_metrics(
                     predicted[chosen], against[chosen], *(v[chosen] for v in from_mean)) | {
                     "discrimination": float(score[chosen].mean()) if chosen.any() else math.nan}
+        # The most wanted of these once more, under flat names.
+        for group_name, suffix in (("all", ""), ("pairs", "_pairs"), ("held_out", "_held_out")):
+            for name, row in rows[group_name].items():
+                prefix = "" if name == "model" else f"{name}_"
+                metrics[f"{prefix}ate_pearson_{scale}{suffix}"] = row["pearson"]
 
     metrics |= mask_metrics(run, known_pathways)
 
@@ -481,8 +486,8 @@ def table(metrics):
     """The metrics of one run as text: likelihood, masks, effects beside baselines."""
     m = metrics
     lines = [options_line(m["options"]),
-             f"test IWELBO, predictive: {number(m['iwelbo_predictive'], 2)} per cell, standard "
-             f"error {number(m['iwelbo_predictive_se'], 2)} ({m['n_test_cells']:,} cells)",
+             f"test IWELBO, predictive: {number(m['iwelbo'], 2)} per cell, standard "
+             f"error {number(m['iwelbo_se'], 2)} ({m['n_test_cells']:,} cells)",
              f"test IWELBO, joint:      {number(m['iwelbo_joint_per_cell'], 2)} per cell, "
              f"{m['iwelbo_joint_total']:,.1f} in all, effective sample size "
              f"{m['iwelbo_joint_effective_sample_size']:.2f}"]
@@ -537,11 +542,11 @@ def tables_of(runs):
 def relative_iwelbo(m, members):
     """Predictive IWELBO minus that of SAMS-VAE with the correlated guide and no combinations on the
     same split (Figure 4; of several model seeds, their mean). NaN where there is none."""
-    reference = [r["iwelbo_predictive"] for r in members
+    reference = [r["iwelbo"] for r in members
                  if r["config"]["model"] == "sams-vae" and not r["config"]["train_combinations"]
                  and guide_of(r["config"]) == "corr. z_basal and E"
                  and r["config"]["split_seed"] == m["config"]["split_seed"]]
-    return m["iwelbo_predictive"] - (np.mean(reference) if reference else math.nan)
+    return m["iwelbo"] - (np.mean(reference) if reference else math.nan)
 
 
 def table_of_runs(runs, scale="log_normalised"):
@@ -566,7 +571,7 @@ def table_of_runs(runs, scale="log_normalised"):
             own = next(iter(same))["config"]
             cells = {"model": own["model"], "guide": guide_of(own),
                      "f": f"{own['train_combinations']:g}", "runs": str(len(same)),
-                     "test IWELBO": number([m["iwelbo_predictive"] for m in same], 2),
+                     "test IWELBO": number([m["iwelbo"] for m in same], 2),
                      "relative IWELBO": number([relative_iwelbo(m, members) for m in same], 2),
                      "joint IWELBO": number([m["iwelbo_joint_per_cell"] for m in same], 2),
                      "mask pathway acc.": number([m.get("mask_pathway_accuracy", math.nan)
@@ -858,6 +863,8 @@ def figure_of_masks(run, pathways=None):
             axis.axhline(edge - 0.5, color="C1", linewidth=0.8)
     labels = [f"{g if len(g) <= 28 else g[:26] + '...'} ({k})" for g, k in zip(groups, np.diff(n))]
     axes[0, 0].set_yticks((n[1:] + n[:-1] - 1) / 2, labels)
+    if len(groups) == 1 and len(rows) <= 60:
+        axes[0, 0].set_yticks(np.arange(len(rows)), [names[t] for t in rows])
     figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations")
     return save_figure(figure, os.path.join(run.folder, "masks.png"))
 

@@ -232,16 +232,22 @@ class SAMSVAE(nn.Module):
         x_std = torch.as_tensor(x_std, dtype=torch.float32)
         self.register_buffer("x_std", torch.where(x_std > 1e-6, x_std, 1.0))
 
-        self.init_networks(n_genes, n_perturbations, n_hidden, n_layers)
+        # p(x | z), 2.2: decoder and inverse dispersion. Then the guide, 2.3: q(m), q(e | m) and
+        # q(z_basal | ...).
+        self.init_decoder(n_perturbations, n_hidden, n_layers, n_genes)
+        self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.init_mask(n_perturbations)
         self.init_effects(n_perturbations, effect_hidden, effect_layers)
+        self.init_encoder(n_perturbations, n_hidden, n_layers, n_genes)
 
-    def init_networks(self, n_genes, n_perturbations, n_hidden, n_layers):
-        """Create decoder and inverse dispersion of p(x | z), 2.2, and the encoder of q(z_basal)."""
+    def init_decoder(self, n_perturbations, n_hidden, n_layers, n_genes):
+        """Create the decoder."""
         self.decoder = MLP([self.n_latent], n_hidden, n_layers, n_genes)
-        self.log_theta = nn.Parameter(torch.zeros(n_genes))
-        encoder_parts = [n_genes, self.n_latent] if self.correlated_basal else [n_genes]
-        self.encoder = MLP(encoder_parts, n_hidden, n_layers, 2 * self.n_latent)
+
+    def init_encoder(self, n_perturbations, n_hidden, n_layers, n_genes):
+        """Create the encoder."""
+        parts = [n_genes, self.n_latent] if self.correlated_basal else [n_genes]
+        self.encoder = MLP(parts, n_hidden, n_layers, 2 * self.n_latent)
 
     # The masks m_t.
 
@@ -436,10 +442,10 @@ class SVAEPlus(SAMSVAE):
     the same and cancel, and -log Beta(p_t; 1, b) is what t pays in place of a KL.
     """
 
-    def init_networks(self, *sizes):
+    def init_encoder(self, *sizes):
         """The encoder sees x alone."""
         self.correlated_basal = False
-        super().init_networks(*sizes)
+        super().init_encoder(*sizes)
 
     def init_effects(self, n_perturbations, effect_hidden, effect_layers):
         """mu starts at 0.1 N(0, I)."""
@@ -480,10 +486,12 @@ class ConditionalVAE(CPAVAE):
     The dosages of a perturbation without training cells have untrained weights: left out of d.
     """
 
-    def init_networks(self, n_genes, n_perturbations, n_hidden, n_layers):
-        """d is a part of both networks' input."""
+    def init_decoder(self, n_perturbations, n_hidden, n_layers, n_genes):
+        """d is a part of its input."""
         self.decoder = MLP([self.n_latent, n_perturbations], n_hidden, n_layers, n_genes)
-        self.log_theta = nn.Parameter(torch.zeros(n_genes))
+
+    def init_encoder(self, n_perturbations, n_hidden, n_layers, n_genes):
+        """d is a part of its input."""
         self.encoder = MLP([n_genes, n_perturbations], n_hidden, n_layers, 2 * self.n_latent)
 
     def init_effects(self, n_perturbations, effect_hidden, effect_layers):

@@ -484,8 +484,9 @@ def tiny_problem(kind, basal, effects):
     z = torch.linspace(-12, 12, 4001)
     with torch.no_grad():
         # Wide q(z_basal) and q(e) near their priors, so that few particles suffice.
-        for p in model.encoder.parameters():
-            p.mul_(0.3)
+        for name, p in model.named_parameters():
+            if name.startswith(("encoder", "f_emb", "effect")):
+                p.mul_(0.3)
         model.encoder.last.bias[1] += 1
         if kind is not SVAEPlus and kind is not ConditionalVAE:
             (model.f_emb.last.bias[1:] if effects else model.effect_log_var).add_(1)

@@ -96,7 +96,7 @@ SIMULATION_OPTIONS = [
     ("--simulated-cells", 25, "cells per perturbation and pair of the simulated screen"),
     ("--simulated-pairs", 60, "pairs of the simulated screen; half of them are held out"),
     ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
-    ("--simulated-seed", 0, "of the simulated screen"),
+    ("--simulated-seed", 0, "of the simulated screen; if not given, --seed"),
 ]
 
 POSITIVE = 1e-30
@@ -149,6 +149,8 @@ def parse_arguments(arguments=None):
     if args.data is None:
         config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS}
     config |= PRESETS.get(config["preset"], {}) | given
+    if "simulated_seed" in config and "simulated_seed" not in given:
+        config["simulated_seed"] = config["seed"]
     if config["model"] in ("svae+", "cvae"):  # in the paper, too, their guide is mean-field
         if given.get("correlated_basal") or given.get("correlated_effects"):
             parser.error(f"--model {config['model']} has no correlated guide")

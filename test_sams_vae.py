@@ -621,6 +621,8 @@ def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
     model = small_model(n_genes=30)
     with torch.no_grad():
         model.decoder.last.bias[:20] -= 4  # genes of few counts
+        model.f_emb.last.bias[3:] -= 4  # mask and effect known well, as after training
+        model.mask_logits *= 30
     d, theta = torch.tensor([[0]]), model.log_theta.detach().exp()
 
     @torch.no_grad()

@@ -618,9 +618,8 @@ def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
 
 
 def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
-    model = small_model(n_genes=30)
+    model, library = small_model(n_genes=200), 1000
     with torch.no_grad():
-        model.decoder.last.bias[:20] -= 4  # genes of few counts
         model.f_emb.last.bias[3:] -= 4  # mask and effect known well, as after training
         model.mask_logits *= 30
     d, theta = torch.tensor([[0]]), model.log_theta.detach().exp()
@@ -631,16 +630,16 @@ def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
         mask, effect, _, _ = model.sample_effects(torch.arange(3), n)
         z_basal, y = torch.randn(n, 3), []
         for z in (z_basal + (mask * effect)[:, 0], z_basal):
-            mean = 1e4 * model.log_rho(z).exp()
+            mean = library * model.log_rho(z).exp()
             x = torch.poisson(torch.distributions.Gamma(theta, theta / mean).sample())
             y.append(torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True)))
         return (y[0] - y[1]).mean(0)
 
-    a = torch.stack([plain(300) for _ in range(60)])
-    b = torch.stack([average_treatment_effects(model, d, 300)["log_normalised"][0]
-                     for _ in range(60)])
-    error = ((a.var(0) + b.var(0)) / 60).sqrt()
-    assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all()
+    a = torch.stack([plain(300) for _ in range(40)])
+    b = torch.stack([average_treatment_effects(model, d, 300, library)["log_normalised"][0]
+                     for _ in range(40)])
+    error = ((a.var(0) + b.var(0)) / 40).sqrt()
+    assert ((a.mean(0) - b.mean(0)).abs() < 5 * error).all()
     assert a.var(0).mean() > 5 * b.var(0).mean()
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch; see train.py
 import numpy as np
 import torch
 

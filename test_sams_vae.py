@@ -25,9 +25,9 @@ import data
 import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, elbo, iwelbo, kl_bernoulli, kl_normal,
-                      mean_log_of_poisson, nb_log_likelihood, straight_through_bernoulli,
-                      sum_effects)
+                      average_treatment_effects, digamma_difference, elbo, iwelbo, kl_bernoulli,
+                      kl_normal, mean_log_of_poisson, nb_log_likelihood,
+                      straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -109,11 +109,34 @@ def test_nb_is_finite_with_finite_gradients_for_every_theta():
     assert value.isfinite() and all(g.isfinite().all() for g in gradients)
 
 
-def test_nb_gradients_equal_finite_differences():
-    x = torch.tensor([[0.0, 3, 12]]).double()
-    log_mean = torch.tensor([[[0.1, 1.0, 2.0]]]).double().requires_grad_()
+def test_nb_gradients_equal_finite_differences_and_those_of_torch_distributions():
+    torch.manual_seed(0)
+    x = torch.tensor([[0.0, 3, 12], [1, 0, 700]]).double()
+    library = torch.tensor([[0.3], [1.1]]).double()
+    log_rho = torch.randn(4, 2, 3).double().requires_grad_()  # particles share the counts
     log_theta = torch.tensor([-0.5, 0.3, 2.0]).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda m, t: nb_log_likelihood(x, m, t), (log_mean, log_theta))
+    weights = torch.randn(4, 2).double()  # every cell and particle has its own gradient
+    assert torch.autograd.gradcheck(
+        lambda m, t: weights * nb_log_likelihood(x, m, t, library), (log_rho, log_theta))
+    trusted = torch.distributions.NegativeBinomial(
+        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x).sum(-1)
+    torch.testing.assert_close(
+        torch.autograd.grad((weights * nb_log_likelihood(x, log_rho, log_theta, library)).sum(),
+                            (log_rho, log_theta)),
+        torch.autograd.grad((weights * trusted).sum(), (log_rho, log_theta)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_digamma_difference_equals_that_of_torch():
+    x = torch.tensor([0.0, 1, 2, 5, 30, 1000, 1e5]).double()[:, None]
+    theta = torch.linspace(-20, 8, 29).double().exp()
+    trusted = torch.digamma(x + theta) - torch.digamma(theta)
+    torch.testing.assert_close(digamma_difference(x, theta), trusted, rtol=1e-7, atol=1e-7)
+    # In single precision too; and where theta is large, theirs is the one that loses digits.
+    in_float = digamma_difference(x.float(), theta.float())
+    torch.testing.assert_close(in_float.double(), trusted, rtol=2e-6, atol=1e-6)
+    large = torch.tensor([1e8])
+    torch.testing.assert_close(digamma_difference(torch.tensor([[50.0]]), large) * large,
+                               torch.tensor([[50.0]]), rtol=1e-5, atol=0)
 
 
 # ============================================================================================

@@ -20,9 +20,10 @@ import signal
 import sys
 import time
 
-# Before torch is imported: its CPU threads shall sleep while they wait for each other. By default
-# they spin, and where another program uses one of two cores, a small step takes 20 times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: for how many turns its CPU threads (GNU OpenMP) spin while they wait for
+# each other, before they sleep. By default so many that, where another program uses one of two
+# cores, a small step takes many times as long; with none, it takes twice as long on idle cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 

@@ -95,7 +95,8 @@ class _NBLogLikelihood(torch.autograd.Function):
         # shares the gamma functions: they are computed once and not K times.
         theta_ = log_theta.double().exp()
         log_gammas = torch.lgamma(x + theta_) - torch.lgamma(theta_) - torch.lgamma(x + 1)
-        return log_gammas.sum(-1).to(s.dtype) + (s - softplus).mul_(x).sum(-1) - softplus @ theta
+        mean_terms = (s - softplus).mul_(x).addcmul_(softplus, theta, value=-1)
+        return log_gammas.sum(-1).to(s.dtype) + mean_terms.sum(-1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -75,6 +75,7 @@ OPTIONS = [
     # the run
     ("--compile", False, "compile the objective with torch.compile (ours)"),
     ("--tf32", False, "on a GPU, matrix products of TensorFloat-32 precision (ours)"),
+    ("--bf16", False, "matrix products of bfloat16 precision in training (ours)"),
     ("--log-every", 50, "steps between lines of log.jsonl (ours)"),
     ("--validate-every", 500, "steps between validations, each saving last.pt (ours)"),
 ]
@@ -284,10 +285,15 @@ def drop_later_lines(folder, step):
 
 
 def choose_objective(config, model, x, d):
-    """elbo, compiled if that is wanted. Tried on a batch: raises DataError where it fails."""
+    """elbo, with matrix products in bfloat16 if that is wanted, and compiled if that is wanted.
+
+    A compiled one is tried on a batch: raises DataError where it fails."""
+    # Parameters stay in single precision. So does everything that is no product: torch.autocast
+    # lowers matrix products alone, and MLP adds the biases to them in single precision.
+    objective = torch.autocast(x.device.type, torch.bfloat16)(elbo) if config["bf16"] else elbo
     if not config["compile"]:
-        return elbo
-    objective = torch.compile(elbo)
+        return objective
+    objective = torch.compile(objective)
     try:
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             objective(model, x, d, config["particles"])[0].backward()
@@ -369,7 +375,8 @@ def benchmark(config, device):
                     a, b = arguments[-2:]
                     total["operations"] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
                     pairs.append([torch.empty_strided(
-                        m.shape, m.stride(), device=device).uniform_() for m in (a, b)])
+                        m.shape, m.stride(), dtype=m.dtype, device=device).uniform_()
+                                  for m in (a, b)])
                 if not operation.is_view:
                     total["bytes"] += sum(t.nbytes for t in tree_leaves(
                         (arguments, options, result)) if isinstance(t, torch.Tensor))
@@ -381,6 +388,7 @@ def benchmark(config, device):
 
     x, d = batches(next(shuffle))
     objective, state = choose_objective(config, model, x, d), {}
+    plain = choose_objective(config | {"compile": False}, model, x, d)  # for the recorder
 
     def forward(objective=objective):
         """Minus the ELBO of a batch."""
@@ -400,7 +408,7 @@ def benchmark(config, device):
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == "darwin" else 1024)
-    floor, of_step = matrix_products(lambda: (forward(elbo), backward(), optimizer.step()))
+    floor, of_step = matrix_products(lambda: (forward(plain), backward(), optimizer.step()))
     parts = {"batch": lambda: batches(next(shuffle)), "forward": forward, "backward": backward,
              "optimizer": optimizer.step, "its matrix products": floor}
     times = {name: [] for name in parts}
@@ -472,10 +480,10 @@ def main(arguments=None):
     if args.resume:
         folder = args.resume.rstrip("/")
         checkpoint = load_checkpoint(folder, "last.pt")
-        config, free = checkpoint["config"], ("steps", "compile", "tf32")
+        config, free = checkpoint["config"], ("steps", "compile", "tf32", "bf16")
         if args.name or any(given[k] != config.get(k) for k in given if k not in free):
-            raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
-                            "--tf32, --device and --data (a file that has moved) can be given")
+            raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, --tf32, "
+                            "--bf16, --device and --data (a file that has moved) can be given")
         config |= {k: given[k] for k in free if k in given}
         config["data"] = os.path.abspath(args.data) if args.data else config["data"]
         if config["steps"] < checkpoint["step"]:

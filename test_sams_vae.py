@@ -6,6 +6,7 @@ Every test is a sentence. None needs a network, a GPU or a file from elsewhere. 
 anndata and scikit-learn run where these are installed, those against a GPU where there is one.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -420,6 +421,28 @@ def test_minibatches_sum_to_the_full_data_elbo_in_expectation(kind, basal, effec
     full, batches = torch.stack(full).double(), torch.stack(batches).double()
     error = math.sqrt((full.var() + batches.var()) / 500)
     assert abs(full.mean() - batches.mean()) < 4.5 * error
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_no_array_of_a_step_grows_with_particles_times_all_perturbations(kind, basal, effects):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model, (x, d) = small_model(kind, (1,) * 3000, basal=basal, effects=effects), small_batch()
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        """Sees every operation, forward and backward."""
+
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            result = operation(*arguments, **(options or {}))
+            largest.extend(r.numel() for r in (result if isinstance(result, tuple) else (result,))
+                           if isinstance(r, torch.Tensor))
+            return result
+
+    with Sizes():
+        elbo(model, x, d, 5)[0].backward()
+    most = max(p.numel() for p in model.parameters())  # nothing but gradients of parameters
+    assert 3000 <= max(largest) <= most < 5 * 3000 * model.n_latent
 
 
 def test_draws_shared_by_cells_and_draws_of_their_own_have_the_same_expectation_and_gradient():
@@ -1954,6 +1977,40 @@ def test_the_benchmark_times_every_part_beside_the_matrix_products(folder, capsy
     assert result["step"] == pytest.approx(sum(parts)) and min(parts) > 0
     assert result["step_ratio"] > 1 and result["iwelbo_ratio"] > 1 and result["peak_memory"] > 1e6
     assert os.listdir(".") != [] and not os.path.exists("runs")
+
+
+def test_matrix_products_in_bfloat16_change_the_objective_little_and_keep_float_gradients():
+    model, (x, d) = small_model(), small_batch()
+    values = []
+    for bf16 in (False, True):
+        objective = train.choose_objective({"bf16": bf16, "compile": False}, model, x, d)
+        torch.manual_seed(0)
+        values.append(objective(model, x, d, 50)[0])
+    assert values[0] != values[1] and values[0].dtype == values[1].dtype == torch.float32
+    torch.testing.assert_close(values[1], values[0], rtol=1e-2, atol=0)
+    values[1].backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+               for p in model.parameters())
+
+
+def test_a_compiled_objective_trains_as_the_plain_one(folder, monkeypatch, capsys):
+    # aot_eager traces forward and backward as --compile does, and needs no compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for name, options in (("plain", []), ("compiled", ["--compile"])):
+        train_on_screen(name, "--steps", "4", "--log-every", "1", *options)
+        losses.append([line["loss"] for line in map(json.loads, open(f"runs/{name}/log.jsonl"))
+                       if "loss" in line])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_machine_without_a_compiler_refuses_compile_in_one_sentence(folder, monkeypatch):
+    def no_compiler(function):
+        return lambda *arguments: 1 / 0
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(data.DataError, match="--compile: torch.compile fails on this machine"):
+        train_on_screen("compiled", "--compile")
 
 
 def command(*arguments, **options):

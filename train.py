@@ -482,8 +482,8 @@ def main(arguments=None):
         checkpoint = load_checkpoint(folder, "last.pt")
         config, free = checkpoint["config"], ("steps", "compile", "tf32", "bf16")
         if args.name or any(given[k] != config.get(k) for k in given if k not in free):
-            raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, --tf32, "
-                            "--bf16, --device and --data (a file that has moved) can be given")
+            raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
+                            "--tf32, --bf16, --device, --data (a file that has moved) can be given")
         config |= {k: given[k] for k in free if k in given}
         config["data"] = os.path.abspath(args.data) if args.data else config["data"]
         if config["steps"] < checkpoint["step"]:

@@ -1263,7 +1263,9 @@ def read_pathways(path):
         try:
             with open(path, encoding="utf-8") as file:
                 pathways = json.load(file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
             raise DataError(f"{path}: cannot be read as JSON: {error}") from None
         pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else None
         if not isinstance(pathways, dict) or not all(

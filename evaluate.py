@@ -27,7 +27,7 @@ import data
 from data import DataError
 from sams_vae import average_treatment_effects, expected_expression, iwelbo, sum_effects
 from train import (MODELS, as_the_model_sees, build_model, default_device, load_checkpoint,
-                   read_config_screen, read_log)
+                   read_config_screen, read_log, with_defaults)
 
 FORMAT = 2  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
@@ -39,7 +39,7 @@ OPTIONS = [
     ("--ate-particles", 2500, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
     ("--library", 10_000, "total counts of the simulated cells (authors' code: 10,000)"),
     ("--effects-from", "all", "cells data effects are taken from: all (paper's Table 1), or test"),
-    ("--evaluation-seed", 0, "of all sampling (ours)"),
+    ("--evaluation-seed", 0, "of IWELBO and effects (ours)"),
 ]
 
 
@@ -521,7 +521,8 @@ NO_MATTER = ("data", "name", "preset", "compile", "tf32", "log_every", "validate
 
 def key(metrics, without):
     """The options of a run that matter, but for some, and its data, as text."""
-    config = {k: v for k, v in metrics["config"].items() if k not in (*NO_MATTER, *without)}
+    config = with_defaults(metrics["config"])
+    config = {k: v for k, v in config.items() if k not in (*NO_MATTER, *without)}
     config["fingerprint"] = "" if config.get("simulated") else metrics["fingerprint"]
     return json.dumps(config, sort_keys=True)
 
@@ -1000,6 +1001,8 @@ def main(arguments=None):
         least = 0 if name == "evaluation_seed" else 1
         if isinstance(value, int) and not least <= value < 2**32:
             parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^32")
+    if "pathways" in options:
+        options["pathways"] = os.path.abspath(options["pathways"])
     if args.figures and (args.predict or args.latents):
         parser.error("--figures evaluates, --predict and --latents do not: use two commands")
     if args.figures:

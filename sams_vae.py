@@ -66,12 +66,14 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     x            (B, G)         counts; like log_library data, without a gradient
     log_rho      (..., B, G)    log mean, up to
     log_library  (B, 1) or 0    which is added to it
-    log_theta    (G,)           used between -20 and 20: above, it is a Poisson distribution within
+    log_theta    (G,) or ()     used between -20 and 20: above, it is a Poisson distribution within
                                 floating-point precision; below, a gene that is nearly always zero
     returns      (..., B)       nats
     """
+    x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype)
     log_rho = log_rho.expand(torch.broadcast_shapes(x.shape, log_rho.shape))
-    return _NBLogLikelihood.apply(x, log_rho, log_theta.clamp(-20, 20), log_library)
+    log_theta = log_theta.clamp(-20, 20).expand(x.shape[-1:])
+    return _NBLogLikelihood.apply(x, log_rho, log_theta, log_library)
 
 
 class _NBLogLikelihood(torch.autograd.Function):
@@ -80,8 +82,9 @@ class _NBLogLikelihood(torch.autograd.Function):
         d / d log_rho   = x - (x + theta) sigmoid(s)
         d / d log_theta = theta (psi(x + theta) - psi(theta) - softplus(s)) - d / d log_rho.
 
-    The only arrays of a training step of size (K, B, G) are here and in the softmax, so that their
-    number decides how fast it is. autograd would keep five and pass over them a dozen times.
+    The largest arrays of a training step, (K, B, G), are here, in the softmax and in the last layer
+    of the decoder. Their number decides how much a step costs beside its matrix products: autograd
+    would pass over more of them.
     """
 
     @staticmethod
@@ -622,7 +625,9 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     with neither K nor N, except for the draws of (M, E) themselves, (K, T, L).
     """
     mask, effect = model.sample_many(model.all_perturbations(), n_particles, chunk)
-    log_w_joint = model.log_global_ratio(mask, effect)  # (K,)
+    n_chunk = max(1, chunk // (model.widest * mask.shape[1]))
+    log_w_joint = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
+        mask.split(n_chunk), effect.split(n_chunk))])  # (K,)
     predictive = []
     for batch_x, batch_d in batches:
         # Few cells with all their particles at a time: what particles share is computed once.

@@ -127,6 +127,24 @@ def test_nb_gradients_equal_finite_differences_and_those_of_torch_distributions(
         torch.autograd.grad((weights * trusted).sum(), (log_rho, log_theta)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,)])
+@pytest.mark.parametrize("particles", [(), (2,), (6, 2)])
+@pytest.mark.parametrize("n_cells", [1, 3])
+def test_nb_gradients_are_right_for_one_dispersion_or_one_per_gene_and_any_number_of_particles(
+        shape, particles, n_cells):
+    torch.manual_seed(0)
+    x = torch.poisson(torch.full((n_cells, 4), 3.0))  # one row of counts may serve three of log_rho
+    log_rho = torch.randn(*particles, 3, 4, dtype=torch.float64, requires_grad=True)
+    log_theta = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    ours = nb_log_likelihood(x.long(), log_rho, log_theta)
+    trusted = torch.distributions.NegativeBinomial(
+        log_theta.exp(), logits=log_rho - log_theta).log_prob(x.double()).sum(-1)
+    torch.testing.assert_close(ours, trusted)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum(), (log_rho, log_theta)),
+        torch.autograd.grad(trusted.sum(), (log_rho, log_theta)), rtol=1e-5, atol=1e-5)
+
+
 def test_the_digamma_difference_equals_that_of_torch():
     x = torch.tensor([0.0, 1, 2, 5, 30, 1000, 1e5]).double()[:, None]
     theta = torch.linspace(-20, 8, 29).double().exp()
@@ -1722,6 +1740,12 @@ def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
                             "0", "--layer", "X", "--split", "random", "--gene-column", "")
     assert (changed["n_latent"], changed["clip"], changed["layer"]) == (7, 0, "X")
     assert (changed["split"], changed["gene_column"]) == ("random", "")
+    # A file's own split, and one-hot columns, take the place of what the preset says.
+    changed = configuration("--data", "x", "--preset", "norman-ood", "--split-column", "fold")
+    assert (changed["split"], changed["split_column"]) == ("random", "fold")
+    changed = configuration("--data", "x", "--preset", "replogle", "--one-hot-prefix", "guide_")
+    assert changed["perturbation_column"] is None and changed["control"] is None
+    assert configuration("--split", "random")["split_column"] is None
     for preset, values in train.PRESETS.items():
         assert values.keys() <= configuration("--data", "x").keys(), preset
 
@@ -1741,6 +1765,10 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
             (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"], "at most 1"),
             (["--data", "x", "--train-combinations", "0.5"], "needs --split"),
             (["--data", "x", "--split", "norman-ood", "--split-column", "s"], "exclude each other"),
+            (["--data", "x", "--preset", "norman-ood", "--split-column", "s",
+              "--train-combinations", "0.5"], "needs --split"),
+            (["--perturbation-column", "gene"], "--perturbation-column says how to read a file"),
+            (["--data", "x", "--name", ".."], "must be a plain name"),
             (["--data", "x", "--mask-b", "0"], "--mask-b must be positive")):
         with pytest.raises(SystemExit):
             train.parse_arguments(arguments)
@@ -2002,6 +2030,15 @@ def test_a_compiled_objective_trains_as_the_plain_one(folder, monkeypatch, capsy
         losses.append([line["loss"] for line in map(json.loads, open(f"runs/{name}/log.jsonl"))
                        if "loss" in line])
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_compiled_objective_is_tried_on_a_batch_of_the_size_that_training_uses(
+        folder, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda model, x, d, n: (
+        sizes.append(len(x)), function(model, x, d, n))[1])
+    train_on_screen("large", "--steps", "2", "--batch-size", "300", "--compile")
+    assert sizes == [300] * 3
 
 
 def test_a_machine_without_a_compiler_refuses_compile_in_one_sentence(folder, monkeypatch):

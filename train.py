@@ -166,15 +166,25 @@ def parse_arguments(arguments=None):
         parser.error(f"--alpha must lie between 1e-12 and 1, not {config['alpha']}")
     if config["train_combinations"] > 1:
         parser.error("--train-combinations is a fraction: at most 1")
-    if given.get("split", "random") != "random":
+    # What is given takes the place of what a preset says of the same thing.
+    if "split" in given:
         if given.get("split_column"):
-            parser.error(f"--split {config['split']} and --split-column exclude each other")
-        config["split_column"] = None  # of the preset
+            parser.error("--split and --split-column exclude each other")
+        config["split_column"] = None
+    elif given.get("split_column"):
+        config["split"] = "random"
+    if given.get("one_hot_prefix"):
+        config |= dict.fromkeys({"perturbation_column", "control", "combination_separator"}
+                                - given.keys())
     if "train_combinations" in given and config["split"] == "random" and not args.resume:
         parser.error("--train-combinations needs --split norman-ood or norman-data-efficiency")
+    of_a_file = [option for option in data.SCREEN_OPTIONS if option in given]
+    if args.data is None and not args.resume and set(of_a_file) - {"split_column"}:
+        parser.error(f"--{of_a_file[0].replace('_', '-')} says how to read a file: it needs --data")
     if args.data and not args.resume and any(option.startswith("simulated") for option in given):
         parser.error("--simulated-... options describe the screen that is simulated without --data")
-    if args.name is not None and (not args.name or args.name != os.path.basename(args.name)):
+    if args.name is not None and (args.name in ("", ".", "..")
+                                  or args.name != os.path.basename(args.name)):
         parser.error(f"--name must be a plain name, not {args.name!r}")
     return args, config, given
 
@@ -183,11 +193,11 @@ def default_device(name=None):
     """The device of that name, or a GPU if there is one, or the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
     return device
 
 
@@ -233,19 +243,23 @@ def load_checkpoint(folder, name):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
-            raise DataError(f"{folder} was stopped before its first validation: go on with "
-                            f"python train.py --resume {folder}") from None
+            raise DataError(f"{folder} has not reached its first validation: go on with python "
+                            f"train.py --resume {folder}, or start a new run if its loss was not "
+                            "finite") from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
                         "and this one has no checkpoint to go on from") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or "fingerprint" not in checkpoint:
         raise DataError(f"{path}: is no checkpoint of train.py")
-    # Options that are younger than the run have their defaults.
-    checkpoint["config"] = (dict.fromkeys(("preset", *data.SCREEN_OPTIONS))
-                            | {name_of(flag): default for flag, default, _ in OPTIONS}
-                            | checkpoint["config"])
+    checkpoint["config"] = with_defaults(checkpoint["config"])
     return checkpoint
+
+
+def with_defaults(config):
+    """The options of a run; those that are younger than the run have their defaults."""
+    return (dict.fromkeys(("preset", *data.SCREEN_OPTIONS))
+            | {name_of(flag): default for flag, default, _ in OPTIONS} | config)
 
 
 def read_config_screen(config, checkpoint=None):
@@ -446,6 +460,7 @@ def benchmark(config, device):
 
     if device.type == "cuda":
         a, long = torch.randn(8192, 8192, device=device), torch.empty(2**28, device=device)
+        a = a.bfloat16() if config["bf16"] else a
         a @ a
         rate = 2 * 8192**3 / seconds(lambda: a @ a, 10)
         bandwidth = 2 * long.nbytes / seconds(lambda: long.neg_(), 10)  # read and written
@@ -480,10 +495,10 @@ def main(arguments=None):
     if args.resume:
         folder = args.resume.rstrip("/")
         checkpoint = load_checkpoint(folder, "last.pt")
-        config, free = checkpoint["config"], ("steps", "compile", "tf32", "bf16")
+        config, free = checkpoint["config"], ("steps", "compile", "tf32")
         if args.name or any(given[k] != config.get(k) for k in given if k not in free):
             raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
-                            "--tf32, --bf16, --device, --data (a file that has moved) can be given")
+                            "--tf32, --device and --data (a file that has moved) can be given")
         config |= {k: given[k] for k in free if k in given}
         config["data"] = os.path.abspath(args.data) if args.data else config["data"]
         if config["steps"] < checkpoint["step"]:
@@ -571,7 +586,7 @@ def main(arguments=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, stop_soon)
 
-    first_cells = torch.from_numpy(split["train"][:config["batch_size"]]).to(device)
+    first_cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
     objective = choose_objective(config, model, *batches(first_cells))
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
@@ -652,7 +667,8 @@ def main(arguments=None):
         save("last.pt")
         print(f"stopped at step {step:,}; to go on: python train.py --resume {folder}")
         sys.exit(128 + stop[0])
-    print(f"{step:,} steps in {time.time() - started:.0f} s; lowest validation loss {best:.2f}")
+    print(f"{step - first_step:,} steps in {time.time() - started:.0f} s; "
+          f"lowest validation loss {best:.2f}")
     if config.get("simulated"):
         import evaluate  # it imports this module
 

@@ -312,12 +312,15 @@ def pathways_of(run, path=None):
 
 
 def mask_metrics(run, pathways):
-    """`mask_recovery` where the screen is simulated, `mask_pathway_accuracy` where there are
-    pathways (10 annotated perturbations or more). Empty for models without masks."""
+    """The mean mask probability of perturbations with training cells, `mask_recovery` where the
+    screen is simulated, `mask_pathway_accuracy` where there are pathways (10 annotated
+    perturbations or more). Empty for models without masks."""
     if not run.model.has_mask:
         return {}
     names, probability = run.seen.perturbations, run.model.mask_probability().numpy(force=True)
-    metrics, truth = {}, data.read_simulation(run.config["data"])
+    trained = run.model.n_cells.numpy(force=True) > 0
+    metrics = {"mask_mean_probability": float(probability[trained].mean())}
+    truth = data.read_simulation(run.config["data"])
     row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
     if row.keys() >= set(names):
         metrics |= mask_recovery(truth[1][[row[name] for name in names]], probability)
@@ -491,6 +494,9 @@ def table(metrics):
              f"test IWELBO, joint:      {number(m['iwelbo_joint_per_cell'], 2)} per cell, "
              f"{m['iwelbo_joint_total']:,.1f} in all, effective sample size "
              f"{m['iwelbo_joint_effective_sample_size']:.2f}"]
+    if m.get("mask_mean_probability", 0) > 0.45:
+        lines.append(f"mask: mean probability {m['mask_mean_probability']:.3f}, where training "
+                     "starts at 0.5: effects mean little yet (more --steps, or a higher --lr)")
     if "mask_f1" in m:
         lines.append(f"mask: precision {m['mask_precision']:.3f}, recall {m['mask_recall']:.3f}, "
                      f"F1 {m['mask_f1']:.3f}")
@@ -529,13 +535,17 @@ def key(metrics, without):
 
 def tables_of(runs):
     """Lists of runs that belong into one table, each in the order of Table 1: they differ in
-    nothing but the model, its guide, the fraction of combinations, and seeds."""
+    nothing but the model, its guide, the fraction of combinations, and seeds. Of runs that do not
+    differ at all, the first is kept."""
     def order(m):
         """Table by table, row by row."""
         return (key(m, SEEDS + ROW), list(MODELS).index(m["config"]["model"]),
                 *(m["config"][k] for k in (*ROW[1:], "split_seed", "seed")))
 
-    runs = sorted(runs, key=order)
+    different = {}
+    for m in sorted(runs, key=order):
+        different.setdefault(key(m, ()), m)
+    runs = different.values()
     return [[m for m in runs if key(m, SEEDS + ROW) == table]
             for table in unique(key(m, SEEDS + ROW) for m in runs)]
 
@@ -550,11 +560,16 @@ def relative_iwelbo(m, members):
     return m["iwelbo"] - (np.mean(reference) if reference else math.nan)
 
 
+def one_of_each_split(members, f):
+    """Baselines depend on data, split and fraction f, not on the model: one run of each split."""
+    return {(m["config"]["split_seed"], m["config"].get("simulated_seed")): m
+            for m in members if m["config"]["train_combinations"] == f}.values()
+
+
 def table_of_runs(runs, scale="log_normalised"):
     """Markdown of the metrics of many runs: a row per model and guide, mean +- sd over seeds.
 
-    Runs with the same seeds count once. In the Norman splits, effects are those of conditions with
-    test cells.
+    In the Norman splits, effects are those of conditions with test cells.
     """
     tables = []
     for members in tables_of(runs):
@@ -568,8 +583,8 @@ def table_of_runs(runs, scale="log_normalised"):
                   *(title for _, title in COLUMNS)]
         rows = []
         for row in unique(key(m, SEEDS) for m in members):
-            same = {key(m, ()): m for m in members if key(m, SEEDS) == row}.values()
-            own = next(iter(same))["config"]
+            same = [m for m in members if key(m, SEEDS) == row]
+            own = same[0]["config"]
             cells = {"model": own["model"], "guide": guide_of(own),
                      "f": f"{own['train_combinations']:g}", "runs": str(len(same)),
                      "test IWELBO": number([m["iwelbo"] for m in same], 2),
@@ -583,9 +598,7 @@ def table_of_runs(runs, scale="log_normalised"):
             rows.append([cells[title] for title in header])
         for name, label in {**BASELINES, "ceiling": "ceiling"}.items():
             for f in unique(m["config"]["train_combinations"] for m in members):
-                # They depend on data and split, not on the model: one run of each.
-                same = {(m["config"]["split_seed"], m["config"].get("simulated_seed")): m
-                        for m in members if m["config"]["train_combinations"] == f}.values()
+                same = one_of_each_split(members, f)
                 cells = {"model": label, "f": f"{f:g}"} | {
                     title: number([m["effects"][scale][effects_of][name][column] for m in same])
                     for column, title in COLUMNS}
@@ -692,8 +705,11 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
     run.write("predictions.h5ad", X=layers["expected_log_normalised"],
               obs={"condition": list(conditions), "n_training_cells": n_cells},
               var={"gene": run.screen.gene_names}, layers=layers, uns={"library": library})
-    rows = []
+    rows, untrained = [], (run.model.n_cells[dosages] == 0) & (dosages != data.NONE)
     for i, condition in enumerate(conditions):
+        if untrained[i].any():
+            print(f"{condition}: in whole or in part without training cells: what is predicted for "
+                  "that is the prior, or no effect")
         effect = layers["effect_log_normalised"][i]
         for g in np.argsort(-np.abs(effect), kind="stable")[:10]:
             rows.append([condition, str(run.screen.gene_names[g]), f"{effect[g]:+.3f}",
@@ -702,7 +718,7 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
                          f"{layers['effect_counts_low'][i, g]:+.2f} to "
                          f"{layers['effect_counts_high'][i, g]:+.2f}"])
     return markdown(["condition", "gene", "log2 effect", f"counts of {library:,.0f}",
-                     "effect on counts", "of 90 % of particles"], rows)
+                     "effect on counts", "5 % to 95 % of particles"], rows)
 
 
 @torch.no_grad()
@@ -935,9 +951,12 @@ def figure_of_combinations(runs, folder):
         greys = ("0.75", "0.5")
         for i, name in enumerate(("perturbed_mean", "additive")):
             bars(axes[1], len(kinds) + i, len(kinds) + 2, lambda f: [
-                m["effects"]["log_normalised"]["test"][name]["pearson"] for m in members
-                if m["config"]["train_combinations"] == f], greys[i])
+                m["effects"]["log_normalised"]["test"][name]["pearson"]
+                for m in one_of_each_split(members, f)], greys[i])
         axes[0].set_ylabel("test IWELBO relative to\nSAMS-VAE (correlated), f = 0")
+        if not axes[0].patches:
+            axes[0].text(0.5, 0.5, "needs the run of SAMS-VAE\nwith f = 0 on the same split",
+                         ha="center", va="center", transform=axes[0].transAxes)
         axes[1].set_ylabel("ATE-Pearson, test conditions")
         for axis in axes:
             axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
@@ -1027,7 +1046,7 @@ def main(arguments=None):
             written = f"\n\nwritten: {folder}/metrics.json, {folder}/effects.h5ad"
             print(f"\n{folder}\n{table(metrics)}{written}")
         elif len(folders) == 1:
-            print(f"\n{folder}, as evaluated before\n{table(metrics)}")
+            print(f"\n{folder}, as evaluated before (--again evaluates anew)\n{table(metrics)}")
         if args.figures:
             run = run or Run(folder, args.device, args.data)
             figures = [figure_of_training(folder), figure_of_effects(folder, metrics)]

@@ -33,7 +33,7 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
 
 The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_emb `f_emb`; the
 free parameters of its mean-field guide are mask_logits, effect_loc and effect_log_var. Where a
-minibatch has fewer cells than there are perturbations, (m, e) is drawn for the perturbations of its
+minibatch has fewer dosages, B P, than there are perturbations, (m, e) is drawn for those of its
 cells only (see `elbo`): hence U draws in place of T.
 """
 
@@ -118,7 +118,7 @@ def digamma_difference(x, theta):
     On a CPU several times faster than torch.digamma, and no difference of large numbers when theta
     is large. With psi(z) = psi(z + 1) - 1 / z, four times, and the asymptotic series
 
-        psi(y) = log y - 1 / 2y - 1 / 12y^2 + 1 / 120y^4 - 1 / 252y^6 + ...
+        psi(y) = log y - 1/(2 y) - 1/(12 y^2) + 1/(120 y^4) - 1/(252 y^6) + ...
 
     at y = z + 4, where what follows is below 1e-7.
     """
@@ -462,10 +462,11 @@ class SVAEPlus(SAMSVAE):
     """SVAE+ (Lopez et al. 2023): z ~ N(m_d * mu_d, I), and q(z | x) that does not see d.
 
     In the symbols of this file: z = z_basal + z_pert with z_basal ~ N(0, I) and one label d per
-    cell, whose effect mu_d is a parameter; z_pert = 0 for controls. A combination is a label of its
-    own, and one without training cells has no effect: nothing is known of it. The mask is sampled,
-    m_t ~ Bern(p_t), but p_t is a point estimate under a prior Beta(1, b): p and q of the mask are
-    the same and cancel, and -log Beta(p_t; 1, b) is what t pays in place of a KL.
+    cell, whose effect mu_d is a parameter; z_pert = 0 for controls. A combination must be a label
+    of its own (`one_label_per_cell` in data.py makes it one), and a label without training cells
+    has no effect: nothing is known of it. The mask is sampled, m_t ~ Bern(p_t), but p_t is a point
+    estimate under a prior Beta(1, b): p and q of the mask are the same and cancel, and
+    -log Beta(p_t; 1, b) is what t pays in place of a KL.
     """
 
     def init_encoder(self, *sizes):
@@ -541,6 +542,7 @@ class ConditionalVAE(CPAVAE):
         return F.log_softmax(self.decoder(z, self._seen_only(d)), dim=-1)
 
     def _seen_only(self, d):
+        # NONE looks at the last perturbation, and stays NONE either way.
         return torch.where(self.n_cells[d] > 0, d, NONE)
 
 
@@ -578,7 +580,7 @@ def elbo(model, x, d, n_particles=5):
     # Effect and mask of t are shared by every cell that received t: the full ELBO holds their KL
     # once. A cell that received t pays 1/n_t of it, so that over an epoch the shares of all its
     # cells sum to exactly one, however the cells fall into minibatches. n_t counts training cells;
-    # where there are none the KL is zero and so is the share.
+    # where there are none the share is zero.
     n_t = model.n_cells[t]
     share = (n_t > 0) / n_t.clamp(min=1)  # (U,)
 
@@ -612,9 +614,10 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
         predictive   for each cell      log 1/K sum_k w_ik
         joint        for all together   log 1/K sum_k [ p(M_k, E_k) / q(M_k, E_k) prod_i w_ik ]
 
-    The joint one is eq. 6 and 7: a bound on log p(X | D), the log marginal likelihood of all cells,
-    if nothing were known but theta. It is dominated by one or few particles when there are many
-    cells: see the effective sample size of its weights, (sum_k w_k)^2 / sum_k w_k^2, from 1 to K.
+    The joint one is eq. 6 and 7: a bound on log p(X | D), the log marginal likelihood of all cells
+    given the decoder and the dispersions, with M and E from their priors. It is dominated by one or
+    few particles when there are many cells: see the effective sample size of its weights,
+    (sum_k w_k)^2 / sum_k w_k^2, from 1 to K.
 
     The predictive one is tight, as K grows, on log E_q(M,E)[p(x | M, E)]: the log density of a new
     cell under the posterior predictive. The ratio p/q of (M, E) does not enter. Its mean over
@@ -646,8 +649,8 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
             predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
             log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7
     joint = torch.logsumexp(log_w_joint, dim=0) - math.log(n_particles)  # eq. 6
-    share = torch.softmax(log_w_joint, dim=0)
-    return torch.cat(predictive), joint.item(), 1 / share.square().sum().item()
+    weight = torch.softmax(log_w_joint, dim=0)
+    return torch.cat(predictive), joint.item(), 1 / weight.square().sum().item()
 
 
 # ============================================================================================
@@ -696,13 +699,13 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24)
         log_normalised   y = log2(1 + 1e4 x / sum x)
 
     The second has no closed form, but sampled counts are a noisy and slow way to it. With h(x) =
-    log2(1 + 1e4 x / library), which knows nothing of the other genes,
+    log2(1 + 1e4 x / library), which depends on the gene's own count alone,
 
         E[y] = E[h] + E[y - h].
 
     The counts are a Gamma-Poisson mixture, and given the gamma variables E[h] is a function of a
     Poisson rate alone: a table (`mean_log_of_poisson`). What is left, y - h, is small, since sum x
-    is near the library: sampled counts of every tenth particle do. The basal states are the points
+    is near the library: sampled counts of every tenth particle suffice. The basal states are points
     of a scrambled Sobol sequence: each is a draw from N(0, I), but together they lie more evenly
     than independent draws. The estimate is as unbiased as by sampled counts, and less noisy.
 
@@ -730,7 +733,8 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24)
         z = z_basal + sum_effects(mask, effect, place)  # (K, C, L): the arms share z_basal
         # Gamma-Poisson mixture: rate = mean * gamma with E[gamma] = 1, Var[gamma] = 1 / theta.
         gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
-        log_gamma, first = gamma.log().add_(math.log(library)), -int(k[0]) % 10
+        log_gamma = gamma.log().add_(math.log(library))
+        first = -int(k[0]) % 10  # so that it is particles 0, 10, 20, ... whatever the chunks
         seed = int(torch.randint(2**31, ()))
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm])  # (K, G)

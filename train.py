@@ -631,7 +631,7 @@ def main(arguments=None):
         line |= {name: round(float(total) / n_since, 4) for name, total in totals.items()}
         if model.has_mask:
             with torch.no_grad():
-                probability = model.mask_probability()
+                probability = model.mask_probability()[model.n_cells > 0]
             line["mask_probability"] = round(probability.mean().item(), 5)
             line["mask_size"] = round((probability > 0.5).sum(1).float().mean().item(), 3)
         line["cells_per_second"] = round(n_since * config["batch_size"] / seconds)

@@ -2055,6 +2055,7 @@ def test_a_compiled_objective_is_tried_on_a_batch_of_the_size_that_training_uses
 
 def test_a_machine_without_a_compiler_refuses_compile_in_one_sentence(folder, monkeypatch):
     def no_compiler(function):
+        """What torch.compile returns where the first call will fail."""
         return lambda *arguments: 1 / 0
 
     monkeypatch.setattr(torch, "compile", no_compiler)

@@ -185,6 +185,7 @@ class MLP(nn.Module):
         self.last = nn.Linear(n_hidden, n_out)
 
     def forward(self, *parts):
+        """Parts of shapes (..., size) or, of integers, (..., P), that broadcast -> (..., n_out)."""
         h = self.first.bias
         for part, weight in zip(parts, self.first.weight.split(self.part_sizes, dim=1)):
             if part.is_floating_point():

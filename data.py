@@ -400,6 +400,7 @@ def _read_dense(name, dataset, shape, cell_and_gene):
             dataset.read_direct(block, (rows, columns))
 
             def place(i, r=r, c=c, n_columns=tile[1]):
+                """The cell and gene of the i-th value of the tile, for an error."""
                 return cell_and_gene(r + i // n_columns, c + i % n_columns)
 
             counts, n = _as_counts(name, block, out.dtype, place)
@@ -461,6 +462,7 @@ def _read_sparse(name, file, shape, by_row, cell_and_gene):
         minor = checked_indices(start, end)
 
         def place(i, start=start, minor=minor):
+            """The cell and gene of the i-th value of the block, for an error."""
             major = np.searchsorted(indptr, start + i, side="right") - 1
             return cell_and_gene(*((major, minor[i]) if by_row else (minor[i], major)))
 

@@ -1959,6 +1959,9 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, fo
     run.model.n_cells[list(run.seen.perturbations).index("P001")] = 0
     evaluate.predict(run, ["P001"], 10)
     assert "P001: in whole or in part without training cells" in capsys.readouterr().out
+    run.model.n_cells[-1] = 0  # NONE is no perturbation, not the last one
+    evaluate.predict(run, ["control"], 10)
+    assert "without training cells" not in capsys.readouterr().out
 
 
 def test_an_interval_holds_nine_of_ten_particles():
@@ -2009,6 +2012,33 @@ def test_the_benchmark_times_every_part_beside_the_matrix_products(folder, capsy
     assert result["step"] == pytest.approx(sum(parts)) and min(parts) > 0
     assert result["step_ratio"] > 0 and result["iwelbo_ratio"] > 0 and result["peak_memory"] > 1e6
     assert os.listdir(".") != [] and not os.path.exists("runs")
+
+
+def test_mean_mask_probabilities_are_those_of_perturbations_with_training_cells(
+        folder, monkeypatch, capsys):
+    original = data.split_cells
+
+    def without_some(screen, *options):
+        """A split whose training cells hold three perturbations of twelve."""
+        split = original(screen, *options)
+        names = screen.conditions[split["train"]]
+        split["train"] = split["train"][np.isin(names, ["P001", "P002", "P003", "control"])]
+        return split
+
+    monkeypatch.setattr(data, "split_cells", without_some)
+    train_on_screen("run", "--steps", "2", "--lr", "1e-6", "--log-every", "1")
+    for line in map(json.loads, open("runs/run/log.jsonl")):
+        assert line["mask_probability"] == pytest.approx(0.5, abs=1e-4)
+    capsys.readouterr()
+    evaluate.main(["runs/run", *FEW])
+    assert "mask: mean probability 0.500, where training starts at 0.5" in capsys.readouterr().out
+
+
+def test_baselines_count_once_for_a_split_however_many_models_were_trained_on_it():
+    members = [{"config": configuration("--data", "x", "--model", model, "--split-seed", split)}
+               for split in ("0", "1") for model in ("sams-vae", "svae+")]
+    counted = evaluate.one_of_each_split(members, 1.0)
+    assert sorted(m["config"]["split_seed"] for m in counted) == [0, 1]
 
 
 def test_runs_from_before_an_option_existed_are_in_one_table_with_new_ones():

@@ -8,8 +8,12 @@
     python evaluate.py runs/NAME --latents                latent states of all cells, for scanpy
 
 Writes, beside the checkpoint, metrics.json and effects.h5ad (condition x gene effects of the model
-and of the data). In reading order: one function a metric; what the data say, and baselines; the
-evaluation of a run; tables; use of a trained model; figures.
+and of the data). In reading order: one function a metric; what the data say, and baselines; a run
+and its three evaluations; tables; use of a trained model; figures; the command line.
+
+A condition is a set of perturbations that some cell received; C conditions beside the control, G
+genes. "Effect" means average treatment effect (3.2), a difference from control, (C, G); the latent
+e_t of eq. 1 is called `effect` where it is drawn, as in sams_vae.py.
 """
 
 import argparse
@@ -19,32 +23,21 @@ import math
 import os
 import sys
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch; see train.py
 import numpy as np
 import torch
 
 import data
 from data import DataError
-from sams_vae import average_treatment_effects, expected_expression, iwelbo, sum_effects
-from train import (MODELS, as_the_model_sees, build_model, default_device, load_checkpoint,
-                   read_config_screen, read_log, with_defaults)
+from sams_vae import (MODELS, average_treatment_effects, draws_for, expected_expression, iwelbo,
+                      sum_effects)
 
 FORMAT = 2  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
 
-# How a run is evaluated: option, default, and where the default comes from.
-OPTIONS = [
-    ("--iwelbo-particles", 100, "K of 3.1 (paper: 100)"),
-    ("--ate-particles", 2500, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
-    ("--library", 10_000, "total counts of the simulated cells (authors' code: 10,000)"),
-    ("--effects-from", "all", "cells data effects are taken from: all (paper's Table 1), or test"),
-    ("--evaluation-seed", 0, "of IWELBO and effects (ours)"),
-]
-
 
 # ============================================================================================
-# Metrics
+# Metrics: one function each
 # ============================================================================================
 
 
@@ -87,7 +80,7 @@ def discrimination_scores(predicted, observed, device="cpu"):
         distance = torch.cdist(observed[i], predicted, p=1)  # (256, C)
         own = distance.gather(1, i[:, None].to(device))
         ranks.append((distance < own).sum(1) + 0.5 * ((distance == own).sum(1) - 1))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # a single condition has no rank: 0 / 0 is NaN
         return 1 - torch.cat(ranks).cpu().numpy() / np.float64(len(observed) - 1)
 
 
@@ -127,6 +120,8 @@ def best_matching(score):
     row_of = np.full(m, -1)  # the row matched to each column
     u, v = np.zeros(n), np.zeros(m)  # potentials: cost - u - v >= 0, and 0 on matched pairs
     for new_row in range(n):
+        # Dijkstra from the new row to the nearest free column. Each step settles a column, and if
+        # that is taken goes on from the row that has it, at no cost.
         distance, before = np.full(m, np.inf), np.full(m, -1)
         done = np.zeros(m, bool)
         row, column, length = new_row, -1, 0.0
@@ -136,6 +131,7 @@ def best_matching(score):
             distance[closer], before[closer] = reach[closer], column
             column = int(np.argmin(np.where(done, np.inf, distance)))
             done[column], length, row = True, distance[column], row_of[column]
+        # New potentials: the path's edges become tight, and no other goes below zero.
         u[new_row] += length
         for c in np.flatnonzero(done):
             if row_of[c] != -1:
@@ -160,7 +156,7 @@ def mask_recovery(true_mask, probability):
     matching of the best F1. Entries of latents that found no partner count as errors.
     """
     true_mask, predicted = np.asarray(true_mask, bool), np.asarray(probability) > 0.5
-    agree = true_mask.T.astype(float) @ predicted
+    agree = true_mask.T.astype(float) @ predicted  # (L, L'): perturbations that both touch
     agree = agree if len(agree) <= len(agree.T) else agree.T
     hits = agree[np.arange(len(agree)), best_matching(agree)].sum()
     n_true, n_predicted = int(true_mask.sum()), int(predicted.sum())
@@ -204,19 +200,28 @@ def pathway_of(perturbations, pathways):
 # ============================================================================================
 
 
+def conditions_of(screen):
+    """The C conditions other than the control: their sorted names (C,), a cell of each (C,), and
+    the condition of every cell (N,), where C stands for the control."""
+    label = np.where(screen.conditions == "control", "", screen.conditions).astype(str)
+    names, first, group = np.unique(label, return_index=True, return_inverse=True)
+    return names[1:], first[1:], np.where(group == 0, len(names) - 1, group - 1)  # "" sorts first
+
+
 def mean_expression(batches, cells, group, n_groups):
     """Mean expression of groups of cells, on both scales, for cells of a library of 10,000.
 
     cells (n,) positions, group (n,) their groups. Returns {scale: (n_groups, G)} and the number of
     cells of each group (n_groups,). counts: 1e4 x / sum x. log_normalised: log2(1 + 1e4 x / sum x).
-    A group without cells has NaN.
+    A group without cells has NaN. (The paper asks for E[x]; both the scale and the logarithm's base
+    are those of the authors' code.)
     """
     n_cells = np.bincount(group, minlength=n_groups)
     total = {scale: torch.zeros(n_groups, batches.n_genes, dtype=torch.float64,
                                 device=batches.device) for scale in SCALES}
     parts = torch.from_numpy(group).to(batches.device).split(512)
     for (x, _), part in zip(batches.in_order(cells), parts):
-        per_10k = 1e4 * x / x.sum(-1, keepdim=True)
+        per_10k = 1e4 * x / x.sum(-1, keepdim=True)  # (512, G)
         total["counts"].index_add_(0, part, per_10k.double())
         total["log_normalised"].index_add_(0, part, torch.log2(1 + per_10k).double())
     with np.errstate(invalid="ignore"):
@@ -258,33 +263,104 @@ def split_half_means(batches, cells, controls, group, n_conditions, seed=0):
     perturbed = cells[group[cells] != n_conditions]
     chosen = np.random.default_rng(seed).permutation(np.concatenate([perturbed, controls]))
     chosen = chosen[np.argsort(group[chosen], kind="stable")]
+    # The cells of a condition stand together now, in random order: every other one.
     _, start, n = np.unique(group[chosen], return_index=True, return_counts=True)
-    place = np.arange(len(chosen)) - np.repeat(start, n)  # within the condition
+    number = np.arange(len(chosen)) - np.repeat(start, n)  # 0, 1, ... within the condition
     return [mean_expression(batches, half, group[half], n_conditions + 1)[0]
-            for half in (chosen[place % 2 == 0], chosen[place % 2 == 1])]
+            for half in (chosen[number % 2 == 0], chosen[number % 2 == 1])]
 
 
 # ============================================================================================
-# Evaluation of one run
+# A run, as a folder holds it
 # ============================================================================================
+
+
+def save_checkpoint(state, folder, name):
+    """Write runs/NAME/best.pt or last.pt, whole or not at all. See `new_run` in train.py."""
+    with data.replacing(os.path.join(folder, name)) as path:
+        torch.save(state, path)
+
+
+def load_checkpoint(folder, name):
+    """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code.
+
+    Raises DataError where it is missing, damaged, or no checkpoint."""
+    path = os.path.join(folder, name)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
+            raise DataError(f"{folder} has not reached its first validation: go on with python "
+                            f"train.py --resume {folder}, or start a new run if its loss was not "
+                            "finite") from None
+        raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
+                        "and this one has no checkpoint to go on from") from None
+    except Exception as error:  # damaged files raise a dozen kinds of exception
+        raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or "model_arguments" not in checkpoint:
+        raise DataError(f"{path}: is no checkpoint of this version of train.py")
+    return checkpoint
+
+
+def build_model(checkpoint):
+    """The model of a checkpoint, with its weights, on the CPU."""
+    model = MODELS[checkpoint["config"]["model"]](**checkpoint["model_arguments"])
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def read_screen_of(config, checkpoint=None):
+    """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
+    screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS})
+    if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
+        raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
+                        "the run was trained on; it needs the same file, and --data says where")
+    return screen
+
+
+def as_the_model_sees(screen, model):
+    """A model that adds no effects up (SVAE+) knows labels: each combination is one of its own."""
+    return screen if MODELS[model].adds_effects else data.one_label_per_cell(screen)
+
+
+def read_log(folder):
+    """The lines of log.jsonl as dicts; a last line that was cut off does not count."""
+    try:
+        with open(os.path.join(folder, "log.jsonl")) as file:
+            return [json.loads(line) for line in file if line.endswith("}\n")]
+    except FileNotFoundError:
+        return []
+
+
+def choose_device(name=None):
+    """The device of that name, or a GPU if there is one, or the CPU. Raises DataError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 class Run:
-    """A trained run: its configuration, its screen on the device, and the model of best.pt."""
+    """A trained run: its configuration, its screen on the device, and the model of best.pt.
+
+    screen is the file's; model_screen is that as the model sees it (`as_the_model_sees`)."""
 
     def __init__(self, folder, device=None, data_path=None):
-        self.folder, self.device = folder, default_device(device)
+        self.folder, self.device = folder, choose_device(device)
         self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
         self.last_step = last["step"]
         self.config = last["config"] | ({"data": data_path} if data_path else {})
         if not os.path.exists(self.config["data"]):
             raise DataError(f"{folder}: its data, {self.config['data']}, are not there; --data "
                             "says where they are")
-        self.screen = read_config_screen(self.config, self.checkpoint)
-        self.seen = as_the_model_sees(self.screen, self.config["model"])
-        self.batches = data.Batches(self.seen, self.device)
-        self.model = build_model(self.config, self.checkpoint["training"]).to(self.device)
-        self.model.load_state_dict(self.checkpoint["model"])
+        self.screen = read_screen_of(self.config, self.checkpoint)
+        self.model_screen = as_the_model_sees(self.screen, self.config["model"])
+        self.batches = data.Batches(self.model_screen, self.device)
+        self.model = build_model(self.checkpoint).to(self.device)
         self.split = {name: cells.numpy() for name, cells in self.checkpoint["split"].items()}
 
     def write(self, name, **contents):
@@ -292,12 +368,174 @@ class Run:
         data.write_h5ad(os.path.join(self.folder, name), **contents)
 
 
-def conditions_of(screen):
-    """The C conditions other than the control: their sorted names (C,), a cell of each (C,), and
-    the condition of every cell (N,), where C stands for the control."""
-    label = np.where(screen.conditions == "control", "", screen.conditions).astype(str)
-    names, first, group = np.unique(label, return_index=True, return_inverse=True)
-    return names[1:], first[1:], np.where(group == 0, len(names) - 1, group - 1)  # "" sorts first
+# ============================================================================================
+# Its evaluation: likelihood, effects, masks
+# ============================================================================================
+
+OPTIONS = [  # name, default, what is allowed, what it is and where the default comes from
+    ("--iwelbo-particles", 100, (1, 2**32 - 1, "at least 1"), "K of 3.1 (paper: 100, for Norman)"),
+    ("--ate-particles", 2500, (1, 2**32 - 1, "at least 1"),
+     "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
+    ("--library", 10_000, (1, 2**32 - 1, "at least 1"),
+     "total counts of the simulated cells (authors' code: 10,000)"),
+    ("--effects-from", "all", ["all", "test"], "cells that data effects are taken from (the paper "
+     "does not say; authors' code for Table 1: all)"),
+    ("--evaluation-seed", 0, (0, 2**32 - 1, "at least 0"), "of IWELBO and effects (ours)"),
+]
+
+
+def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
+             effects_from="all", evaluation_seed=0, pathways=None):
+    """Evaluate a Run: write metrics.json and effects.h5ad, return the metrics.
+
+    The arguments are OPTIONS; pathways is a file for data.read_pathways, by default the data. NaN
+    is written as null.
+    """
+    options = {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
+               "library": library, "effects_from": effects_from,
+               "evaluation_seed": evaluation_seed, "pathways": pathways}
+    known_pathways = pathways_of(run, pathways)  # before the long part: the file may be wrong
+    torch.manual_seed(evaluation_seed)
+    metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.checkpoint["fingerprint"],
+               "step": run.checkpoint["step"], "last_step": run.last_step,
+               "validation_loss": run.checkpoint["best"], "options": options}
+    metrics |= likelihood(run, iwelbo_particles)
+    metrics |= effects(run, ate_particles, library, effects_from)
+    metrics |= masks(run, known_pathways)
+    metrics = without_nan(metrics)
+    with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
+        json.dump(metrics, file, indent=2)
+    return metrics
+
+
+def likelihood(run, n_particles):
+    """Marginal likelihood of the test cells (3.1): both IWELBOs, in nats."""
+    predictive, joint, effective_sample_size = iwelbo(
+        run.model, run.batches.in_order(run.split["test"]), n_particles)
+    n = len(predictive)
+    return {"iwelbo": predictive.double().mean().item(),
+            "iwelbo_se": predictive.double().std().item() / math.sqrt(n) if n > 1 else math.nan,
+            "n_test_cells": n, "iwelbo_joint_total": joint, "iwelbo_joint_per_cell": joint / n,
+            "iwelbo_joint_effective_sample_size": effective_sample_size}
+
+
+def effects(run, n_particles, library, effects_from):
+    """Average treatment effects of all conditions (3.2), by the model, the baselines and the data.
+
+    Writes effects.h5ad. Returns metrics, of which ["effects"][scale][group][prediction] is what
+    `effect_metrics` says of a prediction (the model, a baseline, or the ceiling: one half of the
+    test cells predicts the other) over a group of conditions: all, pairs, held_out (no training
+    cells), or those with cells in train, validation and test.
+    """
+    screen, split = run.screen, run.split
+    names, first, group = conditions_of(screen)
+    n_conditions, dosages = len(names), screen.d[first]  # (C, P)
+
+    # By the data. The control is the last group. The Norman splits have no controls among their
+    # test cells: then all controls are taken.
+    controls = np.flatnonzero(group == n_conditions)
+    in_test = np.intersect1d(controls, split["test"])
+    test_controls = in_test if len(in_test) > 1 else controls
+    cells = np.arange(len(group)) if effects_from == "all" else np.union1d(split["test"],
+                                                                           test_controls)
+    observed, n_cells = mean_expression(run.batches, cells, group[cells], n_conditions + 1)
+    trained, n_train = mean_expression(run.batches, split["train"], group[split["train"]],
+                                       n_conditions + 1)
+    halves = split_half_means(run.batches, split["test"], test_controls, group, n_conditions)
+
+    # By the model.
+    d = torch.from_numpy(run.model_screen.d[first]).to(run.device)
+    by_model = average_treatment_effects(run.model, d, n_particles, library)
+    by_model["counts"] *= 1e4 / library  # in the unit of the data's
+
+    # Groups of conditions. Those without cells to take data effects from are in none.
+    known, n_perturbed = n_cells[:-1] > 0, (dosages != data.NONE).sum(1)
+    groups = {"all": known, "pairs": known & (n_perturbed == 2),
+              "held_out": known & (n_train[:-1] == 0)}
+    for part, part_cells in split.items():
+        groups[part] = known & np.isin(np.arange(n_conditions), group[part_cells])
+
+    metrics = {"n_conditions": {name: int(chosen.sum()) for name, chosen in groups.items()},
+               "effects": {}}
+    layers = {}
+    for scale in SCALES:
+        effects_of_data = observed[scale][:-1] - observed[scale][-1]
+        predictions = {"model": by_model[scale].cpu().numpy()}
+        predictions |= baseline_effects(trained[scale], n_train, dosages)
+        layers |= {f"model_{scale}": predictions["model"], f"data_{scale}": effects_of_data}
+        # The other reference: not the control, but what training conditions have in common.
+        shared = predictions["perturbed_mean"]
+        reference = trained[scale][-1] + shared
+        scores = {name: scores_by_group(groups, run.device, predicted, effects_of_data,
+                                        predicted - shared, observed[scale][:-1] - reference)
+                  for name, predicted in predictions.items()}
+        a, b = (half[scale] for half in halves)
+        scores["ceiling"] = scores_by_group(groups, run.device, a[:-1] - a[-1], b[:-1] - b[-1],
+                                            a[:-1] - reference, b[:-1] - reference)
+        metrics["effects"][scale] = {name: {row: scores[row][name] for row in scores}
+                                     for name in groups}
+        # The most wanted of these once more, under flat names.
+        for name, suffix in (("all", ""), ("pairs", "_pairs"), ("held_out", "_held_out")):
+            for row, of_groups in scores.items():
+                prefix = "" if row == "model" else f"{row}_"
+                metrics[f"{prefix}ate_pearson_{scale}{suffix}"] = of_groups[name]["pearson"]
+    run.write("effects.h5ad", X=layers["model_log_normalised"].astype(np.float32),
+              obs={"condition": names.astype(object), "n_cells": n_cells[:-1],
+                   "n_training_cells": n_train[:-1], "n_perturbations": n_perturbed},
+              var={"gene": screen.gene_names},
+              layers={k: v.astype(np.float32) for k, v in layers.items()},
+              uns={"effects_from": effects_from, "library": library})
+    return metrics
+
+
+def scores_by_group(groups, device, predicted, observed, *from_mean):
+    """{group: metrics} of predicted against observed effects and of `from_mean`, (C, G) each: see
+    `effect_metrics`. Conditions with NaN, having no cells, are left out; discrimination ranks all
+    others, whatever their group."""
+    known = np.isfinite(predicted + observed).all(1)
+    discrimination = np.full(len(known), math.nan)
+    discrimination[known] = discrimination_scores(predicted[known], observed[known], device)
+    metrics = {}
+    for name, chosen in groups.items():
+        chosen = chosen & known
+        metrics[name] = effect_metrics(predicted[chosen], observed[chosen],
+                                       *(v[chosen] for v in from_mean))
+        metrics[name]["discrimination"] = (float(discrimination[chosen].mean()) if chosen.any()
+                                           else math.nan)
+    return metrics
+
+
+def masks(run, pathways):
+    """The mean mask probability of perturbations with training cells, `mask_recovery` where the
+    screen is simulated, `mask_pathway_accuracy` where there are pathways (10 annotated
+    perturbations or more). Empty for models without masks."""
+    if not run.model.has_mask:
+        return {}
+    names = run.model_screen.perturbations
+    probability = run.model.mask_probability().numpy(force=True)
+    trained = run.model.n_cells.numpy(force=True) > 0
+    metrics = {"mask_mean_probability": float(probability[trained].mean())}
+    truth = data.read_simulation(run.config["data"])
+    row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
+    if row.keys() >= set(names):
+        metrics |= mask_recovery(truth[1][[row[name] for name in names]], probability)
+    pathway = pathway_of(names, pathways)
+    known = np.array([p is not None for p in pathway])
+    if pathways and known.sum() < 10:
+        print(f"mask pathway accuracy is left out: {known.sum()} of {len(names):,} perturbations "
+              "are in a pathway, and 10 are needed")
+    elif pathways:
+        pathway = pathway[known].astype(str)
+        try:
+            accuracy, sd = mask_pathway_accuracy(probability[known] > 0.5, pathway)
+        except ImportError:
+            print("mask pathway accuracy is left out: pip install scikit-learn")
+        else:
+            commonest = np.unique(pathway, return_counts=True)[1].max()
+            metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
+                        "mask_pathway_chance": float(commonest / len(pathway)),
+                        "n_annotated": len(pathway)}
+    return metrics
 
 
 def pathways_of(run, path=None):
@@ -311,140 +549,11 @@ def pathways_of(run, path=None):
         return None
 
 
-def mask_metrics(run, pathways):
-    """The mean mask probability of perturbations with training cells, `mask_recovery` where the
-    screen is simulated, `mask_pathway_accuracy` where there are pathways (10 annotated
-    perturbations or more). Empty for models without masks."""
-    if not run.model.has_mask:
-        return {}
-    names, probability = run.seen.perturbations, run.model.mask_probability().numpy(force=True)
-    trained = run.model.n_cells.numpy(force=True) > 0
-    metrics = {"mask_mean_probability": float(probability[trained].mean())}
-    truth = data.read_simulation(run.config["data"])
-    row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
-    if row.keys() >= set(names):
-        metrics |= mask_recovery(truth[1][[row[name] for name in names]], probability)
-    pathway = pathway_of(names, pathways)
-    known = np.array([p is not None for p in pathway])
-    if pathways and known.sum() < 10:
-        print(f"mask pathway accuracy is left out: {known.sum()} of {len(names):,} perturbations "
-              "are in a pathway, and 10 are needed")
-    elif pathways:
-        mask, pathway = probability[known] > 0.5, pathway[known].astype(str)
-        try:
-            accuracy, sd = mask_pathway_accuracy(mask, pathway)
-        except ImportError:
-            print("mask pathway accuracy is left out: pip install scikit-learn")
-        else:
-            commonest = np.unique(pathway, return_counts=True)[1].max()
-            metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
-                        "mask_pathway_chance": float(commonest / len(pathway)),
-                        "n_annotated": len(pathway)}
-    return metrics
-
-
-def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
-             effects_from="all", evaluation_seed=0, pathways=None):
-    """Evaluate a Run: write metrics.json and effects.h5ad, return the metrics.
-
-    metrics["effects"][scale][group][prediction] is what `effect_metrics` says of the prediction
-    (the model, a baseline, or the ceiling: one half of the test cells predicts the other), over a
-    group of conditions: all, pairs, held_out (no training cells), or those with cells in train,
-    validation and test. NaN is written as null. pathways is a file for data.read_pathways, by
-    default the data.
-    """
-    screen, model, split = run.screen, run.model, run.split
-    known_pathways = pathways_of(run, pathways)
-    torch.manual_seed(evaluation_seed)
-    metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.checkpoint["fingerprint"],
-               "step": run.checkpoint["step"], "last_step": run.last_step,
-               "validation_loss": run.checkpoint["best"],
-               "options": {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
-                           "library": library, "effects_from": effects_from,
-                           "evaluation_seed": evaluation_seed, "pathways": pathways}}
-
-    # Marginal likelihood of the test cells (3.1).
-    values, joint, ess = iwelbo(model, run.batches.in_order(split["test"]), iwelbo_particles)
-    metrics["iwelbo"] = values.double().mean().item()
-    metrics["iwelbo_se"] = (values.double().std().item() / math.sqrt(len(values))
-                                       if len(values) > 1 else math.nan)
-    metrics |= {"n_test_cells": len(values), "iwelbo_joint_total": joint,
-                "iwelbo_joint_per_cell": joint / len(values),
-                "iwelbo_joint_effective_sample_size": ess}
-
-    # Effects by the data and by the baselines (3.2). The control is the last group.
-    names, first, group = conditions_of(screen)
-    controls = {"all": np.flatnonzero(group == len(names))}
-    for part, cells in split.items():
-        controls[part] = cells[group[cells] == len(names)]
-    # The Norman splits have no controls among their test cells: then all of them are taken.
-    test_controls = controls["test"] if len(controls["test"]) > 1 else controls["all"]
-    cells = np.arange(len(group)) if effects_from == "all" else np.union1d(split["test"],
-                                                                           test_controls)
-    observed, n_cells = mean_expression(run.batches, cells, group[cells], len(names) + 1)
-    trained, n_train = mean_expression(run.batches, split["train"], group[split["train"]],
-                                       len(names) + 1)
-    halves = split_half_means(run.batches, split["test"], test_controls, group, len(names))
-
-    # Effects by the model.
-    dosages = torch.from_numpy(run.seen.d[first]).to(run.device)
-    by_model = average_treatment_effects(model, dosages, ate_particles, library)
-    n_perturbed = (screen.d[first] != data.NONE).sum(1)
-    groups = {"all": n_cells[:-1] > 0}
-    groups["pairs"] = groups["all"] & (n_perturbed == 2)
-    groups["held_out"] = groups["all"] & (n_train[:-1] == 0)
-    for part, cells in split.items():
-        groups[part] = groups["all"] & np.isin(np.arange(len(names)), group[cells])
-    metrics["n_conditions"] = {name: int(chosen.sum()) for name, chosen in groups.items()}
-    by_model["counts"] *= 1e4 / library  # in the unit of the data's
-    layers, metrics["effects"] = {}, {}
-    for scale in SCALES:
-        effect = {"data": observed[scale][:-1] - observed[scale][-1],
-                  "model": by_model[scale].cpu().numpy()}
-        effect |= baseline_effects(trained[scale], n_train, screen.d[first])
-        layers |= {f"{name}_{scale}": effect[name] for name in ("model", "data")}
-        mean = trained[scale][-1] + effect["perturbed_mean"]
-        # What is compared with what, in which conditions, and the same from the perturbed mean.
-        a, b = halves[0][scale], halves[1][scale]
-        compared = {name: (effect[name], effect["data"], groups["all"],
-                           effect[name] - effect["perturbed_mean"], observed[scale][:-1] - mean)
-                    for name in ("model", *BASELINES)}
-        compared["ceiling"] = (a[:-1] - a[-1], b[:-1] - b[-1],
-                               groups["all"] & np.isfinite(a[:-1] + b[:-1]).all(1),
-                               a[:-1] - mean, b[:-1] - mean)
-        rows = metrics["effects"][scale] = {name: {} for name in groups}
-        for name, (predicted, against, usable, *from_mean) in compared.items():
-            score = np.full(len(names), math.nan)
-            score[usable] = discrimination_scores(predicted[usable], against[usable], run.device)
-            for group_name, chosen in groups.items():
-                chosen = chosen & usable
-                rows[group_name][name] = effect_metrics(
-                    predicted[chosen], against[chosen], *(v[chosen] for v in from_mean)) | {
-                    "discrimination": float(score[chosen].mean()) if chosen.any() else math.nan}
-        # The most wanted of these once more, under flat names.
-        for group_name, suffix in (("all", ""), ("pairs", "_pairs"), ("held_out", "_held_out")):
-            for name, row in rows[group_name].items():
-                prefix = "" if name == "model" else f"{name}_"
-                metrics[f"{prefix}ate_pearson_{scale}{suffix}"] = row["pearson"]
-
-    metrics |= mask_metrics(run, known_pathways)
-
-    def without_nan(value):
-        """The value with null in place of NaN, which JSON does not know."""
-        if isinstance(value, dict):
-            return {k: without_nan(v) for k, v in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    metrics = without_nan(metrics)
-    run.write("effects.h5ad", X=layers["model_log_normalised"].astype(np.float32),
-              obs={"condition": names.astype(object), "n_cells": n_cells[:-1],
-                   "n_training_cells": n_train[:-1], "n_perturbations": n_perturbed},
-              var={"gene": screen.gene_names},
-              layers={k: v.astype(np.float32) for k, v in layers.items()},
-              uns={"effects_from": effects_from, "library": library})
-    with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
-        json.dump(metrics, file, indent=2)
-    return metrics
+def without_nan(value):
+    """The value with null in place of NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # ============================================================================================
@@ -464,8 +573,8 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def number(values, digits=3):
-    """Text of a number, of several as mean +- sd; "-" for one that is undefined."""
+def in_words(values, digits=3):
+    """Text of a number, of several as mean ± sd; "-" for one that is undefined."""
     values = [v for v in np.atleast_1d(np.array(values, float)) if not math.isnan(v)]
     text = f"{np.mean(values):.{digits}f}" if values else "-"
     return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
@@ -489,9 +598,9 @@ def table(metrics):
     """The metrics of one run as text: likelihood, masks, effects beside baselines."""
     m = metrics
     lines = [options_line(m["options"]),
-             f"test IWELBO, predictive: {number(m['iwelbo'], 2)} per cell, standard "
-             f"error {number(m['iwelbo_se'], 2)} ({m['n_test_cells']:,} cells)",
-             f"test IWELBO, joint:      {number(m['iwelbo_joint_per_cell'], 2)} per cell, "
+             f"test IWELBO, predictive: {in_words(m['iwelbo'], 2)} per cell, standard "
+             f"error {in_words(m['iwelbo_se'], 2)} ({m['n_test_cells']:,} cells)",
+             f"test IWELBO, joint:      {in_words(m['iwelbo_joint_per_cell'], 2)} per cell, "
              f"{m['iwelbo_joint_total']:,.1f} in all, effective sample size "
              f"{m['iwelbo_joint_effective_sample_size']:.2f}"]
     if m.get("mask_mean_probability", 0) > 0.45:
@@ -504,39 +613,45 @@ def table(metrics):
         lines.append(f"mask pathway accuracy: {m['mask_pathway_accuracy']:.3f}, sd over splits "
                      f"{m['mask_pathway_accuracy_sd']:.3f} ({m['n_annotated']:,} annotated; the "
                      f"commonest pathway for all: {m['mask_pathway_chance']:.3f})")
-    words = {"all": "all", "pairs": "pairs", "held_out": "held out of training"}
     rows = []
     for scale in SCALES:
-        for name, text in words.items():
-            if m["n_conditions"][name]:
-                for row, label in {"model": f"**{m['config']['model']}**", **BASELINES,
-                                   "ceiling": "ceiling"}.items():
-                    scores = m["effects"][scale][name][row]
-                    label += f" ({scores['n_conditions']:,})" if row == "ceiling" else ""
-                    rows.append([f"{scale.replace('_', '-')}, {text} "
-                                 f"({m['n_conditions'][name]:,})" if row == "model" else "", label,
-                                 *(number(scores[column]) for column, _ in COLUMNS)])
+        for group, words in (("all", "all"), ("pairs", "pairs"),
+                             ("held_out", "held out of training")):
+            title = f"{scale.replace('_', '-')}, {words} ({m['n_conditions'][group]:,})"
+            for row, label in {"model": f"**{m['config']['model']}**", **BASELINES,
+                               "ceiling": "ceiling"}.items():
+                scores = m["effects"][scale][group][row]
+                label += f" ({scores['n_conditions']:,})" if row == "ceiling" else ""
+                if m["n_conditions"][group]:
+                    rows.append([title if row == "model" else "", label,
+                                 *(in_words(scores[column]) for column, _ in COLUMNS)])
     return "\n".join([*lines, "", markdown(["effects of conditions", "predicted by",
                                             *(title for _, title in COLUMNS)], rows)])
 
 
-SEEDS = ("seed", "split_seed", "simulated_seed")
-ROW = ("model", "correlated_basal", "correlated_effects", "train_combinations")
-NO_MATTER = ("data", "name", "preset", "compile", "tf32", "log_every", "validate_every")
+SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
+ROW = ("model", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
+NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every")
 
 
-def key(metrics, without):
-    """The options of a run that matter, but for some, and its data, as text."""
-    config = with_defaults(metrics["config"])
+def settings(metrics, without=()):
+    """All that numbers of two runs must agree in to be comparable, as a dict: the data, the options
+    of training but for some, the steps that were made, and the options of the evaluation."""
+    config = metrics["config"]
     config = {k: v for k, v in config.items() if k not in (*NO_MATTER, *without)}
-    config["fingerprint"] = "" if config.get("simulated") else metrics["fingerprint"]
-    return json.dumps(config, sort_keys=True)
+    screen = "simulated" if config.get("simulated") else metrics["fingerprint"]  # seeds may differ
+    return config | {"steps": metrics["last_step"], "screen": screen} | metrics["options"]
+
+
+def key(metrics, without=()):
+    """The same as text, to compare."""
+    return json.dumps(settings(metrics, without), sort_keys=True)
 
 
 def tables_of(runs):
     """Lists of runs that belong into one table, each in the order of Table 1: they differ in
     nothing but the model, its guide, the fraction of combinations, and seeds. Of runs that do not
-    differ at all, the first is kept."""
+    differ at all, the first is kept, and a line says so."""
     def order(m):
         """Table by table, row by row."""
         return (key(m, SEEDS + ROW), list(MODELS).index(m["config"]["model"]),
@@ -544,10 +659,13 @@ def tables_of(runs):
 
     different = {}
     for m in sorted(runs, key=order):
-        different.setdefault(key(m, ()), m)
-    runs = different.values()
-    return [[m for m in runs if key(m, SEEDS + ROW) == table]
-            for table in unique(key(m, SEEDS + ROW) for m in runs)]
+        if different.setdefault(key(m), m) is not m:
+            print(f"{m['folder']} is {different[key(m)]['folder']} once more, with the same data, "
+                  "options and seeds: it is left out of the tables")
+    tables = {}
+    for m in different.values():
+        tables.setdefault(key(m, SEEDS + ROW), []).append(m)
+    return list(tables.values())
 
 
 def relative_iwelbo(m, members):
@@ -567,60 +685,56 @@ def one_of_each_split(members, f):
 
 
 def table_of_runs(runs, scale="log_normalised"):
-    """Markdown of the metrics of many runs: a row per model and guide, mean +- sd over seeds.
+    """Markdown of the metrics of many runs: a row per model and guide, mean ± sd over seeds.
 
-    In the Norman splits, effects are those of conditions with test cells.
+    Runs that cannot be compared stand in different tables, and the line above each names the
+    settings that differ. In the Norman splits, effects are those of conditions with test cells.
     """
-    tables = []
+    tables, all_settings = [], [settings(m, SEEDS + ROW) for m in runs]
     for members in tables_of(runs):
-        config, norman = members[0]["config"], members[0]["config"]["split"] != "random"
+        config = members[0]["config"]
+        norman = config["split"] != "random"
         effects_of = "test" if norman else "all"
-        header = ["model", "guide", *(["f"] if norman else []), "runs", "test IWELBO",
-                  *(["relative IWELBO"] if norman else []), "joint IWELBO",
-                  *(["mask pathway acc."] if any("mask_pathway_accuracy" in m for m in members)
-                    else []),
-                  *(["mask F1"] if any("mask_f1" in m for m in members) else []),
-                  *(title for _, title in COLUMNS)]
+
+        def row(same, label, guide, f, prediction):
+            """A row: of a model all columns, of a baseline those of effects."""
+            cells = {"model": label, "guide": guide, "f": f"{f:g}"} | {
+                title: in_words([m["effects"][scale][effects_of][prediction][column] for m in same])
+                for column, title in COLUMNS}
+            if prediction == "model":
+                cells |= {"runs": str(len(same))} | {
+                    title: in_words([value(m) for m in same], digits)
+                    for title, (value, digits) in of_models.items()}
+            return cells
+
+        of_models = {"test IWELBO": (lambda m: m["iwelbo"], 2),
+                     "relative IWELBO": (lambda m: relative_iwelbo(m, members), 2),
+                     "joint IWELBO": (lambda m: m["iwelbo_joint_per_cell"], 2),
+                     "mask pathway acc.": (lambda m: m.get("mask_pathway_accuracy", math.nan), 3),
+                     "mask F1": (lambda m: m.get("mask_f1", math.nan), 3)}
         rows = []
-        for row in unique(key(m, SEEDS) for m in members):
-            same = [m for m in members if key(m, SEEDS) == row]
+        for same in {key(m, SEEDS): [s for s in members if key(s, SEEDS) == key(m, SEEDS)]
+                     for m in members}.values():
             own = same[0]["config"]
-            cells = {"model": own["model"], "guide": guide_of(own),
-                     "f": f"{own['train_combinations']:g}", "runs": str(len(same)),
-                     "test IWELBO": number([m["iwelbo"] for m in same], 2),
-                     "relative IWELBO": number([relative_iwelbo(m, members) for m in same], 2),
-                     "joint IWELBO": number([m["iwelbo_joint_per_cell"] for m in same], 2),
-                     "mask pathway acc.": number([m.get("mask_pathway_accuracy", math.nan)
-                                                  for m in same]),
-                     "mask F1": number([m.get("mask_f1", math.nan) for m in same])}
-            cells |= {title: number([m["effects"][scale][effects_of]["model"][column]
-                                     for m in same]) for column, title in COLUMNS}
-            rows.append([cells[title] for title in header])
+            rows.append(row(same, own["model"], guide_of(own), own["train_combinations"], "model"))
         for name, label in {**BASELINES, "ceiling": "ceiling"}.items():
-            for f in unique(m["config"]["train_combinations"] for m in members):
-                same = one_of_each_split(members, f)
-                cells = {"model": label, "f": f"{f:g}"} | {
-                    title: number([m["effects"][scale][effects_of][name][column] for m in same])
-                    for column, title in COLUMNS}
-                rows.append([cells.get(title, "") for title in header])
-        differing = [f"{k} {config.get(k)}" for k in sorted(config)
-                     if k not in (*NO_MATTER, *SEEDS, *ROW)
-                     and len({str(m["config"].get(k)) for m in runs}) > 1]
-        lines = [f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
-                 f"{effects_of} conditions, {scale.replace('_', '-')}"
-                 + "; ".join(["", *differing]), options_line(members[0]["options"])]
-        if len({json.dumps(m["options"], sort_keys=True) for m in members}) > 1:
-            lines.append("WARNING: not all were evaluated with the same options; --again does")
-        unfinished = sum(m["last_step"] < m["config"]["steps"] for m in members)
-        if unfinished:
-            lines.append(f"WARNING: {unfinished} of these runs were stopped before their last step")
-        tables.append("\n".join([*lines, "", markdown(header, rows)]))
+            for f in sorted({m["config"]["train_combinations"] for m in members}):
+                rows.append(row(one_of_each_split(members, f), label, "", f, name))
+        header = ["model", "guide", "f", "runs", *of_models, *(title for _, title in COLUMNS)]
+        unused = {"mask pathway acc.": not any("mask_pathway_accuracy" in m for m in members),
+                  "mask F1": not any("mask_f1" in m for m in members),
+                  "f": not norman, "relative IWELBO": not norman}
+        header = [title for title in header if not unused.get(title)]
+
+        own = settings(members[0], SEEDS + ROW)
+        differing = [f"{k} {v}" for k, v in own.items() if k != "screen"
+                     and any(s.get(k) != v for s in all_settings)]
+        tables.append("\n".join([
+            f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
+            f"{effects_of} conditions, {scale.replace('_', '-')}" + "; ".join(["", *differing]),
+            options_line(members[0]["options"]), "",
+            markdown(header, [[cells.get(title, "") for title in header] for cells in rows])]))
     return "\n\n".join(tables)
-
-
-def unique(values):
-    """The values in their order, each once."""
-    return list(dict.fromkeys(values))
 
 
 # ============================================================================================
@@ -635,7 +749,7 @@ def dosages_of(run, conditions):
     Raises DataError for names that the screen does not have, with those that come near.
     """
     known, rows, spelled = run.screen.perturbations, [], []
-    index = {name: t for t, name in enumerate(run.seen.perturbations)}
+    index = {name: t for t, name in enumerate(run.model_screen.perturbations)}
     for condition in conditions:
         names = [condition] if condition in known else [n.strip() for n in condition.split("+")]
         names = sorted(name for name in names if name != "control")
@@ -648,10 +762,11 @@ def dosages_of(run, conditions):
         if len(set(names)) < len(names):
             raise DataError(f"{condition!r} names a perturbation twice")
         spelled.append("+".join(names) or "control")
-        if run.config["model"] == "svae+":  # one label per cell, and none for what it has not seen
+        if not run.model.adds_effects:  # one label per cell, and none for what it has not seen
             names = [spelled[-1]] if names else []
             if not set(names) <= index.keys():
-                print(f"{condition}: not in the data, and svae+ cannot add effects up: no effect")
+                print(f"{condition}: not in the data, and {run.config['model']} cannot add effects "
+                      "up: no effect")
                 names = []
         rows.append([index[name] for name in names])
     d = np.full((len(rows), max(1, *map(len, rows))), data.NONE)
@@ -667,15 +782,14 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4):
     A particle is a basal state and a draw of (M, E): the interval holds the effect on nine of ten
     cells of the population, by what the model knows of the effects. It is no standard error.
     """
-    t, place = torch.unique(dosages.clamp(min=0), return_inverse=True)
-    place = torch.where(dosages == data.NONE, data.NONE, place)
-    mask, effect = model.sample_many(t, n_particles)
+    t, drawn = draws_for(dosages, len(model.n_cells), shared=True)
+    mask, effect = model.sample_many_globals(t, n_particles)
     z_basal = torch.randn(n_particles, model.n_latent, device=dosages.device)
     control = model.log_rho(z_basal, torch.full_like(dosages[0], data.NONE)).exp()
     quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
     low_and_high = []
-    for d, p in zip(dosages, place):
-        z = z_basal + sum_effects(mask, effect, p[None])[:, 0]
+    for d, row in zip(dosages, drawn):
+        z = z_basal + sum_effects(mask, effect, row[None])[:, 0]  # (K, L)
         difference = library * (model.log_rho(z, d).exp() - control)  # (K, G)
         low_and_high.append(torch.quantile(difference, quantiles, dim=0))
     low, high = torch.stack(low_and_high, dim=1)
@@ -691,7 +805,7 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
     """
     dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
-    arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])
+    arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])  # the control first
     expected = expected_expression(run.model, arms, ate_particles, library)
     layers = {}
     for scale in SCALES:
@@ -710,9 +824,9 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
         if untrained[i].any():
             print(f"{condition}: in whole or in part without training cells: what is predicted for "
                   "that is the prior, or no effect")
-        effect = layers["effect_log_normalised"][i]
-        for g in np.argsort(-np.abs(effect), kind="stable")[:10]:
-            rows.append([condition, str(run.screen.gene_names[g]), f"{effect[g]:+.3f}",
+        log2_effect = layers["effect_log_normalised"][i]
+        for g in np.argsort(-np.abs(log2_effect), kind="stable")[:10]:
+            rows.append([condition, str(run.screen.gene_names[g]), f"{log2_effect[g]:+.3f}",
                          f"{layers['expected_counts'][i, g]:.2f}",
                          f"{layers['effect_counts'][i, g]:+.2f}",
                          f"{layers['effect_counts_low'][i, g]:+.2f} to "
@@ -731,10 +845,10 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     """
     model, screen = run.model, run.screen
     torch.manual_seed(evaluation_seed)
-    mask, effect = model.sample_many(model.all_perturbations(), n_draws)
+    mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
     basal, total = [], []
-    for x, d in run.batches.in_order(np.arange(len(screen.rows))):
-        z_pert = sum_effects(mask, effect, d)
+    for x, d in run.batches.in_order(np.arange(len(screen.d))):
+        z_pert = sum_effects(mask, effect, d)  # (draws, B, L)
         loc, _ = model.encode(x, z_pert, d)
         basal.append(loc.expand_as(z_pert).mean(0).cpu())
         total.append((loc + z_pert).mean(0).cpu())
@@ -760,15 +874,15 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
             name += "_"
         return name
 
-    split = np.full(len(screen.rows), "", dtype=object)
+    split = np.full(len(screen.d), "", dtype=object)
     for name, cells in run.split.items():
         split[cells] = name
     obs = {free("cell"): screen.cell_names, **columns,
            free("sams_vae_condition"): screen.conditions, free("sams_vae_split"): split}
-    uns = {"perturbations": list(run.seen.perturbations)}
+    uns = {"perturbations": list(run.model_screen.perturbations)}
     if model.has_mask:
         uns["mask_probability"] = model.mask_probability().cpu().numpy()
-    if run.config["model"] != "cvae":
+    if model.has_effects:
         uns |= {"effect": effect.mean(0).cpu().numpy(),
                 "offset": (mask * effect).mean(0).cpu().numpy()}
     run.write("latents.h5ad", X=None, obs=obs, var={"gene": screen.gene_names},
@@ -802,6 +916,13 @@ def save_figure(figure, path):
     return path
 
 
+def heat_map(axis, values, limit, title, **labels):
+    """Values (rows, columns) from -limit (blue) to limit (red). Returns the image."""
+    axis.set(title=title, xticks=[], yticks=[], **labels)
+    return axis.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit,
+                       interpolation="nearest")
+
+
 def in_order_of_angle(matrix):
     """An order of the rows, neighbours alike: by angle in the first two principal components."""
     u, s, _ = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
@@ -814,72 +935,60 @@ def figure_of_training(folder):
     log = read_log(folder)
     if not log:
         raise DataError(f"{folder}/log.jsonl: no line to draw")
-    figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    for axis, names in zip(axes, (("loss", "validation_loss"),
-                                  ("kl_basal", "kl_mask", "kl_effect"), ("mask_probability",))):
+    figure, axes = pyplot().subplots(1, 4, figsize=(14, 3), layout="constrained")
+    for axis, names, unit in zip(axes, (
+            ("loss", "validation_loss"), ("kl_basal", "kl_mask", "kl_effect"),
+            ("mask_probability",), ("mask_size",)), (
+            "nats per cell", "nats per cell", "mean probability", "latents of probability > 0.5")):
         for name in names:
-            steps, values = np.array([(line["step"], line[name]) for line in log if name in line]
-                                     or np.empty((0, 2))).T
-            axis.plot(steps, values, label=name.replace("_", " "),
-                      marker="." if name == "validation_loss" else None)
-        axis.set_xlabel("step")
-    # The first steps would hide all others.
+            points = [(line["step"], line[name]) for line in log if name in line]
+            if points:
+                axis.plot(*zip(*points), label=name.replace("_", " "),
+                          marker="." if name == "validation_loss" else None)
+        axis.set(xlabel="step", ylabel=unit)
+        if axis.lines:
+            axis.legend()
+        else:
+            axis.text(0.5, 0.5, "no masks to learn", transform=axis.transAxes, ha="center")
     losses = [line["loss"] for line in log]
-    axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)
-    axes[0].set_ylabel("nats per cell")
-    axes[1].set_ylabel("nats per cell")
+    axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)  # the first would hide others
     axes[1].set_yscale("symlog", linthresh=0.01)
-    axes[2].set_ylabel("mean mask probability")
-    axes[0].legend()
-    axes[1].legend()
-    if any("mask_size" in line for line in log):
-        right = axes[2].twinx()
-        right.plot([line["step"] for line in log], [line["mask_size"] for line in log], "C1")
-        right.set_ylabel("latents of probability > 0.5", color="C1")
-    else:
-        axes[2].text(0.5, 0.5, "no masks to learn", transform=axes[2].transAxes, ha="center")
     figure.suptitle(os.path.basename(folder))
     return save_figure(figure, os.path.join(folder, "training.png"))
 
 
 def figure_of_masks(run, pathways=None):
     """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway."""
-    model, names = run.model, run.seen.perturbations
+    model, names = run.model, run.model_screen.perturbations
     torch.manual_seed(0)
     with torch.no_grad():
-        mask, effect = model.sample_many(model.all_perturbations(), 50)
-        probability, offset = model.mask_probability().numpy(force=True), (
-            mask * effect).mean(0).numpy(force=True)
+        mask, effect = model.sample_many_globals(model.all_perturbations(), 50)
+        probability = model.mask_probability().numpy(force=True)
+        offset = (mask * effect).mean(0).numpy(force=True)
     pathway = pathway_of(names, pathways_of(run, pathways))
-    if any(p is not None for p in pathway):
-        rows = np.flatnonzero([p is not None for p in pathway])
-        groups = unique(sorted(pathway[rows].astype(str)))
-    else:
-        rows, groups, pathway = np.arange(len(names)), ["all perturbations"], np.full(
-            len(names), "all perturbations", dtype=object)
-    rows = np.concatenate([members[in_order_of_angle(offset[members])] for members in (
-        rows[pathway[rows] == group] for group in groups)])
+    if not any(p is not None for p in pathway):
+        pathway = np.full(len(names), "all perturbations", dtype=object)
+    groups = sorted({p for p in pathway if p is not None})
+    members = [np.flatnonzero(pathway == group) for group in groups]
+    rows = np.concatenate([m[in_order_of_angle(offset[m])] for m in members])
     # Latents stand where the pathway stands that they matter most to.
-    strength = np.stack([np.abs(offset[rows[pathway[rows] == g]]).mean(0) for g in groups])
+    strength = np.stack([np.abs(offset[m]).mean(0) for m in members])
     latents = np.lexsort((-strength.max(0), strength.argmax(0)))
 
-    panels = [("mask probability", probability, "Greys", 0, 1)] if model.has_mask else []
-    limit = max(1e-6, np.quantile(np.abs(offset), 0.99))
-    panels += [("mean offset E[m e]", offset, "RdBu_r", -limit, limit)]
+    panels = [("mask probability", probability, 1)] if model.has_mask else []
+    panels += [("mean offset E[m e]", offset, max(1e-6, np.quantile(np.abs(offset), 0.99)))]
     figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 5 * len(panels), 7),
                                      squeeze=False, layout="constrained", sharey=True)
-    n = np.cumsum([0] + [(pathway[rows] == g).sum() for g in groups])
-    for axis, (title, values, colours, low, high) in zip(axes[0], panels):
-        image = axis.imshow(values[rows][:, latents], aspect="auto", cmap=colours, vmin=low,
-                            vmax=high, interpolation="nearest")
+    edges = np.cumsum([0, *map(len, members)])
+    for axis, (title, values, limit) in zip(axes[0], panels):
+        image = heat_map(axis, values[rows][:, latents], limit, title,
+                         xlabel=f"{len(latents)} latent dimensions")
         figure.colorbar(image, ax=axis, shrink=0.5)
-        axis.set_title(title)
-        axis.set_xlabel(f"{len(latents)} latent dimensions")
-        axis.set_xticks([])
-        for edge in n[1:-1]:
-            axis.axhline(edge - 0.5, color="C1", linewidth=0.8)
-    labels = [f"{g if len(g) <= 28 else g[:26] + '...'} ({k})" for g, k in zip(groups, np.diff(n))]
-    axes[0, 0].set_yticks((n[1:] + n[:-1] - 1) / 2, labels)
+        for edge in edges[1:-1]:
+            axis.axhline(edge - 0.5, color="0.3", linewidth=0.5)
+    labels = [f"{group if len(group) <= 28 else group[:26] + '...'} ({len(m)})"
+              for group, m in zip(groups, members)]
+    axes[0, 0].set_yticks((edges[1:] + edges[:-1] - 1) / 2, labels)
     if len(groups) == 1 and len(rows) <= 60:
         axes[0, 0].set_yticks(np.arange(len(rows)), [names[t] for t in rows])
     figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations")
@@ -888,21 +997,18 @@ def figure_of_masks(run, pathways=None):
 
 def figure_of_effects(folder, metrics):
     """Figure 3: effects by the data and by the model, as heat maps and as a density of points."""
-    effects = data.read_layers(os.path.join(folder, "effects.h5ad"))
-    kept = np.isfinite(effects["data_log_normalised"]).all(1)
-    observed, predicted = (effects[f"{name}_log_normalised"][kept] for name in ("data", "model"))
+    layers = data.read_layers(os.path.join(folder, "effects.h5ad"))
+    kept = np.isfinite(layers["data_log_normalised"]).all(1)
+    observed, predicted = (layers[f"{name}_log_normalised"][kept] for name in ("data", "model"))
     if not len(observed):
         raise DataError(f"{folder}: no condition has cells that effects could be taken from")
     rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
     limit = max(1e-6, np.quantile(np.abs(observed), 0.99))
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained",
-                                width_ratios=(1, 1, 1.1))
+    figure, axes = pyplot().subplots(1, 3, figsize=(14, 4.8), layout="constrained",
+                                     width_ratios=(1, 1, 1.1))
     for axis, values, title in ((axes[0], observed, "data"), (axes[1], predicted, "model")):
-        image = axis.imshow(values[rows][:, columns], aspect="auto", cmap="RdBu_r", vmin=-limit,
-                            vmax=limit, interpolation="nearest")
-        axis.set(title=f"{title}: effects, log-normalised", xticks=[], yticks=[],
-                 xlabel=f"{values.shape[1]:,} genes", ylabel=f"{len(values):,} conditions")
+        image = heat_map(axis, values[rows][:, columns], limit, f"{title}: effects, log-normalised",
+                         xlabel=f"{values.shape[1]:,} genes", ylabel=f"{len(values):,} conditions")
     figure.colorbar(image, ax=axes[:2], shrink=0.6)
     hexagons = axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log",
                               mincnt=1, cmap="viridis")
@@ -926,48 +1032,41 @@ def figure_of_combinations(runs, folder):
         if split == "random":
             continue
         fractions = sorted({m["config"]["train_combinations"] for m in members})
-        kinds = unique((m["config"]["model"], guide_of(m["config"])) for m in sorted(
-            members, key=lambda m: list(MODELS).index(m["config"]["model"])))
-        plt = pyplot()
-        figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 
-        def bars(axis, i, n, values, colour):
-            """The i-th of n bars at every f: mean and sd of values(f)."""
-            width = 0.85 / n
-            for j, f in enumerate(fractions):
-                v = np.array(values(f), float)
-                v = v[np.isfinite(v)]
-                if len(v):
-                    axis.bar(j + (i - (n - 1) / 2) * width, v.mean(), 0.92 * width, color=colour,
-                             yerr=v.std(ddof=1) if len(v) > 1 else None, capsize=2)
+        def test_pearson(prediction, m):
+            """ATE-Pearson of conditions with test cells."""
+            return m["effects"]["log_normalised"]["test"][prediction]["pearson"]
 
-        for i, kind in enumerate(kinds):
-            same = [m for m in members if (m["config"]["model"], guide_of(m["config"])) == kind]
-            of = {f: [m for m in same if m["config"]["train_combinations"] == f] for f in fractions}
-            bars(axes[0], i, len(kinds), lambda f: [
-                relative_iwelbo(m, members) for m in of[f]], f"C{i}")
-            bars(axes[1], i, len(kinds) + 2, lambda f: [
-                m["effects"]["log_normalised"]["test"]["model"]["pearson"] for m in of[f]], f"C{i}")
-        greys = ("0.75", "0.5")
-        for i, name in enumerate(("perturbed_mean", "additive")):
-            bars(axes[1], len(kinds) + i, len(kinds) + 2, lambda f: [
-                m["effects"]["log_normalised"]["test"][name]["pearson"]
-                for m in one_of_each_split(members, f)], greys[i])
+        # Bars by name: the runs at each f, and one value of a run for each panel.
+        bars = {}
+        for m in members:
+            name = f"{m['config']['model']}, {guide_of(m['config'])}"
+            same = bars.setdefault(name, [{f: [] for f in fractions}, "model"])[0]
+            same[m["config"]["train_combinations"]].append(m)
+        n_models = len(bars)
+        for name in ("perturbed_mean", "additive"):
+            bars[BASELINES[name]] = [{f: one_of_each_split(members, f) for f in fractions}, name]
+        figure, axes = pyplot().subplots(1, 2, figsize=(12, 4), layout="constrained")
+        for i, (name, (of_fraction, prediction)) in enumerate(bars.items()):
+            for axis, value in ((axes[0], lambda m: relative_iwelbo(m, members)),
+                                (axes[1], lambda m: test_pearson(prediction, m))):
+                if axis is axes[0] and i >= n_models:  # baselines have no likelihood
+                    continue
+                values = [np.array([value(m) for m in of_fraction[f]], float) for f in fractions]
+                values = [v[np.isfinite(v)] for v in values]
+                axis.bar(np.arange(len(fractions)) + 0.85 * ((i + 0.5) / len(bars) - 0.5),
+                         [v.mean() if len(v) else math.nan for v in values], 0.8 / len(bars),
+                         yerr=[v.std(ddof=1) if len(v) > 1 else math.nan for v in values],
+                         color=f"C{i}" if i < n_models else str(0.75 - 0.25 * (i - n_models)),
+                         capsize=2, label=name)
         axes[0].set_ylabel("test IWELBO relative to\nSAMS-VAE (correlated), f = 0")
-        if not axes[0].patches:
-            axes[0].text(0.5, 0.5, "needs the run of SAMS-VAE\nwith f = 0 on the same split",
-                         ha="center", va="center", transform=axes[0].transAxes)
         axes[1].set_ylabel("ATE-Pearson, test conditions")
         for axis in axes:
             axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
             axis.set_xlabel("fraction f of training combinations")
             axis.axhline(0, color="0.3", linewidth=0.8)
-        labels = [", ".join(kind) for kind in kinds] + ["perturbed mean", "additive"]
-        colours = [f"C{i}" for i in range(len(kinds))] + list(greys)
-        figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours], labels,
-                      loc="outside lower center", ncols=4)
-        data_name = os.path.basename(members[0]["config"]["data"])
-        figure.suptitle(f"{split}, {data_name}")
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.suptitle(f"{split}, {os.path.basename(members[0]['config']['data'])}")
         path, n = os.path.join(folder, f"{split}.png"), 1
         while path in paths:  # runs of other data, or with other settings
             path, n = os.path.join(folder, f"{split}-{n + 1}.png"), n + 1
@@ -978,6 +1077,33 @@ def figure_of_combinations(runs, folder):
 # ============================================================================================
 # The command line
 # ============================================================================================
+
+
+def add_options(parser, rows):
+    """Add options given as (--name, default, what is allowed, text): bool for a switch, a list of
+    words, or (least, largest, the same in words). One that is not given is absent from the result.
+    """
+    for flag, default, allowed, text in rows:
+        if allowed is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(allowed[0], str):
+            how = {"choices": allowed}
+        else:
+            how = {"type": number_within(type(default), *allowed)}
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} [{default}]", **how)
+
+
+def number_within(kind, least, largest, words):
+    """A function text -> number for argparse, which refuses what is outside of the bounds."""
+    def parse(text):
+        """The number; raises what argparse turns into a message."""
+        value = kind(text)
+        if not least <= value <= largest:  # also where it is NaN
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def evaluated(folder, options):
@@ -999,10 +1125,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+")
-    for flag, default, text in OPTIONS:
-        parser.add_argument(flag, type=type(default), default=argparse.SUPPRESS,
-                            choices=("all", "test") if flag == "--effects-from" else None,
-                            help=f"{text} [{default}]")
+    add_options(parser, OPTIONS)
     parser.add_argument("--pathways", metavar="FILE.json", default=argparse.SUPPRESS,
                         help="pathway -> list of genes (default: uns/pathways of the data)")
     parser.add_argument("--again", action="store_true", help="evaluate what is evaluated already")
@@ -1014,12 +1137,8 @@ def main(arguments=None):
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved")
     args = parser.parse_args(arguments)
-    names = [flag[2:].replace("-", "_") for flag, _, _ in OPTIONS] + ["pathways"]
+    names = [flag[2:].replace("-", "_") for flag, *_ in OPTIONS] + ["pathways"]
     options = {name: value for name, value in vars(args).items() if name in names}
-    for name, value in options.items():
-        least = 0 if name == "evaluation_seed" else 1
-        if isinstance(value, int) and not least <= value < 2**32:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^32")
     if "pathways" in options:
         options["pathways"] = os.path.abspath(options["pathways"])
     if args.figures and (args.predict or args.latents):
@@ -1027,54 +1146,60 @@ def main(arguments=None):
     if args.figures:
         pyplot()
 
-    def one(folder):
-        """Do what was asked for with one run. Returns its metrics, if it was evaluated."""
-        if args.predict or args.latents:
-            run = Run(folder, args.device, args.data)
-            own = {k: v for k, v in options.items() if k in (
-                "ate_particles", "library", "evaluation_seed")}
-            if args.predict:
-                print(f"{predict(run, args.predict, **own)}\n\nwritten: {folder}/predictions.h5ad")
-            if args.latents:
-                write_latents(run, evaluation_seed=own.get("evaluation_seed", 0))
-                print(f"written: {folder}/latents.h5ad")
-            return None
-        run, metrics = None, None if args.again else evaluated(folder, options)
-        if metrics is None:
-            run = Run(folder, args.device, args.data)
-            metrics = evaluate(run, **options)
-            written = f"\n\nwritten: {folder}/metrics.json, {folder}/effects.h5ad"
-            print(f"\n{folder}\n{table(metrics)}{written}")
-        elif len(folders) == 1:
-            print(f"\n{folder}, as evaluated before (--again evaluates anew)\n{table(metrics)}")
-        if args.figures:
-            run = run or Run(folder, args.device, args.data)
-            figures = [figure_of_training(folder), figure_of_effects(folder, metrics)]
-            if run.config["model"] != "cvae":  # it has neither masks nor effects in latent space
-                figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
-            print("written: " + ", ".join(figures))
-        return metrics
-
-    folders, results, failed = [folder.rstrip("/") for folder in args.runs], [], False
+    folders, evaluations = [folder.rstrip("/") for folder in args.runs], []
+    done = failed = 0
     for folder in folders:
         if len(folders) > 1 and not os.path.isfile(os.path.join(folder, "best.pt")):
             print(f"{folder}: passed over, it has no best.pt")
             continue
         try:
-            results.append(one(folder))
+            if args.predict or args.latents:
+                use_run(folder, args, options)
+            else:
+                evaluations.append(evaluate_run(folder, args, options, len(folders) == 1))
+            done += 1
         except DataError as error:  # of several runs, the others go on
             if len(folders) == 1:
                 raise
             print(f"error: {folder}: {error}", file=sys.stderr)
-            failed = True
-    evaluations = [metrics for metrics in results if metrics is not None]
+            failed += 1
     if len(evaluations) > 1:
         print(f"\n{table_of_runs(evaluations, args.scale)}")
     if evaluations and args.figures:
         for path in figure_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
             print(f"written: {path}")
-    if failed or not results:
+    if failed or not done:
         sys.exit(2)
+
+
+def use_run(folder, args, options):
+    """--predict and --latents of one run."""
+    run = Run(folder, args.device, args.data)
+    own = {k: v for k, v in options.items() if k in ("ate_particles", "library", "evaluation_seed")}
+    if args.predict:
+        print(f"{predict(run, args.predict, **own)}\n\nwritten: {folder}/predictions.h5ad")
+    if args.latents:
+        write_latents(run, evaluation_seed=own.get("evaluation_seed", 0))
+        print(f"written: {folder}/latents.h5ad")
+
+
+def evaluate_run(folder, args, options, alone):
+    """Evaluate one run unless that was done before, and draw its figures. Returns its metrics."""
+    run, metrics = None, None if args.again else evaluated(folder, options)
+    if metrics is None:
+        run = Run(folder, args.device, args.data)
+        metrics = evaluate(run, **options)
+        print(f"\n{folder}\n{table(metrics)}\n\nwritten: {folder}/metrics.json, "
+              f"{folder}/effects.h5ad")
+    elif alone:
+        print(f"\n{folder}, as evaluated before (--again evaluates anew)\n{table(metrics)}")
+    if args.figures:
+        run = run or Run(folder, args.device, args.data)
+        figures = [figure_of_training(folder), figure_of_effects(folder, metrics)]
+        if run.model.has_effects:
+            figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
+        print("written: " + ", ".join(figures))
+    return metrics | {"folder": folder}
 
 
 if __name__ == "__main__":

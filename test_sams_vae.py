@@ -26,9 +26,9 @@ import data
 import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, digamma_difference, elbo, iwelbo, kl_bernoulli,
-                      kl_normal, mean_log_of_poisson, nb_log_likelihood,
-                      straight_through_bernoulli, sum_effects)
+                      average_treatment_effects, elbo, iwelbo, kl_bernoulli, kl_normal,
+                      mean_log_of_poisson, nb_log_likelihood, straight_through_bernoulli,
+                      sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -145,17 +145,17 @@ def test_nb_gradients_are_right_for_one_dispersion_or_one_per_gene_and_any_numbe
         torch.autograd.grad(trusted.sum(), (log_rho, log_theta)), rtol=1e-5, atol=1e-5)
 
 
-def test_the_digamma_difference_equals_that_of_torch():
-    x = torch.tensor([0.0, 1, 2, 5, 30, 1000, 1e5]).double()[:, None]
-    theta = torch.linspace(-20, 8, 29).double().exp()
-    trusted = torch.digamma(x + theta) - torch.digamma(theta)
-    torch.testing.assert_close(digamma_difference(x, theta), trusted, rtol=1e-7, atol=1e-7)
-    # In single precision too; and where theta is large, theirs is the one that loses digits.
-    in_float = digamma_difference(x.float(), theta.float())
-    torch.testing.assert_close(in_float.double(), trusted, rtol=2e-6, atol=1e-6)
-    large = torch.tensor([1e8])
-    torch.testing.assert_close(digamma_difference(torch.tensor([[50.0]]), large) * large,
-                               torch.tensor([[50.0]]), rtol=1e-5, atol=0)
+def test_nb_in_single_precision_has_the_gradients_of_double_precision():
+    torch.manual_seed(0)
+    x = torch.tensor([[0.0, 1, 7, 60, 3000]])
+    for log_theta in (-3.0, 0.0, 2.0, 6.0):
+        gradients = []
+        for dtype in (torch.float32, torch.float64):
+            log_mean = torch.tensor([-5.0, 0.5, 2, 4, 8], dtype=dtype, requires_grad=True)
+            log_dispersion = torch.full((5,), log_theta, dtype=dtype, requires_grad=True)
+            nb_log_likelihood(x, log_mean, log_dispersion).sum().backward()
+            gradients.append([log_mean.grad.double(), log_dispersion.grad.double()])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=2e-3)
 
 
 # ============================================================================================
@@ -205,7 +205,7 @@ def test_kl_terms_equal_torch_distributions_and_monte_carlo():
 def test_kl_of_mask_and_effect_equals_monte_carlo_under_the_joint_guide(effects):
     model, t, n = small_model(effects=effects, beta=1.7), torch.tensor([0, 2, 2]), 20_000
     with torch.no_grad():
-        mask, effect, kl_mask, kl_effect = model.sample_effects(t, n)
+        mask, effect, kl_mask, kl_effect = model.sample_globals(t, n)
         if effects:
             loc, log_var = model.f_emb(mask, t[:, None]).chunk(2, -1)
             var = log_var.exp() + 1e-4
@@ -250,7 +250,7 @@ def test_two_perturbations_add_and_the_control_adds_nothing():
 @pytest.mark.parametrize("basal, effects", GUIDES)
 def test_cpa_vae_is_sams_vae_with_a_mask_of_ones_and_no_kl_for_it(basal, effects):
     model = small_model(CPAVAE, basal=basal, effects=effects)
-    mask, _, kl_mask, _ = model.sample_effects(torch.arange(3), 2)
+    mask, _, kl_mask, _ = model.sample_globals(torch.arange(3), 2)
     assert (mask == 1).all() and (kl_mask == 0).all() and (model.mask_probability() == 1).all()
     assert "mask_logits" not in dict(model.named_parameters())
     value, terms = elbo(model, *small_batch())
@@ -294,7 +294,7 @@ def test_the_encoder_sees_log1p_counts_standardised_by_the_training_cells():
 @pytest.mark.parametrize("basal, effects", GUIDES)
 def test_the_posterior_of_an_unseen_perturbation_is_its_prior(kind, basal, effects):
     model = small_model(kind, n_cells=(5, 0, 2), basal=basal, effects=effects, beta=2.0)
-    mask, effect, kl_mask, kl_effect = model.sample_effects(torch.tensor([1]), 50_000)
+    mask, effect, kl_mask, kl_effect = model.sample_globals(torch.tensor([1]), 50_000)
     assert kl_mask.abs().max() < 1e-6 and kl_effect.abs().max() < 1e-6
     assert_close_to_mean(effect[:, 0].detach() ** 2, torch.full((3,), 2.0))
     if kind is SAMSVAE:
@@ -329,6 +329,17 @@ def test_beta_bernoulli_kl_equals_monte_carlo_and_the_mask_has_the_mean_of_its_b
     torch.testing.assert_close(model.mask_probability(), q.mean)
 
 
+def test_the_beta_bernoulli_kl_is_that_of_the_masks_alone_and_some_slack():
+    model = small_model(BetaBernoulliSAMSVAE, mask_a=0.7, mask_b=3.0)
+    mask, kl = model.sample_mask(torch.arange(3), 1)
+    p = model.mask_probability()
+    of_masks = kl_bernoulli(p.logit(), 0.7 / 3.7).sum(-1)  # q and p of m, with p_tl integrated out
+    assert (kl > of_masks + 0.01).all()
+    with torch.no_grad():  # no slack where q(p | m) is p(p | m), which is where q is the prior
+        model.mask_log_a.fill_(math.log(0.7)), model.mask_log_b.fill_(math.log(3.0))
+    assert model.sample_mask(torch.arange(3), 1)[1].abs().max() < 1e-5
+
+
 def test_the_gradient_of_the_beta_bernoulli_mask_reaches_both_parameters():
     model = small_model(BetaBernoulliSAMSVAE)
     elbo(model, *small_batch(), 50)[0].backward()
@@ -338,7 +349,7 @@ def test_the_gradient_of_the_beta_bernoulli_mask_reaches_both_parameters():
 
 def test_the_global_term_of_svae_plus_is_exactly_minus_log_beta_of_the_mask_probability():
     model = small_model(SVAEPlus, mask_b=2.7)
-    _, _, kl_mask, kl_effect = model.sample_effects(torch.tensor([0, 2]), 4)
+    _, _, kl_mask, kl_effect = model.sample_globals(torch.tensor([0, 2]), 4)
     density = torch.distributions.Beta(1.0, 2.7).log_prob(model.mask_probability()[[0, 2]])
     torch.testing.assert_close(kl_mask, -density.sum(-1))
     assert (kl_effect == 0).all()
@@ -346,7 +357,7 @@ def test_the_global_term_of_svae_plus_is_exactly_minus_log_beta_of_the_mask_prob
 
 def test_svae_plus_is_z_around_mask_times_mu_and_a_guide_of_z_that_does_not_see_the_label():
     model, (x, d) = small_model(SVAEPlus), small_batch()
-    mask, effect, _, _ = model.sample_effects(torch.arange(3), 5)
+    mask, effect, _, _ = model.sample_globals(torch.arange(3), 5)
     z_pert = sum_effects(mask, effect, d[:, :1])
     torch.testing.assert_close(z_pert[:, 0], mask[:, 0] * model.effect_loc[0])
     loc, var = model.encode(x, z_pert, d[:, :1])
@@ -378,7 +389,7 @@ def test_the_dosages_of_the_conditional_vae_enter_both_networks():
     torch.testing.assert_close(model.log_rho(z, d).exp(), rho)
     loc, _ = whole(model.encoder, [torch.log1p(x), multi_hot]).chunk(2, -1)
     torch.testing.assert_close(model.encode(x, None, d)[0], loc)
-    mask, effect, kl_mask, kl_effect = model.sample_effects(torch.arange(3), 2)
+    mask, effect, kl_mask, kl_effect = model.sample_globals(torch.arange(3), 2)
     assert all((v == 0).all() for v in (sum_effects(mask, effect, d), kl_mask, kl_effect))
 
 
@@ -403,7 +414,7 @@ def test_each_perturbation_pays_its_kl_exactly_once_per_epoch(n_absent):
         for cells in batches:
             _, terms = elbo(model, x[list(cells)], d[list(cells)])
             paid = {name: paid[name] + len(cells) * terms[name].item() for name in paid}
-        _, _, kl_mask, kl_effect = model.sample_effects(torch.arange(3 + n_absent), 1)
+        _, _, kl_mask, kl_effect = model.sample_globals(torch.arange(3 + n_absent), 1)
         # The sum over all T: an absent perturbation's KL is zero, and so is what is paid for it.
         assert paid["kl_mask"] == pytest.approx(kl_mask.sum().item(), rel=1e-5)
         assert paid["kl_effect"] == pytest.approx(kl_effect.sum().item(), rel=1e-5)
@@ -426,7 +437,7 @@ def test_minibatches_sum_to_the_full_data_elbo_in_expectation(kind, basal, effec
         # Full data: one draw of (M, E) for all cells, every KL once, scored by hand.
         t, full = torch.arange(3), []
         for _ in range(500):
-            mask, effect, kl_mask, kl_effect = model.sample_effects(t, 10)
+            mask, effect, kl_mask, kl_effect = model.sample_globals(t, 10)
             z_pert = torch.einsum("nt,ktl->knl", (d[:, :, None] == t).any(1).float(), mask * effect)
             loc, var = model.encode(x, z_pert, d)
             z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
@@ -617,7 +628,7 @@ def test_joint_iwelbo_is_equation_6_and_7_of_the_same_draws(kind):
     torch.manual_seed(5)
     normal, t = torch.distributions.Normal, torch.arange(3)
     with torch.no_grad():
-        mask, effect, _, _ = model.sample_effects(t, 4)
+        mask, effect, _, _ = model.sample_globals(t, 4)
         loc_e, var_e = model.effect_posterior(mask, t)
         log_p_global = normal(0.0, 1.0).log_prob(effect)
         log_p_global -= normal(loc_e, var_e.sqrt()).log_prob(effect)
@@ -652,7 +663,7 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(lo
     dosages, n, library = torch.tensor([[0, NONE], [1, 2]]), 60_000, 1e4
     ours = average_treatment_effects(model, dosages, n, chunk=50_000)
     with torch.no_grad():  # the definition: two arms, latents shared, one sampled cell per arm
-        mask, effect, _, _ = model.sample_effects(torch.arange(3), n)
+        mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
         z_basal, theta = torch.randn(n, 3), model.log_theta.exp()
 
         def sample(z_pert):
@@ -669,6 +680,27 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(lo
                 # our own noise is no larger than that of plain sampling
                 assert_close_to_mean(samples, ours[scale][i].double(), sigmas=4.5 * 2**0.5)
                 assert (ours[scale][i].abs() > 15 * samples.std(0) / math.sqrt(n)).any()
+
+
+def test_simulated_cells_without_counts_are_left_out_of_log_normalised_effects():
+    model, library, n = small_model(n_genes=5), 3, 200_000
+    dosages = torch.tensor([[0, NONE], [1, 2]])
+    ours = average_treatment_effects(model, dosages, 40_000, library)["log_normalised"]
+    with torch.no_grad():  # as data: cells are sampled, and those without counts are dropped
+        mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
+        z_basal, theta, mean, error = torch.randn(n, 3), model.log_theta.exp(), [], []
+        for chosen in ([], [0], [1, 2]):
+            rho = model.log_rho(z_basal + (mask * effect)[:, chosen].sum(1)).exp()
+            gamma = torch.distributions.Gamma(theta, theta).sample((n,))
+            x = torch.poisson(library * rho * gamma)
+            x = x[x.sum(1) > 0]
+            assert len(x) < 0.95 * n
+            y = torch.log2(1 + 1e4 * x / x.sum(1, keepdim=True))
+            mean.append(y.mean(0)), error.append(y.std(0) / math.sqrt(len(y)))
+    for i in (1, 2):
+        difference = (mean[i] - mean[0] - ours[i - 1]).abs()
+        assert (difference < 4.5 * 3 * (error[i] + error[0])).all()  # ours: a fifth of the cells
+        assert (mean[i] - mean[0]).abs().max() > 0.3
 
 
 def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
@@ -691,7 +723,7 @@ def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
     @torch.no_grad()
     def plain(n):
         """A loop over arms that samples counts, basal states shared."""
-        mask, effect, _, _ = model.sample_effects(torch.arange(3), n)
+        mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
         z_basal, y = torch.randn(n, 3), []
         for z in (z_basal + (mask * effect)[:, 0], z_basal):
             mean = library * model.log_rho(z).exp()
@@ -1552,32 +1584,36 @@ def train_on_screen(name, *options):
                                      ["--model", "sams-vae-beta-bernoulli"], ["--model", "svae+"],
                                      ["--model", "cvae"]])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options, monkeypatch):
-    train_on_screen("whole", "--steps", "18", *options)
+    options = ["--steps", "18", "--log-every", "3", *options]
+    train_on_screen("whole", *options)
     plain, calls = train.elbo, []
 
     def interrupting(*arguments):  # Ctrl-C after the first validation, between two others
         calls.append(1)
-        if len(calls) == 10:
+        if len(calls) == 9:  # steps and validations: within an interval of the log
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*arguments)
 
     monkeypatch.setattr(train, "elbo", interrupting)
     with pytest.raises(SystemExit) as stopped:
-        train_on_screen("parts", "--steps", "18", *options)
+        train_on_screen("parts", *options)
     assert stopped.value.code == 130
-    interrupted = train.load_checkpoint("runs/parts", "last.pt")["step"]
-    assert 5 < interrupted < 18 and interrupted % 5
+    interrupted = evaluate.load_checkpoint("runs/parts", "last.pt")["step"]
+    assert 5 < interrupted < 18 and interrupted % 5 and interrupted % 3
     train.main(["--resume", "runs/parts"])
     for name in ("last.pt", "best.pt"):
-        whole, parts = (train.load_checkpoint(f"runs/{run}", name) for run in ("whole", "parts"))
+        whole, parts = (evaluate.load_checkpoint(f"runs/{run}", name) for run in ("whole", "parts"))
         for key in ("step", "best", "shuffle"):
             assert whole[key] == parts[key]
         assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
         moments = [[v for s in run["optimizer"]["state"].values() for v in s.values()]
                    for run in (whole, parts)]
         assert all(torch.equal(a, b) for a, b in zip(*moments))
-    steps = [json.loads(line)["step"] for line in open("runs/parts/log.jsonl")]
-    assert steps == sorted(set(steps)) and steps[-1] == 18
+    logs = [[json.loads(line) for line in open(f"runs/{run}/log.jsonl")]
+            for run in ("whole", "parts")]
+    assert [line["step"] for line in logs[0]] == [3, 5, 6, 9, 10, 12, 15, 18]
+    for whole, parts in zip(*logs, strict=True):  # all but the time it took
+        assert whole | {"cells_per_second": 0} == parts | {"cells_per_second": 0}
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -1587,7 +1623,7 @@ def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
     assert run["gene_names"] == list(screen.gene_names)
     assert run["perturbations"] == screen.perturbations
     train_cells = run["split"]["train"].numpy()
-    assert run["training"]["n_cells"][0] == (screen.d[train_cells] == 0).sum() > 0
+    assert run["model_arguments"]["n_cells"][0] == (screen.d[train_cells] == 0).sum() > 0
     assert json.load(open("runs/run/config.json")) == run["config"]
     seen = run["shuffle"]["epoch"] * len(train_cells) + run["shuffle"]["position"]
     assert seen == run["step"] * 64 == 4 * 64
@@ -1601,15 +1637,15 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(folder, monkeypatc
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(train, "validation_loss", lambda *arguments: next(losses))
     train_on_screen("run", "--steps", "15")
-    best, last = (train.load_checkpoint("runs/run", name) for name in ("best.pt", "last.pt"))
+    best, last = (evaluate.load_checkpoint("runs/run", name) for name in ("best.pt", "last.pt"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (10, 1.0, 15, 1.0)
 
 
 def test_options_reach_the_model_and_the_optimizer(folder):
     train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
                     "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4")
-    run = train.load_checkpoint("runs/run", "last.pt")
-    model = train.build_model(run["config"], run["training"])
+    run = evaluate.load_checkpoint("runs/run", "last.pt")
+    model = evaluate.build_model(run)
     assert (model.alpha, model.beta) == (0.3, 2.5)
     assert len(model.encoder.residual) == len(model.decoder.residual) == 2
     assert len(model.f_emb.residual) == 3
@@ -1618,7 +1654,7 @@ def test_options_reach_the_model_and_the_optimizer(folder):
     # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
     for clip, moves in (("0", True), ("1e-12", False)):
         train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0")
-        weights = train.load_checkpoint(f"runs/clip{clip}", "last.pt")["model"]["log_theta"]
+        weights = evaluate.load_checkpoint(f"runs/clip{clip}", "last.pt")["model"]["log_theta"]
         assert (weights.abs().max() > 1e-5) == moves
 
 
@@ -1687,11 +1723,32 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         assert scores["no_change"]["discrimination"] == 0.5
 
 
+def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
+    train_on_screen("run", "--steps", "12")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["5", "10", "12"]
+    assert all("loss" in line and "best validation" in line for line in lines)
+    assert not any("\r" in line for line in lines)
+
+
+def test_the_benchmark_has_the_shape_of_the_default_screen():
+    config = configuration()
+    conditions = config["simulated_perturbations"] + config["simulated_pairs"]
+    n_cells, _, n_perturbations, _ = train.SHAPES["simulated"]
+    assert n_cells == 100 + conditions * config["simulated_cells"]  # 100 controls
+    assert n_perturbations == config["simulated_perturbations"]
+
+
+def test_training_uses_the_evaluation_and_not_the_other_way_round():
+    code = "import sys, evaluate; sys.exit('train' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
     with pytest.raises(SystemExit) as stopped:
         train_on_screen("bad", "--steps", "50", "--lr", "4e9")
-    assert "the loss was not finite at step 2:" in stopped.value.code
-    assert train.load_checkpoint("runs/bad", "last.pt")["step"] == 0
+    assert "the loss was not finite in steps 1 to 2:" in stopped.value.code
+    assert evaluate.load_checkpoint("runs/bad", "last.pt")["step"] == 0
 
 
 def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, capsys):
@@ -1754,7 +1811,7 @@ def test_the_replogle_preset_merges_all_non_targeting_guides_into_the_control(tm
     path = write_obs(tmp_path / "x.h5ad", gene=["A", "non-targeting", "non-targeting"],
                      sgID_AB=["A_1|A_2", "non-targeting_7|non-targeting_9", "non-targeting_1"])
     config = configuration("--data", path, "--preset", "replogle")
-    screen = train.read_config_screen(config)
+    screen = evaluate.read_screen_of(config)
     assert list(screen.conditions) == ["A_1|A_2", "control", "control"]
 
 
@@ -1762,17 +1819,20 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
     for arguments, words in (
             (["--model", "svae+", "--data", "x", "--correlated-basal"], "no correlated guide"),
             (["--preset", "norman-ood"], "needs --data"),
-            (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"], "at most 1"),
+            (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"], "--train-combinations: must be a fraction"),
             (["--data", "x", "--train-combinations", "0.5"], "needs --split"),
             (["--data", "x", "--split", "norman-ood", "--split-column", "s"], "exclude each other"),
             (["--data", "x", "--preset", "norman-ood", "--split-column", "s",
               "--train-combinations", "0.5"], "needs --split"),
             (["--perturbation-column", "gene"], "--perturbation-column says how to read a file"),
             (["--data", "x", "--name", ".."], "must be a plain name"),
-            (["--data", "x", "--mask-b", "0"], "--mask-b must be positive")):
-        with pytest.raises(SystemExit):
+            (["--data", "x", "--mask-b", "0"], "--mask-b: must be positive, not 0"),
+            (["--data", "x", "--lr", "nan"], "--lr: must be positive, not nan"),
+            (["--data", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
+            (["--data", "x", "--alpha", "1"], "--alpha: must be between")):
+        with pytest.raises((SystemExit, data.DataError)) as refused:
             train.parse_arguments(arguments)
-        assert words in capsys.readouterr().err
+        assert words in capsys.readouterr().err + str(refused.value)
     assert configuration("--model", "cvae")["correlated_basal"] is False
 
 
@@ -1795,7 +1855,6 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     assert counted == [run for run in runs if run != "runs/other"]
     out = capsys.readouterr().out
     assert "runs/other: passed over" in out
-    assert "WARNING" not in out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
             if line.startswith(("| sams-vae", "| cvae", "| svae+", "| additive", "| model"))]
     header, *rows = rows[-5:]
@@ -1815,7 +1874,7 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     evaluate.main([runs[0], "--again", *FEW])
     assert len(counted) == 11
     train.main(["--resume", "runs/svae", "--steps", "9"])
-    if train.load_checkpoint("runs/svae", "best.pt")["step"] == 9:  # another checkpoint
+    if evaluate.load_checkpoint("runs/svae", "best.pt")["step"] == 9:  # another checkpoint
         evaluate.main(["runs/svae"])
         assert len(counted) == 12
 
@@ -1835,14 +1894,18 @@ def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folde
     capsys.readouterr()
     evaluate.main([*runs, *FEW])
     out = capsys.readouterr().out
-    assert out.count("| model ") == 3 and "beta 2.0" in out and "WARNING" not in out
+    assert out.count("| model ") == 3 and "beta 2.0" in out
     n_runs = [line.split("|")[3].strip() for line in out.splitlines() if line[:10] == "| sams-vae"]
     assert sorted(n_runs) == ["1", "1", "2"]  # a and same are one run
-    metrics = [json.load(open(f"{run}/metrics.json")) for run in runs]
+    assert "runs/same is runs/a once more, with the same data, options and seeds" in out
+    # Neither over runs that were stopped early, nor over other ways to evaluate.
+    metrics = [json.load(open(f"{run}/metrics.json")) | {"folder": run} for run in runs]
     metrics[3]["last_step"] = 2
-    assert "1 of these runs were stopped" in evaluate.table_of_runs(metrics)
+    tables = evaluate.table_of_runs(metrics)
+    assert tables.count("| model ") == 4 and tables.count("; steps 2") == 1
     metrics[0]["options"]["library"] = 7
-    assert "not all were evaluated with the same options" in evaluate.table_of_runs(metrics)
+    tables = evaluate.table_of_runs(metrics)
+    assert tables.count("| model ") == 5 and tables.count("; library 7") == 1
 
 
 def test_one_damaged_run_does_not_keep_others_from_the_table(folder, capsys):
@@ -1887,7 +1950,7 @@ def test_the_relative_iwelbo_is_that_to_sams_vae_without_combinations_on_the_sam
     found = {(row[0], row[2]): dict(zip(header, row)) for row in rows if row[2:3] in (["0"], ["1"])}
     for model, f in itertools.product(["sams-vae", "cvae"], (0, 1)):
         a, b = (value[model, f, s] - value["sams-vae", 0, s] for s in (0, 1))
-        expected = evaluate.number([a, b], 2)
+        expected = evaluate.in_words([a, b], 2)
         assert found[model, str(f)]["relative IWELBO"] == expected
     assert found["sams-vae", "0"]["relative IWELBO"] == "0.00 ± 0.00"
     assert found["additive", "0"]["ATE-Pearson"] != ""
@@ -1956,7 +2019,7 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, fo
         with pytest.raises(data.DataError, match=match):
             evaluate.main(["runs/run", "--predict", wrong])
     assert "without training cells" not in out
-    run.model.n_cells[list(run.seen.perturbations).index("P001")] = 0
+    run.model.n_cells[list(run.model_screen.perturbations).index("P001")] = 0
     evaluate.predict(run, ["P001"], 10)
     assert "P001: in whole or in part without training cells" in capsys.readouterr().out
     run.model.n_cells[-1] = 0  # NONE is no perturbation, not the last one
@@ -1969,7 +2032,7 @@ def test_an_interval_holds_nine_of_ten_particles():
     torch.manual_seed(0)
     low, high = evaluate.effect_interval(model, torch.tensor([[0, NONE], [0, 1]]), 4000)
     with torch.no_grad():
-        mask, effect, _, _ = model.sample_effects(torch.arange(2), 4000)
+        mask, effect, _, _ = model.sample_globals(torch.arange(2), 4000)
         z = torch.randn(4000, 1, 3)
         rho = model.log_rho(z + sum_effects(mask, effect, torch.tensor([[0, 1]]))).exp()
         difference = 1e4 * (rho - model.log_rho(z).exp())[:, 0]
@@ -1991,10 +2054,10 @@ def test_latents_are_written_for_every_cell_with_its_name_and_labels(model, fold
     np.testing.assert_allclose(z[control], z_basal[control], atol=1e-5)
     assert (np.abs(z - z_basal).max() < 1e-6) == (model == "cvae")
     if model != "cvae":
-        d = run.seen.d[~control][0]
+        d = run.model_screen.d[~control][0]
         offset = uns["offset"][d[d != NONE]].sum(0)
         np.testing.assert_allclose((z - z_basal)[~control][0], offset, atol=1e-5)
-        n = len(run.seen.perturbations)
+        n = len(run.model_screen.perturbations)
         assert uns["mask_probability"].shape == uns["effect"].shape == (n, 4)
     anndata = pytest.importorskip("anndata")
     theirs = anndata.read_h5ad("runs/run/latents.h5ad")
@@ -2006,7 +2069,7 @@ def test_the_benchmark_times_every_part_beside_the_matrix_products(folder, capsy
     monkeypatch.setitem(train.SHAPES, "simulated", (1000, 30, 12, 2))
     train.main(["--benchmark", "--preset", "simulated", "--device", "cpu"])
     out, result = capsys.readouterr().out, json.load(open("benchmark.json"))
-    for words in ("matrix products", "IWELBO, 1,000 cells", "peak memory of training"):
+    for words in ("products", "iwelbo_ratio", "cells_per_second", "peak_memory"):
         assert words in out
     parts = [result[name] for name in ("batch", "forward", "backward", "optimizer")]
     assert result["step"] == pytest.approx(sum(parts)) and min(parts) > 0
@@ -2041,19 +2104,11 @@ def test_baselines_count_once_for_a_split_however_many_models_were_trained_on_it
     assert sorted(m["config"]["split_seed"] for m in counted) == [0, 1]
 
 
-def test_runs_from_before_an_option_existed_are_in_one_table_with_new_ones():
-    new = {"config": configuration("--seed", "1"), "fingerprint": "x"}
-    old = {"config": {k: v for k, v in configuration("--seed", "2").items() if k != "bf16"},
-           "fingerprint": "x"}
-    assert evaluate.key(old, evaluate.SEEDS) == evaluate.key(new, evaluate.SEEDS)
-    assert evaluate.key(old, ()) != evaluate.key(new, ())
-
-
 def test_matrix_products_in_bfloat16_change_the_objective_little_and_keep_float_gradients():
     model, (x, d) = small_model(), small_batch()
     values = []
-    for bf16 in (False, True):
-        objective = train.choose_objective({"bf16": bf16, "compile": False}, model, x, d)
+    for precision in ("float32", "bf16"):
+        objective = train.choose_objective({"precision": precision, "compile": False}, model, x, d)
         torch.manual_seed(0)
         values.append(objective(model, x, d, 50)[0])
     assert values[0] != values[1] and values[0].dtype == values[1].dtype == torch.float32
@@ -2124,6 +2179,6 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(folder):
     running.send_signal(signal.SIGINT)
     out, _ = running.communicate(timeout=120)
     assert running.returncode == 130 and "train.py --resume runs/run" in out
-    step = train.load_checkpoint("runs/run", "last.pt")["step"]
+    step = evaluate.load_checkpoint("runs/run", "last.pt")["step"]
     train.main(["--resume", "runs/run", "--steps", str(step + 3)])
-    assert train.load_checkpoint("runs/run", "last.pt")["step"] == step + 3
+    assert evaluate.load_checkpoint("runs/run", "last.pt")["step"] == step + 3

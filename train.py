@@ -5,9 +5,12 @@
     python train.py --data norman.h5ad --preset norman-ood --train-combinations 0.5 --split-seed 1
     python train.py --data screen.h5ad --perturbation-column gene --control non-targeting
     python train.py --resume runs/NAME            go on where a run was stopped
+    python train.py --benchmark --preset replogle          how fast is it on this machine?
 
 A run is a folder, runs/NAME: config.json (every option), log.jsonl (a line per log step and per
 validation), best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
+In reading order: the options; the loop (`main`); how a run begins and goes on; the pieces of the
+loop; how options are read; the benchmark.
 """
 
 import argparse
@@ -19,69 +22,84 @@ import os
 import signal
 import sys
 import time
+import types
 
-# Before torch is imported: for how many turns its CPU threads (GNU OpenMP) spin while they wait for
-# each other, before they sleep. A small step on two idle cores takes 5.0, 5.5 and 10.8 ms with the
-# default, with 1,000 turns and with none; with another program on one of the cores, 17, 13 and 8.
+# Two settings of the machine, worth a quarter of a step on a CPU. The first must precede torch: how
+# many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. A
+# small step on two idle cores took 5.0, 5.5 and 10.8 ms with the default, 1,000 turns and none;
+# with another program on one of the cores 17, 13 and 8.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The second: glibc returns freed arrays to the system, which fills the next ones with zeros, page
+# by page. Ask it to keep them, up to 32 MB each: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1.
+# (MALLOC_MMAP_THRESHOLD_ in the environment would do the same, if set before Python starts.)
+with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt
+    for parameter, value in ((-3, 2**25), (-1, -1)):
+        ctypes.CDLL(None).mallopt(parameter, value)
+
 import numpy as np
 import torch
 
 import data
+import evaluate
 from data import DataError
-from sams_vae import (CPAVAE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, elbo, iwelbo)
+from sams_vae import MODELS, average_treatment_effects, elbo, iwelbo
 
-# glibc returns freed arrays to the system, and the system fills the next ones with zeros, page by
-# page: an eighth of a step on a CPU. Ask it to keep them, up to 32 MB each (M_MMAP_THRESHOLD is -3,
-# M_TRIM_THRESHOLD is -1). Other C libraries have no mallopt.
-with contextlib.suppress(AttributeError, OSError, TypeError):
-    for parameter, value in ((-3, 2**25), (-1, -1)):
-        ctypes.CDLL(None).mallopt(parameter, value)
+# ============================================================================================
+# The options: name, default, what is allowed, what it is and where the default comes from
+# ============================================================================================
 
-MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, "cpa-vae": CPAVAE,
-          "svae+": SVAEPlus, "cvae": ConditionalVAE}
+AT_LEAST_0 = (0, 2**32 - 1, "at least 0")
+AT_LEAST_1 = (1, 2**32 - 1, "at least 1")
+POSITIVE = (1e-30, 2**32, "positive")
 
-# Every option that is not about reading the file: its default, and where the default comes from.
-# "Replogle" and "Norman" are the paper's settings for its two data sets (A.4).
-OPTIONS = [
-    # the model (2.1 to 2.4)
-    ("--model", "sams-vae", "sams-vae; the same with a Beta-Bernoulli prior of the mask; cpa-vae: "
-                            "every mask entry is 1; svae+; cvae: the conditional VAE"),
-    ("--correlated-basal", True, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
-    ("--correlated-effects", True, "q(e | m) in place of q(e) (paper: best row of Table 1)"),
-    ("--n-latent", 100, "latent dimensions (Replogle; Norman 200)"),
-    ("--n-hidden", 400, "width of encoder and decoder (paper)"),
-    ("--n-layers", 1, "hidden layers of encoder and decoder (paper)"),
-    ("--effect-hidden", 200, "width of f_emb (Replogle; Norman 400)"),
-    ("--effect-layers", 2, "hidden layers of f_emb (Replogle; Norman 4)"),
-    ("--alpha", 0.001, "prior probability of a mask entry (Replogle; Norman 0.01)"),
-    ("--beta", 1.0, "prior variance of an effect (paper)"),
-    ("--mask-a", 1.0, "a of the prior Beta(a, b) of mask probabilities, Beta-Bernoulli (ours)"),
-    ("--mask-b", 2.0, "b of the same, and of SVAE+'s Beta(1, b) (paper, for SVAE+)"),
-    # the optimisation
-    ("--steps", 150_000, "training steps (Replogle; Norman 30,000)"),
-    ("--batch-size", 512, "cells per step (paper)"),
-    ("--particles", 5, "Monte Carlo samples per step (paper)"),
-    ("--lr", 3e-4, "learning rate of Adam (paper)"),
-    ("--weight-decay", 1e-6, "of Adam (paper)"),
-    ("--clip", 0.0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
-    ("--seed", 0, "of the weights and of training (paper: five seeds)"),
-    # the split
-    ("--split", "random", "how cells are split (Replogle random; Norman two tasks, see data.py)"),
-    ("--train-combinations", 1.0, "fraction of the combinations, or of their cells, that the "
-                                  "Norman splits train on (Norman 0, 0.25, 0.5, 0.75 and 1)"),
-    ("--split-seed", 0, "of the random split (Replogle 0, Norman 0 to 4)"),
-    # the run
-    ("--compile", False, "compile the objective with torch.compile (ours)"),
-    ("--tf32", False, "on a GPU, matrix products of TensorFloat-32 precision (ours)"),
-    ("--bf16", False, "matrix products of bfloat16 precision in training (ours)"),
-    ("--log-every", 50, "steps between lines of log.jsonl (ours)"),
-    ("--validate-every", 500, "steps between validations, each saving last.pt (ours)"),
+# "Replogle" and "Norman" are the paper's settings for its two data sets (A.4), where they differ.
+MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
+    ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
+    ("--correlated-effects", True, bool, "q(e | m) in place of q(e) (paper: best of Table 1)"),
+    ("--n-latent", 100, AT_LEAST_1, "latent dimensions (Replogle; Norman 200)"),
+    ("--n-hidden", 400, AT_LEAST_1, "width of encoder and decoder (paper)"),
+    ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
+    ("--effect-hidden", 200, AT_LEAST_1, "width of f_emb (Replogle; Norman 400)"),
+    ("--effect-layers", 2, AT_LEAST_1, "hidden layers of f_emb (Replogle; Norman 4)"),
+    ("--alpha", 0.001, (1e-12, 1 - 1e-12, "between 1e-12 and 1"),
+     "prior probability of a mask entry (Replogle; Norman 0.01)"),
+    ("--beta", 1.0, POSITIVE, "prior variance of an effect (paper)"),
+    ("--mask-a", 1.0, POSITIVE, "a of the Beta(a, b) of mask probabilities, Beta-Bernoulli (ours)"),
+    ("--mask-b", 2.0, POSITIVE, "b of the same, and of SVAE+'s Beta(1, b) (paper, for SVAE+)"),
 ]
-
-# What --preset changes. All of it can be overridden by its flag, too. OPTIONS holds the values for
-# Replogle already, so that its row says how to read the file.
+OPTIONS = [
+    ("--model", "sams-vae", list(MODELS), "sams-vae; the same with a Beta-Bernoulli prior of the "
+     "mask; cpa-vae: every mask entry is 1; svae+; cvae: the conditional VAE"),
+    *MODEL_OPTIONS,
+    # the optimisation (2.3, A.4)
+    ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
+    ("--batch-size", 512, AT_LEAST_1, "cells per step (paper)"),
+    ("--particles", 5, AT_LEAST_1, "Monte Carlo samples per step (paper)"),
+    ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
+    ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
+    ("--clip", 0.0, AT_LEAST_0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
+    ("--seed", 0, AT_LEAST_0, "of the weights and of training (paper: five seeds)"),
+    # the split (4.1, 4.2)
+    ("--split", "random", data.SPLITS, "Replogle random; Norman two tasks, see data.py"),
+    ("--train-combinations", 1.0, (0, 1, "a fraction, from 0 to 1"), "part of the combinations, or "
+     "of their cells, that the Norman splits train on (Norman 0, 0.25, 0.5, 0.75 and 1)"),
+    ("--split-seed", 0, AT_LEAST_0, "of the split (Replogle 0, Norman 0 to 4)"),
+    # the run (ours)
+    ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training; tf32 "
+     "makes a difference on a GPU only"),
+    ("--compile", False, bool, "compile the objective with torch.compile"),
+    ("--log-every", 50, AT_LEAST_1, "steps between lines of log.jsonl"),
+    ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
+]
+SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
+    ("--simulated-perturbations", 500, (2, 2**20, "at least 2"), "its perturbations"),
+    ("--simulated-cells", 25, AT_LEAST_1, "its cells per perturbation and pair"),
+    ("--simulated-pairs", 60, AT_LEAST_0, "its pairs; half of them are held out of training"),
+    ("--simulated-effect", 4.0, AT_LEAST_0, "size of its effects, in sd of the basal state"),
+    ("--simulated-seed", 0, AT_LEAST_0, "its seed; if not given, --seed"),
+]
+# What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
+# that its row says how to read the file.
 NORMAN = dict(layer="counts", gene_column="highly_variable", n_latent=200, effect_hidden=400,
               effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
 PRESETS = {
@@ -93,23 +111,341 @@ PRESETS = {
     "simulated": dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
                       batch_size=256, lr=1e-2, split_column="split"),
 }
-SIMULATION_OPTIONS = [
-    ("--simulated-perturbations", 500, "perturbations of the simulated screen"),
-    ("--simulated-cells", 25, "cells per perturbation and pair of the simulated screen"),
-    ("--simulated-pairs", 60, "pairs of the simulated screen; half of them are held out"),
-    ("--simulated-effect", 4.0, "size of the simulated effects, in units of the basal state's sd"),
-    ("--simulated-seed", 0, "of the simulated screen; if not given, --seed"),
-]
-
-POSITIVE = 1e-30
-LEAST = [  # the least values that make sense
-    (0, "seed split_seed weight_decay clip train_combinations simulated_effect simulated_pairs "
-        "simulated_seed"), (POSITIVE, "lr beta mask_a mask_b"),
-    (1, "n_latent n_hidden n_layers effect_hidden effect_layers steps batch_size particles "
-        "log_every validate_every simulated_cells"), (2, "simulated_perturbations")]
 
 
-def name_of(flag):
+# ============================================================================================
+# The loop
+# ============================================================================================
+
+
+def main(arguments=None):
+    """Train: a run, a model, the loop, the log."""
+    args, config, given = parse_arguments(arguments)
+    device = evaluate.choose_device(args.device)
+    if args.benchmark:
+        return benchmark(config, device)
+    # A new run is written down at step 0. From here on, every run is one that is gone on with.
+    folder, screen, state = (resume_run(args, given) if args.resume else
+                             new_run(args.name, config, device))
+    config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
+    step, best = state["step"], state["best"]
+    print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
+
+    # What moves while the model is trained, all of it where the run had it.
+    batches = data.Batches(screen, device)  # the whole screen lies on the device
+    model = evaluate.build_model(state).to(device)
+    optimizer = new_optimizer(model, config)
+    optimizer.load_state_dict(state["optimizer"])
+    shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device,
+                           **state["shuffle"])
+    first_cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
+    objective = choose_objective(config, model, *batches(first_cells))
+    log = Log(folder, config, state)
+    set_random_state(state["rng"], config["seed"], device)
+
+    def save(name):
+        """Write best.pt or last.pt: everything that is needed to go on."""
+        state.update(step=step, best=best, model=model.state_dict(), log=log.state(),
+                     optimizer=optimizer.state_dict(), rng=random_state(device),
+                     shuffle={"epoch": shuffle.epoch, "position": shuffle.position})
+        evaluate.save_checkpoint(state, folder, name)
+
+    print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} parameters,"
+          f" {len(split['train']):,} training cells, steps {step:,} to {config['steps']:,} on "
+          f"{device}")
+    with signals_remembered() as stop:  # Ctrl-C ends the loop after the step that is running
+        while step < config["steps"] and not stop:
+            x, d = batches(next(shuffle))
+            value, terms = objective(model, x, d, config["particles"])  # the ELBO: eq. 3, A.1
+            optimizer.zero_grad(set_to_none=True)
+            (-value).backward()
+            if config["clip"]:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+            optimizer.step()
+            step += 1
+            log.add(terms, value)  # sums on the device: so far, nothing has waited for a GPU
+
+            validate = step % config["validate_every"] == 0 or step == config["steps"]
+            if validate or step % config["log_every"] == 0:
+                line = log.means(step, shuffle.epoch, model)
+                if validate:
+                    loss = validation_loss(model, batches, split["validation"], config["particles"])
+                    line["validation_loss"] = round(loss, 4)
+                is_best = validate and loss < best
+                best = loss if is_best else best
+                log.write(line, best)
+                if is_best:
+                    save("best.pt")
+                if validate:
+                    save("last.pt")
+        if stop:
+            log.check_finite(step)
+            save("last.pt")
+            print(f"\nstopped at step {step:,}; to go on: python train.py --resume {folder}")
+            sys.exit(128 + stop[0])
+    print(f"{log.steps_here:,} steps in {time.time() - log.started:.0f} s; lowest validation loss "
+          f"{best:.2f}")
+    if config.get("simulated"):
+        torch.set_float32_matmul_precision("highest")
+        evaluate.main([folder, "--device", str(device)])
+    else:
+        print(f"next: python evaluate.py {folder}")
+
+
+# ============================================================================================
+# How a run begins, and how it goes on
+# ============================================================================================
+
+
+def new_run(name, config, device):
+    """Begin a run: its folder, its screen, and the state that last.pt holds at step 0.
+
+    A wrong file or option raises DataError before anything is written."""
+    folder = os.path.join("runs", name or free_name(config))
+    if os.path.exists(folder):
+        raise DataError(f"{folder} exists: choose another --name, or --resume {folder}")
+    if config["data"] is None:
+        os.makedirs(folder)
+        config |= {"data": os.path.abspath(f"{folder}/simulated.h5ad"), "simulated": True}
+        data.simulate(config["data"], config["simulated_seed"], config["simulated_perturbations"],
+                      config["simulated_cells"], config["simulated_effect"],
+                      n_pairs=config["simulated_pairs"])
+    screen = evaluate.read_screen_of(config)
+    print(screen.path, *screen.notes, sep="\n  ")
+    split = data.split_cells(screen, config["split_seed"], config["split"],
+                             config["train_combinations"])
+    fingerprint, n_perturbations = screen.fingerprint(), len(screen.perturbations)
+    screen = evaluate.as_the_model_sees(screen, config["model"])
+    if len(screen.perturbations) > n_perturbations:
+        print(f"  {config['model']} does not add effects up: the combinations are perturbations of "
+              f"their own, {len(screen.perturbations):,} in all; those without training cells have "
+              "no effect")
+
+    # What the model knows of the training cells (n_t of A.1; the encoder's standardisation), and
+    # its first weights.
+    x_mean, x_std = data.training_statistics(data.Batches(screen, device), split["train"])
+    d = screen.d[split["train"]]
+    n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
+    arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}
+    arguments |= {"n_cells": torch.from_numpy(n_cells), "x_mean": x_mean.cpu(),
+                  "x_std": x_std.cpu()}
+    torch.manual_seed(config["seed"])
+    model = MODELS[config["model"]](**arguments)
+    state = {
+        "config": config, "fingerprint": fingerprint, "gene_names": list(screen.gene_names),
+        "perturbations": screen.perturbations, "model_arguments": arguments,
+        "split": {k: torch.from_numpy(v) for k, v in split.items()},
+        # ... and what moves:
+        "step": 0, "best": math.inf, "model": model.state_dict(), "log": ({}, 0, 0.0),
+        "optimizer": new_optimizer(model, config).state_dict(),
+        "rng": {"cpu": torch.get_rng_state()}, "shuffle": {"epoch": 0, "position": 0}}
+    os.makedirs(folder, exist_ok=True)
+    evaluate.save_checkpoint(state, folder, "last.pt")
+    write_config(folder, config)
+    return folder, screen, state
+
+
+def resume_run(args, given):
+    """Go on with args.resume: its folder, its screen, and the state of last.pt."""
+    folder = args.resume.rstrip("/")
+    state = evaluate.load_checkpoint(folder, "last.pt")
+    config, free = state["config"], ("steps", "compile", "precision")
+    if args.name or any(given[k] != config.get(k) for k in given if k not in free):
+        raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
+                        "--precision, --device and --data (a file that has moved) can be given")
+    config |= {k: given[k] for k in free if k in given}
+    config["data"] = os.path.abspath(args.data) if args.data else config["data"]
+    if config["steps"] < state["step"]:
+        raise DataError(f"{folder} is at step {state['step']:,} already: --steps must be larger")
+    screen = evaluate.read_screen_of(config, state)
+    print(screen.path, *screen.notes, sep="\n  ")
+    write_config(folder, config)
+    return folder, evaluate.as_the_model_sees(screen, config["model"]), state
+
+
+def free_name(config):
+    """A name for the run, made of its options, that is still free in runs/."""
+    source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
+    guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
+                                           ("effects", config["correlated_effects"])) if on)
+    base = f"{source}-{config['model']}-{guide or 'mean-field'}"
+    if config["split"] != "random":
+        base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
+    name, n = f"{base}-seed{config['seed']}", 1
+    while os.path.exists(os.path.join("runs", name)):
+        n += 1
+        name = f"{base}-seed{config['seed']}-{n}"
+    return name
+
+
+def write_config(folder, config):
+    """config.json, for people; programs read the configuration of a checkpoint."""
+    with data.replacing(os.path.join(folder, "config.json")) as path, open(path, "w") as file:
+        json.dump(config, file, indent=2)
+
+
+# ============================================================================================
+# The pieces of the loop
+# ============================================================================================
+
+
+def new_optimizer(model, config):
+    """Adam (A.4), all parameters in one kernel."""
+    return torch.optim.Adam(model.parameters(), lr=config["lr"],
+                            weight_decay=config["weight_decay"], fused=True)
+
+
+def choose_objective(config, model, x, d):
+    """The ELBO of eq. 3 in the precision that is wanted, and compiled if that is wanted.
+
+    A compiled one is tried on the batch x, d: raises DataError where it fails."""
+    torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
+    # Parameters stay in single precision. So does everything that is no product: torch.autocast
+    # lowers matrix products alone, and MLP adds the biases to them in single precision.
+    lowered = torch.autocast(x.device.type, torch.bfloat16)
+    objective = lowered(elbo) if config["precision"] == "bf16" else elbo
+    if not config["compile"]:
+        return objective
+    objective = torch.compile(objective)
+    try:
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            objective(model, x, d, config["particles"])[0].backward()
+    except Exception as error:  # no compiler, or whatever goes wrong in one
+        raise DataError(f"--compile: torch.compile fails on this machine ({type(error).__name__}): "
+                        "leave it out, or --no-compile with --resume") from None
+    model.zero_grad(set_to_none=True)
+    return objective
+
+
+@torch.no_grad()
+def validation_loss(model, batches, cells, n_particles):
+    """-ELBO / N over the validation cells, with n_t of the training cells. Stops if not finite.
+
+    Always with the same random numbers, so that checkpoints are compared under the same noise, and
+    without touching the generator that training uses.
+    """
+    total = 0.0
+    with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for x, d in batches.in_order(cells):
+            total = total - elbo(model, x, d, n_particles)[0].double() * len(x)
+    loss = float(total) / len(cells)
+    if not math.isfinite(loss):
+        sys.exit("error: the validation loss was not finite: start a new run with a lower --lr, or "
+                 "with --clip 100")
+    return loss
+
+
+class Log:
+    """log.jsonl and the line on the screen: means of all terms over the steps since the last line.
+
+    The sums are a part of last.pt, so that a run that was interrupted leaves the same lines as one
+    that was not (but for cells per second)."""
+
+    def __init__(self, folder, config, state):
+        self.path, self.config = os.path.join(folder, "log.jsonl"), config
+        self.totals, self.n_steps, seconds = state["log"]
+        self.started, self.steps_here = time.time(), 0
+        self.since = self.started - seconds
+        self.terminal = sys.stdout.isatty()
+        # The steps after last.pt are done again: their lines go.
+        kept = [line for line in evaluate.read_log(folder) if line["step"] <= state["step"]]
+        with data.replacing(self.path) as path, open(path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def state(self):
+        """What last.pt keeps of it."""
+        totals = {name: total.cpu() for name, total in self.totals.items()}
+        return totals, self.n_steps, time.time() - self.since
+
+    def add(self, terms, value):
+        """A step: the terms of the objective and its value, scalars on the device."""
+        terms = terms | {"loss": -value.detach()}
+        self.totals = {name: self.totals[name].to(term.device) + term if self.totals else term
+                       for name, term in terms.items()}
+        self.n_steps, self.steps_here = self.n_steps + 1, self.steps_here + 1
+
+    def check_finite(self, step):
+        """Stop before anything is saved if a loss was not finite."""
+        if self.totals and not math.isfinite(self.totals["loss"].item()):
+            sys.exit(f"error: the loss was not finite in steps {step - self.n_steps + 1} to {step}:"
+                     " start a new run with a lower --lr, or with --clip 100")
+
+    def means(self, step, epoch, model):
+        """The next line, as a dict; begins anew."""
+        self.check_finite(step)
+        line = {"step": step, "epoch": epoch}
+        line |= {name: round(float(total) / self.n_steps, 4) for name, total in self.totals.items()}
+        if model.has_mask:
+            with torch.no_grad():
+                probability = model.mask_probability()[model.n_cells > 0]
+            line["mask_probability"] = round(probability.mean().item(), 5)
+            line["mask_size"] = round((probability > 0.5).sum(1).float().mean().item(), 3)
+        seconds = time.time() - self.since
+        line["cells_per_second"] = round(self.n_steps * self.config["batch_size"] / seconds)
+        self.totals, self.n_steps, self.since = {}, 0, time.time()
+        return line
+
+    def write(self, line, best):
+        """Write the line, and say it: on a terminal in place, elsewhere at each validation."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.since = time.time()  # validation is no training time
+        left = (self.config["steps"] - line["step"]) * (self.since - self.started) / self.steps_here
+        text = (f"step {line['step']:,}  loss {line['loss']:.2f} = data "
+                f"{-line['log_likelihood']:.2f} + basal {line['kl_basal']:.2f} + mask "
+                f"{line['kl_mask']:.3f} + effect {line['kl_effect']:.3f}  ")
+        if "mask_probability" in line:
+            text += f"mask probability {line['mask_probability']:.4f}  "
+        if best < math.inf:
+            text += f"best validation {best:.2f}  "
+        text += f"{line['cells_per_second']:,} cells/s  {left // 60:.0f}:{left % 60:02.0f} left"
+        if self.terminal:
+            last = line["step"] == self.config["steps"]
+            print(f"\r{text} ", end="\n" if last else "", flush=True)
+        elif "validation_loss" in line:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def signals_remembered():
+    """A list that fills when Ctrl-C or a polite kill comes. A second one does what it always did."""
+    came, handlers = [], {}
+
+    def remember(number, frame):
+        """Note the signal, and let the next one through."""
+        came.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, remember)
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def random_state(device):
+    """The states of the random number generators that training uses."""
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state, seed, device):
+    """Set them again; a GPU's that was not in use is seeded."""
+    torch.manual_seed(seed)
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# ============================================================================================
+# How the options are read
+# ============================================================================================
+
+
+def option_name(flag):
     """--like-this -> like_this."""
     return flag[2:].replace("-", "_")
 
@@ -127,211 +463,57 @@ def parse_arguments(arguments=None):
     parser.add_argument("--benchmark", action="store_true",
                         help="time a step, IWELBO and effects on random data; write benchmark.json")
     data.add_screen_options(parser)
-    group = parser.add_argument_group("the model and its training")
-    choices = {"--model": list(MODELS), "--split": data.SPLITS}
-    for flag, default, text in OPTIONS + SIMULATION_OPTIONS:
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
-            "type": type(default), "choices": choices.get(flag)}
-        text += f" [{default}]"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    evaluate.add_options(parser.add_argument_group("the model and its training"),
+                         OPTIONS + SIMULATION_OPTIONS)
     args = parser.parse_args(arguments)
+    own = {option_name(flag) for flag, *_ in OPTIONS + SIMULATION_OPTIONS} | {"preset"}
+    given = {k: v for k, v in vars(args).items()
+             if k in own.union(data.SCREEN_OPTIONS) and v is not None}
+    if args.name is not None and (args.name in ("", ".", "..")
+                                  or args.name != os.path.basename(args.name)):
+        raise DataError(f"--name must be a plain name, not {args.name!r}")
+    return args, {} if args.resume else configuration(args, given), given
 
-    own = {name_of(flag) for flag, _, _ in OPTIONS + SIMULATION_OPTIONS}
-    given = {k: v for k, v in vars(args).items() if k in own}
-    given |= {k: getattr(args, k) for k in data.SCREEN_OPTIONS if getattr(args, k) is not None}
-    if args.preset is not None:
-        given["preset"] = args.preset
-    if args.data is None and args.preset not in (None, "simulated") and not (
-            args.resume or args.benchmark):
-        parser.error(f"--preset {args.preset} needs --data")
+
+def configuration(args, given):
+    """Every option of a new run: the default, what the preset changes, what was given."""
+    if args.data is None and not args.benchmark and args.preset not in (None, "simulated"):
+        raise DataError(f"--preset {args.preset} needs --data")
     config = {"data": args.data and os.path.abspath(args.data),
               "preset": args.preset if args.data or args.preset or args.benchmark else "simulated"}
+    rows = OPTIONS + (SIMULATION_OPTIONS if args.data is None else [])
     config |= dict.fromkeys(data.SCREEN_OPTIONS)
-    config |= {name_of(flag): default for flag, default, _ in OPTIONS}
-    if args.data is None:
-        config |= {name_of(flag): default for flag, default, _ in SIMULATION_OPTIONS}
+    config |= {option_name(flag): default for flag, default, *_ in rows}
     config |= PRESETS.get(config["preset"], {}) | given
-    if "simulated_seed" in config and "simulated_seed" not in given:
+    if args.data is None and "simulated_seed" not in given:
         config["simulated_seed"] = config["seed"]
-    if config["model"] in ("svae+", "cvae"):  # in the paper, too, their guide is mean-field
+
+    # In the paper, too, the guides of SVAE+ and of the conditional VAE are mean-field.
+    if not MODELS[config["model"]].has_correlated_guide:
         if given.get("correlated_basal") or given.get("correlated_effects"):
-            parser.error(f"--model {config['model']} has no correlated guide")
+            raise DataError(f"--model {config['model']} has no correlated guide")
         config["correlated_basal"] = config["correlated_effects"] = False
-    for option, least in ((option, least) for least, names in LEAST for option in names.split()):
-        value = config.get(option, least)
-        if not least <= value < 2**32:
-            words = "positive" if least == POSITIVE else f"at least {least}"
-            parser.error(f"--{option.replace('_', '-')} must be {words}, not {value}")
-    if not 1e-12 <= config["alpha"] < 1:
-        parser.error(f"--alpha must lie between 1e-12 and 1, not {config['alpha']}")
-    if config["train_combinations"] > 1:
-        parser.error("--train-combinations is a fraction: at most 1")
     # What is given takes the place of what a preset says of the same thing.
+    if "split" in given and given.get("split_column"):
+        raise DataError("--split and --split-column exclude each other")
     if "split" in given:
-        if given.get("split_column"):
-            parser.error("--split and --split-column exclude each other")
         config["split_column"] = None
     elif given.get("split_column"):
         config["split"] = "random"
     if given.get("one_hot_prefix"):
         config |= dict.fromkeys({"perturbation_column", "control", "combination_separator"}
                                 - given.keys())
-    if "train_combinations" in given and config["split"] == "random" and not args.resume:
-        parser.error("--train-combinations needs --split norman-ood or norman-data-efficiency")
+    # What would be ignored is refused.
+    if "train_combinations" in given and config["split"] == "random":
+        raise DataError("--train-combinations needs --split norman-ood or norman-data-efficiency")
     of_a_file = [option for option in data.SCREEN_OPTIONS if option in given]
-    if args.data is None and not args.resume and set(of_a_file) - {"split_column"}:
-        parser.error(f"--{of_a_file[0].replace('_', '-')} says how to read a file: it needs --data")
-    if args.data and not args.resume and any(option.startswith("simulated") for option in given):
-        parser.error("--simulated-... options describe the screen that is simulated without --data")
-    if args.name is not None and (args.name in ("", ".", "..")
-                                  or args.name != os.path.basename(args.name)):
-        parser.error(f"--name must be a plain name, not {args.name!r}")
-    return args, config, given
-
-
-def default_device(name=None):
-    """The device of that name, or a GPU if there is one, or the CPU."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def new_folder(name, config):
-    """Create runs/NAME; without a name, one made of the options that is still free."""
-    if name is not None:
-        if os.path.exists(os.path.join("runs", name)):
-            raise DataError(f"runs/{name} exists: choose another --name, or --resume runs/{name}")
-    else:
-        source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
-        guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
-                                               ("effects", config["correlated_effects"])) if on)
-        base = f"{source}-{config['model']}-{guide or 'mean-field'}"
-        if config["split"] != "random":
-            base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
-        base += f"-seed{config['seed']}"
-        name, n = base, 1
-        while os.path.exists(os.path.join("runs", name)):
-            name, n = f"{base}-{n + 1}", n + 1
-    folder = os.path.join("runs", name)
-    os.makedirs(folder)
-    return folder
-
-
-def build_model(config, training):
-    """The model of a configuration; `training` holds n_cells (T,), x_mean and x_std (G,)."""
-    options = ("n_latent", "n_hidden", "n_layers", "effect_hidden", "effect_layers",
-               "correlated_basal", "correlated_effects", "alpha", "beta", "mask_a", "mask_b")
-    return MODELS[config["model"]](training["n_cells"], training["x_mean"], training["x_std"],
-                                   **{option: config[option] for option in options})
-
-
-def new_optimizer(model, config):
-    """Adam, all parameters in one kernel."""
-    return torch.optim.Adam(model.parameters(), lr=config["lr"],
-                            weight_decay=config["weight_decay"], fused=True)
-
-
-def load_checkpoint(folder, name):
-    """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code."""
-    path = os.path.join(folder, name)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
-            raise DataError(f"{folder} has not reached its first validation: go on with python "
-                            f"train.py --resume {folder}, or start a new run if its loss was not "
-                            "finite") from None
-        raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
-                        "and this one has no checkpoint to go on from") from None
-    except Exception as error:  # damaged files raise a dozen kinds of exception
-        raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "fingerprint" not in checkpoint:
-        raise DataError(f"{path}: is no checkpoint of train.py")
-    checkpoint["config"] = with_defaults(checkpoint["config"])
-    return checkpoint
-
-
-def with_defaults(config):
-    """The options of a run; those that are younger than the run have their defaults."""
-    return (dict.fromkeys(("preset", *data.SCREEN_OPTIONS))
-            | {name_of(flag): default for flag, default, _ in OPTIONS} | config)
-
-
-def read_config_screen(config, checkpoint=None):
-    """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
-    screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS})
-    if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
-        raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
-                        "the run was trained on; it needs the same file, and --data says where")
-    return screen
-
-
-def split_of(config, screen):
-    """The cells of the configuration's split; see data.split_cells."""
-    return data.split_cells(screen, config["split_seed"], config["split"],
-                            config["train_combinations"])
-
-
-def as_the_model_sees(screen, model):
-    """SVAE+ knows labels, not combinations: for it, each combination is a label of its own."""
-    return data.one_label_per_cell(screen) if model == "svae+" else screen
-
-
-def read_log(folder):
-    """The lines of log.jsonl as dicts; a last line that was cut off does not count."""
-    try:
-        with open(os.path.join(folder, "log.jsonl")) as file:
-            return [json.loads(line) for line in file if line.endswith("}\n")]
-    except FileNotFoundError:
-        return []
-
-
-def drop_later_lines(folder, step):
-    """Drop the lines of a log that a run resumed at this step will write again."""
-    kept = [line for line in read_log(folder) if line["step"] <= step]
-    with data.replacing(os.path.join(folder, "log.jsonl")) as path, open(path, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-
-
-def choose_objective(config, model, x, d):
-    """elbo, with matrix products in bfloat16 if that is wanted, and compiled if that is wanted.
-
-    A compiled one is tried on a batch: raises DataError where it fails."""
-    # Parameters stay in single precision. So does everything that is no product: torch.autocast
-    # lowers matrix products alone, and MLP adds the biases to them in single precision.
-    objective = torch.autocast(x.device.type, torch.bfloat16)(elbo) if config["bf16"] else elbo
-    if not config["compile"]:
-        return objective
-    objective = torch.compile(objective)
-    try:
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            objective(model, x, d, config["particles"])[0].backward()
-    except Exception as error:  # no compiler, or whatever goes wrong in one
-        raise DataError(f"--compile: torch.compile fails on this machine ({type(error).__name__}): "
-                        "leave it out, or --no-compile with --resume") from None
-    model.zero_grad(set_to_none=True)
-    return objective
-
-
-@torch.no_grad()
-def validation_loss(model, batches, cells, n_particles):
-    """-ELBO / N over the validation cells, with n_t of the training cells.
-
-    Always with the same random numbers, so that checkpoints are compared under the same noise, and
-    without touching the generator that training uses.
-    """
-    devices = [batches.device] if batches.device.type == "cuda" else []
-    total = 0.0
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        for x, d in batches.in_order(cells):
-            total = total - elbo(model, x, d, n_particles)[0].double() * len(x)
-    return float(total) / len(cells)
+    if args.data is None and set(of_a_file) - {"split_column"}:
+        raise DataError(f"--{of_a_file[0].replace('_', '-')} says how to read a file: it needs "
+                        "--data")
+    if args.data and any(option.startswith("simulated") for option in given):
+        raise DataError("--simulated-... options describe the screen that is simulated without "
+                        "--data")
+    return config
 
 
 # ============================================================================================
@@ -340,343 +522,93 @@ def validation_loss(model, batches, cells, n_particles):
 
 SHAPES = {  # cells, genes, perturbations, perturbations per cell
     "replogle": (118_461, 1187, 722, 1), "norman-ood": (111_255, 5000, 105, 2),
-    "norman-data-efficiency": (111_255, 5000, 105, 2), "simulated": (16_000, 200, 500, 2)}
+    "norman-data-efficiency": (111_255, 5000, 105, 2), "simulated": (14_100, 200, 500, 2)}
 
 
 def benchmark(config, device):
     """Time training, IWELBO and treatment effects on random counts; write benchmark.json.
 
-    Everything is timed beside its own matrix products alone, the same shapes in the same run: no
-    code can be faster than those. Numbers are medians.
+    Step and IWELBO stand beside the matrix products of their layers alone, repeated with the same
+    shapes in the same minutes: no code can be faster than those. All times are medians.
     """
     from torch.utils._python_dispatch import TorchDispatchMode  # torch's own, not documented
-    from torch.utils._pytree import tree_leaves
 
-    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
     n_cells, n_genes, n_perturbations, most = SHAPES[config["preset"] or "replogle"]
-    rng = np.random.default_rng(0)
+    rng, cells = np.random.default_rng(0), np.arange(n_cells)
     counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
     d = rng.integers(0, n_perturbations, (n_cells, most))
-    batches = data.Batches(argparse.Namespace(counts=counts, rows=np.arange(n_cells), d=d), device)
-    shuffle = data.Shuffle(np.arange(n_cells), config["batch_size"], 0, device)
-    training = {"n_cells": torch.full((n_perturbations,), n_cells * most / n_perturbations),
-                "x_mean": torch.full((n_genes,), 1.5), "x_std": torch.full((n_genes,), 0.7)}
-    torch.manual_seed(0)
-    model = build_model(config, training).to(device)
-    optimizer = new_optimizer(model, config)
+    batches = data.Batches(types.SimpleNamespace(counts=counts, d=d), device)
+    shuffle = data.Shuffle(cells, config["batch_size"], 0, device)
+    model = MODELS[config["model"]](
+        np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),
+        **{option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}).to(device)
+    optimizer, (x, d) = new_optimizer(model, config), batches(next(shuffle))
+    objective, plain = (choose_objective(config | {"compile": on}, model, x, d)
+                        for on in (config["compile"], False))
+    loss = []
+    phases = {"batch": lambda: batches(next(shuffle)),
+              "forward": lambda: loss.append(objective(model, x, d, config["particles"])[0]),
+              "backward": lambda: (optimizer.zero_grad(), (-loss.pop()).backward()),
+              "optimizer": optimizer.step}
 
-    def seconds(function, repeats=1):
-        """Of one call, all its work on the device included."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / repeats
-
-    def matrix_products(function):
-        """A function that repeats all matrix products of the given one; the number of their
-        operations; and how many bytes all of its operations read and write."""
-        pairs, total = [], {"operations": 0, "bytes": 0}
+    def products_of(function):
+        """A function that repeats the matrix products of the given one, on random numbers."""
+        pairs = []
 
         class Recorder(TorchDispatchMode):
-            """Sees every operation."""
+            """Sees every operation of forward and backward."""
 
             def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-                result = operation(*arguments, **(options or {}))
-                if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-                    a, b = arguments[-2:]
-                    total["operations"] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-                    pairs.append([torch.empty_strided(
-                        m.shape, m.stride(), dtype=m.dtype, device=device).uniform_()
-                                  for m in (a, b)])
-                if not operation.is_view:
-                    total["bytes"] += sum(t.nbytes for t in tree_leaves(
-                        (arguments, options, result)) if isinstance(t, torch.Tensor))
-                return result
+                if operation is torch.ops.aten.mm.default:
+                    pairs.append([torch.rand_like(matrix) for matrix in arguments])
+                return operation(*arguments, **(options or {}))
 
         with Recorder():
             function()
-        return lambda: [a @ b for a, b in pairs], total
+        return lambda: [a @ b for a, b in pairs]
 
-    x, d = batches(next(shuffle))
-    objective, state = choose_objective(config, model, x, d), {}
-    plain = choose_objective(config | {"compile": False}, model, x, d)  # for the recorder
+    def medians(repeats, functions):
+        """Seconds of each, its work on the device included; interleaved, as machines are noisy."""
+        times = {name: [] for name in functions}
+        for name, function in list(functions.items()) * repeats:
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        return {name: float(np.median(t)) for name, t in times.items()}
 
-    def forward(objective=objective):
-        """Minus the ELBO of a batch."""
-        state["loss"] = -objective(model, x, d, config["particles"])[0]
+    def of_iwelbo():
+        """IWELBO of 4,000 cells with 100 particles (3.1)."""
+        iwelbo(model, batches.in_order(cells[:4000]), 100)
 
-    def backward():
-        """Its gradient."""
-        optimizer.zero_grad(set_to_none=True)
-        state["loss"].backward()
-
-    for _ in range(3):
-        forward(), backward(), optimizer.step()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)
-    floor, of_step = matrix_products(lambda: (forward(plain), backward(), optimizer.step()))
-    parts = {"batch": lambda: batches(next(shuffle)), "forward": forward, "backward": backward,
-             "optimizer": optimizer.step, "its matrix products": floor}
-    times = {name: [] for name in parts}
-    for _ in range(30):  # interleaved: a busy machine slows all of them
-        for name, function in parts.items():
-            times[name].append(seconds(function))
-    result = {name: float(np.median(t)) for name, t in times.items()}
-    whole = sum(result[name] for name in list(parts)[:4])
-    rows = [(f"step: {name}", f"{1e3 * t:.2f} ms") for name, t in result.items()]
-    result |= {"peak_memory": peak, "step": whole,
-               "step_ratio": whole / result["its matrix products"],
-               "cells_per_second": config["batch_size"] / whole}
-    rows += [("step: all four", f"{1e3 * whole:.2f} ms"),
-             ("step / its matrix products", f"{result['step_ratio']:.2f}"),
-             ("cells per second", f"{result['cells_per_second']:,.0f}"),
-             (f"{config['steps']:,} steps would take", f"{config['steps'] * whole / 3600:.2f} h")]
-
-    # IWELBO with 100 particles (3.1). The draws of (M, E) are made once, however many cells.
-    cells = np.arange(min(4000, n_cells))
-    of_iwelbo, _ = matrix_products(lambda: iwelbo(model, batches.in_order(cells), 100))
-    times = [(seconds(lambda: iwelbo(model, batches.in_order(cells), 100)), seconds(of_iwelbo))
-             for _ in range(3)]
-    whole_iwelbo, products = np.median(times, axis=0).tolist()
-    result["iwelbo_per_1000_cells"] = 1000 * whole_iwelbo / len(cells)
-    result["iwelbo_ratio"] = whole_iwelbo / products
-    rows += [("IWELBO, 1,000 cells, K = 100", f"{result['iwelbo_per_1000_cells']:.2f} s"),
-             ("IWELBO / its matrix products", f"{result['iwelbo_ratio']:.2f}")]
-
-    # Treatment effects on both scales: 1,000 particles of 50 perturbations (3.2).
     dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
-    t = np.median([seconds(lambda: average_treatment_effects(model, dosages, 1000))
-                   for _ in range(3)])
-    result["ate_per_perturbation_and_1000_particles"] = t / len(dosages)
-    rows += [("effects, a perturbation, 1,000 particles", f"{1e3 * t / len(dosages):.1f} ms")]
-
-    if device.type == "cuda":
-        a, long = torch.randn(8192, 8192, device=device), torch.empty(2**28, device=device)
-        a = a.bfloat16() if config["bf16"] else a
-        a @ a
-        rate = 2 * 8192**3 / seconds(lambda: a @ a, 10)
-        bandwidth = 2 * long.nbytes / seconds(lambda: long.neg_(), 10)  # read and written
-        result |= {"share_of_matrix_rate": of_step["operations"] / whole / rate,
-                   "share_of_bandwidth": of_step["bytes"] / whole / bandwidth}
-        rows += [(f"share of the measured {name}", f"{of_step[unit] / whole / limit:.2f} of "
-                  f"{limit / 1e12:.2f} T{unit}/s") for name, unit, limit in (
-                      ("matrix rate", "operations", rate), ("bandwidth", "bytes", bandwidth))]
-    rows += [("peak memory of training", f"{peak / 1e9:.2f} GB")]
+    result = medians(30, phases | {"products": products_of(
+        lambda: plain(model, x, d, config["particles"])[0].backward())})
+    result["step"] = sum(result[name] for name in phases)
+    result["step_ratio"] = result["step"] / result["products"]
+    result["cells_per_second"] = config["batch_size"] / result["step"]
+    result["peak_memory"] = peak_memory(device)
+    result |= medians(3, {
+        "iwelbo": of_iwelbo, "iwelbo_products": products_of(of_iwelbo),
+        "effects": lambda: average_treatment_effects(model, dosages, 1000)})
+    result["iwelbo_ratio"] = result["iwelbo"] / result["iwelbo_products"]
+    result["effects_per_perturbation"] = result["effects"] / len(dosages)
     print(f"{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
-          f"perturbations, {config['batch_size']} cells a step, {device}\n")
-    width = max(len(name) for name, _ in rows)
-    print(f"| {'':{width}} | |\n|---|---|",
-          *(f"| {name:{width}} | {value} |" for name, value in rows), sep="\n")
+          f"perturbations, {config['batch_size']} cells a step, {device}; seconds and bytes")
+    print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
     with data.replacing("benchmark.json") as path, open(path, "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
 
 
-# ============================================================================================
-# Training
-# ============================================================================================
+def peak_memory(device):
+    """The most memory that this process has held so far on the device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
 
-
-def main(arguments=None):
-    """Train."""
-    args, config, given = parse_arguments(arguments)
-    device = default_device(args.device)
-    if args.benchmark:
-        return benchmark(config, device)
-
-    # A new run, or an old one from where it stopped.
-    if args.resume:
-        folder = args.resume.rstrip("/")
-        checkpoint = load_checkpoint(folder, "last.pt")
-        config, free = checkpoint["config"], ("steps", "compile", "tf32")
-        if args.name or any(given[k] != config.get(k) for k in given if k not in free):
-            raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
-                            "--tf32, --device and --data (a file that has moved) can be given")
-        config |= {k: given[k] for k in free if k in given}
-        config["data"] = os.path.abspath(args.data) if args.data else config["data"]
-        if config["steps"] < checkpoint["step"]:
-            raise DataError(f"{folder} is at step {checkpoint['step']:,} already: --steps must be "
-                            "larger")
-        screen = read_config_screen(config, checkpoint)
-        split = {name: cells.numpy() for name, cells in checkpoint["split"].items()}
-    else:
-        checkpoint = None
-        if config["data"] is not None:  # before the folder is made: a wrong file leaves nothing
-            screen = read_config_screen(config)
-            split = split_of(config, screen)
-        folder = new_folder(args.name, config)
-        if config["data"] is None:
-            config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
-            config["simulated"] = True
-            data.simulate(config["data"], config["simulated_seed"],
-                          config["simulated_perturbations"], config["simulated_cells"],
-                          config["simulated_effect"], n_pairs=config["simulated_pairs"])
-            screen = read_config_screen(config)
-            split = split_of(config, screen)
-    with data.replacing(os.path.join(folder, "config.json")) as path, open(path, "w") as file:
-        json.dump(config, file, indent=2)
-    print(f"{screen.path}", *screen.notes, sep="\n  ")
-    fingerprint = screen.fingerprint()
-    n_perturbations = len(screen.perturbations)
-    screen = as_the_model_sees(screen, config["model"])
-    if len(screen.perturbations) > n_perturbations:
-        print(f"  {config['model']} does not add effects up: the combinations are perturbations of "
-              f"their own, {len(screen.perturbations):,} in all; those without training cells have "
-              "no effect")
-    print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
-
-    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
-
-    # The screen moves to the device once; what the model knows of the training cells is computed.
-    batches = data.Batches(screen, device)
-    if checkpoint is None:
-        d = screen.d[split["train"]]
-        n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
-        x_mean, x_std = data.training_statistics(batches, split["train"])
-        training = {"n_cells": torch.from_numpy(n_cells), "x_mean": x_mean.cpu(),
-                    "x_std": x_std.cpu()}
-    else:
-        training = checkpoint["training"]
-
-    torch.manual_seed(config["seed"])
-    model = build_model(config, training).to(device)
-    optimizer = new_optimizer(model, config)
-    progress = {} if checkpoint is None else checkpoint["shuffle"]
-    shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device, **progress)
-    step, best = 0, math.inf
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
-        drop_later_lines(folder, step)
-    log = open(os.path.join(folder, "log.jsonl"), "a", buffering=1)
-
-    def save(name):
-        """Write best.pt or last.pt: everything that is needed to go on."""
-        rng = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(device)
-        with data.replacing(os.path.join(folder, name)) as path:
-            torch.save({
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step, "best": best, "config": config, "rng": rng,
-                "shuffle": {"epoch": shuffle.epoch, "position": shuffle.position},
-                "training": training, "split": {k: torch.from_numpy(v) for k, v in split.items()},
-                "gene_names": list(screen.gene_names), "perturbations": screen.perturbations,
-                "fingerprint": fingerprint}, path)
-
-    # Ctrl-C and a polite kill end the loop after the step that is running, a second one at once.
-    stop, handlers = [], {}
-
-    def stop_soon(number, frame):
-        """Remember the signal, and let the next one do what it always did."""
-        stop.append(number)
-        signal.signal(number, handlers[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, stop_soon)
-
-    first_cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
-    objective = choose_objective(config, model, *batches(first_cells))
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {config['model']}, {n_parameters:,} parameters, {len(split['train']):,} "
-          f"training cells, steps {step:,} to {config['steps']:,} on {device}")
-    terminal = sys.stdout.isatty()
-    if checkpoint is None:
-        save("last.pt")
-    totals, n_since, since, first_step, started = {}, 0, time.time(), step, time.time()
-    first_bad = torch.full((), math.inf, device=device)
-
-    def check_finite():
-        """Stop before anything is saved if a loss was not finite."""
-        if math.isfinite(first_bad.item()):
-            sys.exit(f"error: the loss was not finite at step {int(first_bad)}: start a new run "
-                     "with a lower --lr, or with --clip 100")
-
-    while step < config["steps"] and not stop:
-        # One step: a batch, an estimate of the ELBO, its gradient, Adam.
-        x, d = batches(next(shuffle))
-        value, terms = objective(model, x, d, config["particles"])
-        optimizer.zero_grad(set_to_none=True)
-        (-value).backward()
-        if config["clip"]:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
-        optimizer.step()
-        step, n_since = step + 1, n_since + 1
-
-        # Nothing here waits for a GPU, but for the copy of the order of cells once per epoch:
-        # sums, and the number of the first non-finite step, stay on the device.
-        terms["loss"] = -value.detach()
-        totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
-        first_bad = torch.where(torch.isfinite(value.detach()), first_bad,
-                                first_bad.clamp(max=step))
-        validate = step % config["validate_every"] == 0 or step == config["steps"]
-        if step % config["log_every"] and not validate:
-            continue
-
-        # Every now and then: look at the numbers.
-        check_finite()
-        seconds = time.time() - since
-        line = {"step": step, "epoch": shuffle.epoch}
-        line |= {name: round(float(total) / n_since, 4) for name, total in totals.items()}
-        if model.has_mask:
-            with torch.no_grad():
-                probability = model.mask_probability()[model.n_cells > 0]
-            line["mask_probability"] = round(probability.mean().item(), 5)
-            line["mask_size"] = round((probability > 0.5).sum(1).float().mean().item(), 3)
-        line["cells_per_second"] = round(n_since * config["batch_size"] / seconds)
-        totals, n_since = {}, 0
-        if validate:
-            loss = validation_loss(model, batches, split["validation"], config["particles"])
-            line["validation_loss"] = round(loss, 4)
-            if not math.isfinite(loss):
-                sys.exit(f"error: the validation loss was not finite at step {step}: start a new "
-                         "run with a lower --lr, or with --clip 100")
-            if loss < best:
-                best = loss
-                save("best.pt")
-            save("last.pt")
-        log.write(json.dumps(line) + "\n")
-        since = time.time()
-        if terminal:
-            left = (config["steps"] - step) * (time.time() - started) / (step - first_step)
-            print(f"\rstep {step:,}  loss {line['loss']:.2f} = data {-line['log_likelihood']:.2f} "
-                  f"+ basal {line['kl_basal']:.2f} + mask {line['kl_mask']:.3f} + effect "
-                  f"{line['kl_effect']:.3f}  "
-                  + (f"mask probability {line['mask_probability']:.4f}  " if model.has_mask else "")
-                  + f"{line['cells_per_second']:,} cells/s  {left // 60:.0f}:{left % 60:02.0f} left"
-                  + (f"  best validation {best:.2f} " if best < math.inf else " "), end="",
-                  flush=True)
-    log.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if terminal:
-        print()
-    if stop:
-        check_finite()
-        save("last.pt")
-        print(f"stopped at step {step:,}; to go on: python train.py --resume {folder}")
-        sys.exit(128 + stop[0])
-    print(f"{step - first_step:,} steps in {time.time() - started:.0f} s; "
-          f"lowest validation loss {best:.2f}")
-    if config.get("simulated"):
-        import evaluate  # it imports this module
-
-        torch.set_float32_matmul_precision("highest")
-        evaluate.main([folder, "--device", str(device)])
-    else:
-        print(f"next: python evaluate.py {folder}")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 if __name__ == "__main__":

@@ -745,9 +745,12 @@ class LogNormalisedMean:
     suffice. Both are zero for a cell without counts, which has probability exp(-sum of the rates),
     so that dividing by one minus its mean leaves such cells out.
 
-    The arms share gamma, and start their Poisson draws from the same random numbers. Compared with
-    counts that are sampled for each arm on its own, the variance of an effect on the Table-1-like
-    screens we tried was 2 to 23 times smaller at equal numbers of particles.
+    The arms share gamma, and start their Poisson draws from the same random numbers. How much less
+    noise than plain sampling? In small models of 10 to 1,000 genes, theta of 0.05 to 10 and cells
+    of 200 or 10,000 counts, the variance of an effect was 1.4 to 89 times smaller (median 8) than
+    by as many counts drawn for each arm on its own. Plain counts that share gamma between arms are
+    better than those: 88 times the variance to an eighth of it (median 4), the latter for 10 genes
+    and theta = 0.05, where a cell's counts are all on few genes and y - h is not small.
     """
 
     def __init__(self, log_theta, library, n_arms):

@@ -388,11 +388,11 @@ def _as_counts(name, values, dtype, name_of):
     """
     with np.errstate(invalid="ignore"):  # casting NaN or 1e30 to an integer warns
         # A cast is exact if and only if its result compares equal. NaN, inf, fractions, negative
-        # and too large values never do: one cast and one comparison check every value. Above
-        # 2**53 doubles are no longer all integers, and a float64 may have lost some.
+        # and too large values never do: one cast and one comparison check every value. From 2**53
+        # on a double cannot tell neighbouring integers apart, and what was counted may be lost.
         for candidate in COUNT_TYPES[COUNT_TYPES.index(dtype):]:
             counts = values.astype(candidate)
-            if (counts == values).all() and (candidate.itemsize < 8 or counts.max() < 2**53):
+            if (counts == values).all() and (candidate.itemsize < 8 or counts.max(initial=0) < 2**53):
                 return counts, 0
         # Almost integers come from a file that was normalised and multiplied back.
         values = values.astype(np.float64)
@@ -412,7 +412,7 @@ def _put(out, where, counts):
     """out[where] = counts; returns out, widened first if its type does not hold these counts.
 
     Widening is the one moment at which a matrix is in memory twice, at 1 + 2 bytes a count or
-    2 + 4. It mostly happens in a first block, where numpy.empty has not yet taken any memory.
+    2 + 4. It mostly happens in a first block, when what is still to come has taken no memory yet.
     """
     if counts.dtype.itemsize > out.dtype.itemsize:
         out = out.astype(counts.dtype)
@@ -460,15 +460,15 @@ def _tidy(counts):
 
 
 class _Matrix:
-    """A matrix of an open file: dense, CSR or CSC. Raises DataError where its form is wrong, and
-    NotCounts where its values cannot be counts.
+    """A matrix of an open file: dense, or sparse by rows (CSR) or by columns (CSC).
 
-    name, form     its path in the file, and in words what it is, such as "sparse CSR"
-    shape          (cells, genes)
+    name     its path in the file, such as "layers/counts"
+    form     what it is in words, such as "sparse CSR"
+    shape    (cells, genes), as obs and var say; DataError where the matrix says something else
 
-    A block is (row, column, values), of wanted values alone: row and column say where they go in
-    the result. For a tile of a dense matrix these are two slices, for entries of a sparse one two
-    arrays.
+    It is read as a stream of blocks (row, column, values) that hold wanted values alone. row and
+    column say where these go in the result: two slices for a tile of a dense matrix, two arrays
+    for entries of a sparse one.
     """
 
     def __init__(self, file, name, cell_names, gene_names):
@@ -535,7 +535,7 @@ class _Matrix:
     def check_first_block(self):
         """Raise NotCounts if a first block of the values shows that they are no counts."""
         rows, genes = (np.ones(n, bool) for n in self.shape)
-        for block in self._blocks(rows, genes):
+        for block in self._tiles(rows, genes) if self.dense else self._entries(rows, genes):
             self._counts_of(block, COUNT_TYPES[0], rows, genes)
             break
 
@@ -548,7 +548,7 @@ class _Matrix:
         shape, n_rounded = (int(rows.sum()), int(genes.sum())), 0
         if self.dense:
             values = np.empty(shape, COUNT_TYPES[0])
-            for block in self._blocks(rows, genes):
+            for block in self._tiles(rows, genes):
                 counts, n = self._counts_of(block, values.dtype, rows, genes)
                 values, n_rounded = _put(values, block[:2], counts), n_rounded + n
             return Counts(shape, values), n_rounded
@@ -558,7 +558,7 @@ class _Matrix:
             per_row = np.diff(self.indptr)[rows]
         else:
             per_row = np.zeros(shape[0], np.int64)
-            for row, _, _ in self._blocks(rows, genes, with_values=False):
+            for row, _, _ in self._entries(rows, genes, with_values=False):
                 per_row += np.bincount(row, minlength=shape[0])
         indptr = np.concatenate([[0], np.cumsum(per_row)])
         index_type = next(t for t in COUNT_TYPES if shape[1] <= np.iinfo(t).max + 1)
@@ -566,7 +566,7 @@ class _Matrix:
 
         # Then every block's entries go to the next free places of their rows.
         free, done = indptr[:-1].copy(), 0
-        for block in self._blocks(rows, genes):
+        for block in self._entries(rows, genes):
             counts, n = self._counts_of(block, values.dtype, rows, genes)
             row, column, _ = block
             if self.by_row:  # row after row, as in the result
@@ -600,15 +600,11 @@ class _Matrix:
 
         return _as_counts(self.name, values, dtype, name_of)
 
-    def _blocks(self, rows, genes, with_values=True):
-        """All blocks of wanted values, in the order of the file; values are None if not asked for.
-
-        The values may be those of a buffer that is used again for the next block.
-        """
-        return self._tiles(rows, genes) if self.dense else self._entries(rows, genes, with_values)
-
     def _tiles(self, rows, genes):
-        """The blocks of a dense matrix: tiles of whole chunks, each read and unpacked once."""
+        """The blocks of a dense matrix: tiles of whole chunks, each read and unpacked once.
+
+        The values may lie in a buffer that the next tile is read into.
+        """
         n_rows, n_columns = self.shape
         chunk_rows, chunk_columns = self.data.chunks or (1, n_columns)
         # Whole rows, unless one row of chunks is larger than a block: then tiles of a part of it.
@@ -631,8 +627,11 @@ class _Matrix:
                     tile = tile[:, genes[c:c_end]]
                 yield row, column, tile
 
-    def _entries(self, rows, genes, with_values):
-        """The blocks of a sparse matrix: entries start to end of data and indices."""
+    def _entries(self, rows, genes, with_values=True):
+        """The blocks of a sparse matrix: entries start to end of data and indices.
+
+        Their values are None where only their places are asked for.
+        """
         # Where each row and column of the file goes in the result; -1: it is not wanted.
         row_of, column_of = (np.where(mask, np.cumsum(mask) - 1, -1) for mask in (rows, genes))
         major_of, minor_of = (row_of, column_of) if self.by_row else (column_of, row_of)
@@ -977,7 +976,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     has_label = np.array([names is not None for names in sets])
     split = _read_split(file, split_column) if split_column else None
 
-    # Phase two: their counts. A cell without counts has no expected frequencies to compare with.
+    # Phase two: their counts. A cell without any says nothing of frequencies; its l_i would be 0.
     rows = np.flatnonzero(in_subset & has_label)
     counts = file.counts(in_subset & has_label, genes)
     n_wanted, rows = len(rows), rows[counts.drop_empty_cells()]
@@ -1148,8 +1147,7 @@ def _read_one_hot(file, prefix):
 
 
 def _find_family(file, control, separator):
-    """The sets of the first of FAMILIES that fits; an error where families disagree or none fits.
-    """
+    """The sets of the first of FAMILIES that fits; DataError where several disagree or none fits."""
     fits = []
     for column, *_ in FAMILIES:
         # Another meaning of the same name, say `gene`, has no controls: that is no error, yet.
@@ -1398,9 +1396,9 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     Each perturbation alone and n_pairs random pairs, cells_per_condition cells each, and n_controls
     controls. Every perturbation touches one latent dimension, and each further one with probability
     0.05; effects are +-N(effect_size, 0.5). Two-layer decoder, Gamma-Poisson counts with inverse
-    dispersion 10, library sizes log-normal around 5,000. The default has 14,100 cells: 500 singles
-    and 60 pairs of 25 cells each, and 100 controls. Half of the pairs are held out: all their
-    cells are in `split` test, the others 64/16/20 in train, validation and test.
+    dispersion 10, library sizes log-normal around 5,000. Half of the pairs are held out: all their
+    cells are in `split` test, the others 64/16/20 in train, validation and test. The default screen
+    has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls.
 
     Written beside the counts: obs `condition` and `split`; uns `simulation` with the perturbations'
     names and the true `mask` and `effect` (T, L); uns `pathways`, where a pathway is ten or more

@@ -784,10 +784,11 @@ def nullable(group, name, values=LABELS):
 
 
 def write_sparse(file, name, matrix=MATRIX, by_row=True, index_type=np.int32, legacy=False,
-                 scramble=False):
-    """A sparse matrix; `scramble`: unsorted, with duplicates that add up and explicit zeros."""
+                 scramble=False, zeros=False):
+    """A sparse matrix; `scramble`: unsorted, with duplicates that add up and explicit zeros;
+    `zeros`: sorted, with an entry for every zero."""
     major = matrix if by_row else matrix.T
-    rows = [[(j, v) for j, v in enumerate(row) if v] for row in major.tolist()]
+    rows = [[(j, v) for j, v in enumerate(row) if v or zeros] for row in major.tolist()]
     if scramble:
         rows = [[*((j, v - 1) for j, v in row[::-1]), (0, 0), *((j, 1) for j, _ in row)]
                 for row in rows]
@@ -845,6 +846,8 @@ FORMS = {
        lambda file, r=r, t=t, s=s: write_sparse(file, "X", by_row=r, index_type=t, scramble=s)
        for name, r in (("csr", True), ("csc", False))
        for t in (np.uint8, np.int16, np.uint32, np.int64) for s in (False, True)},
+    "csr with every zero": lambda file: write_sparse(file, "X", zeros=True),
+    "csc with every zero": lambda file: write_sparse(file, "X", by_row=False, zeros=True),
     "internal soft link": lambda file: (dense("f4")(file), file.move("X", "elsewhere"),
                                         file.__setitem__("X", h5py.SoftLink("/elsewhere"))),
 }

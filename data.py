@@ -354,9 +354,13 @@ class Counts:
         """Total counts of each cell, (N,) int64."""
         if self.indptr is None:
             return self.values.sum(1, dtype=np.int64)
-        # reduceat adds from each start to the next; of a row without entries it would make one.
-        total, some = np.zeros(self.shape[0], np.int64), np.diff(self.indptr) > 0
-        total[some] = np.add.reduceat(self.values, self.indptr[:-1][some], dtype=np.int64)
+        total, height = np.zeros(self.shape[0], np.int64), max(1, BLOCK // max(1, self.shape[1]))
+        for r in range(0, len(total), height):  # a block at a time: reduceat makes a copy of int64
+            indptr = self.indptr[r:r + height + 1]
+            # It adds from each start to the next, and where these are the same it takes one entry.
+            some = np.flatnonzero(np.diff(indptr))
+            block = self.values[indptr[0]:indptr[-1]]
+            total[r + some] = np.add.reduceat(block, indptr[some] - indptr[0], dtype=np.int64)
         return total
 
     def drop_empty_cells(self):
@@ -392,7 +396,8 @@ def _as_counts(name, values, dtype, name_of):
         # on a double cannot tell neighbouring integers apart, and what was counted may be lost.
         for candidate in COUNT_TYPES[COUNT_TYPES.index(dtype):]:
             counts = values.astype(candidate)
-            if (counts == values).all() and (candidate.itemsize < 8 or counts.max(initial=0) < 2**53):
+            small = candidate.itemsize < 8 or counts.max(initial=0) < 2**53
+            if small and (counts == values).all():
                 return counts, 0
         # Almost integers come from a file that was normalised and multiplied back.
         values = values.astype(np.float64)
@@ -412,7 +417,7 @@ def _put(out, where, counts):
     """out[where] = counts; returns out, widened first if its type does not hold these counts.
 
     Widening is the one moment at which a matrix is in memory twice, at 1 + 2 bytes a count or
-    2 + 4. It mostly happens in a first block, when what is still to come has taken no memory yet.
+    2 + 4. It mostly happens in a first block, when what is to come has taken no memory yet.
     """
     if counts.dtype.itemsize > out.dtype.itemsize:
         out = out.astype(counts.dtype)
@@ -1147,7 +1152,7 @@ def _read_one_hot(file, prefix):
 
 
 def _find_family(file, control, separator):
-    """The sets of the first of FAMILIES that fits; DataError where several disagree or none fits."""
+    """The sets of the first of FAMILIES that fits; DataError where they disagree or none does."""
     fits = []
     for column, *_ in FAMILIES:
         # Another meaning of the same name, say `gene`, has no controls: that is no error, yet.

@@ -878,9 +878,9 @@ def test_only_the_wanted_cells_and_genes_are_read_of_every_form(form, block, tmp
     read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", FORMS[form]))
     all_rows, all_genes = np.ones(5, bool), np.ones(4, bool)
     masks = [np.array([c == "1" for c in word]) for word in (
-        "10011", "00111", "01000", "00100", "00000", "1010", "0110", "0001", "0000")]
-    for rows in [None, all_rows, *masks[:5]]:
-        for genes in [None, all_genes, *masks[5:]]:
+        "10011", "00110", "00000", "1010", "0001", "0000")]
+    for rows in [None, *masks[:3]]:
+        for genes in [None, *masks[3:]]:
             counts = read.counts(rows, genes)
             expected = MATRIX[all_rows if rows is None else rows]
             expected = expected[:, all_genes if genes is None else genes]
@@ -927,23 +927,24 @@ def test_blocks_without_a_wanted_cell_or_gene_are_not_read(what, tmp_path, monke
     lambda f, x: f.create_dataset("X", data=x.astype("f8")),
     lambda f, x: write_sparse(f, "X", x), lambda f, x: write_sparse(f, "X", x, by_row=False)])
 def test_reading_takes_the_memory_of_what_is_kept_and_of_a_block(write, tmp_path, monkeypatch):
-    matrix = np.random.default_rng(0).integers(0, 9, (4000, 300))
+    matrix = np.random.default_rng(0).integers(0, 9, (2000, 200))
     with h5py.File(tmp_path / "x.h5ad", "w") as file:
-        write_frame(file, "obs", [f"c{i}" for i in range(4000)])
-        write_frame(file, "var", [f"g{i}" for i in range(300)])
+        write_frame(file, "obs", [f"c{i}" for i in range(2000)])
+        write_frame(file, "var", [f"g{i}" for i in range(200)])
         write(file, matrix)
-    monkeypatch.setattr(data, "BLOCK", 2**12)
+    monkeypatch.setattr(data, "BLOCK", 2**11)
     read = data.read_h5ad(tmp_path / "x.h5ad")
-    rows = np.arange(4000) % 10 == 3
+    rows = np.arange(2000) % 10 == 3
     for selection in (rows, None):
         tracemalloc.start()
         counts = read.counts(selection)
+        counts.drop_empty_cells()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         parts = (counts.values, counts.columns, counts.indptr)
         kept = sum(part.nbytes for part in parts if part is not None)
         # Of a block, a few arrays of 8 bytes a value; of the cells, a few of 8 bytes a cell.
-        assert peak < kept + 16 * 8 * 2**12 + 10 * 8 * 4000, (peak, kept)
+        assert peak < kept + 16 * 8 * 2**11 + 10 * 8 * 2000, (peak, kept)
 
 
 def test_cells_without_counts_are_dropped_in_place(monkeypatch):

@@ -322,7 +322,7 @@ class Counts:
     """A matrix of counts, cells x genes, in memory: dense, or compressed sparse rows (CSR).
 
     shape       (N, G)
-    values      (N, G) if dense, (entries,) if sparse; uint8, uint16, uint32 or uint64
+    values      (N, G) if dense, (entries,), none of them 0, if sparse; uint8, 16, 32 or 64
     columns     (entries,) gene of each entry, rising within a cell, or None if dense
     indptr      (N + 1,) where each cell's entries start and end, or None if dense
     """
@@ -548,7 +548,7 @@ class _Matrix:
         """The counts where rows (cells,) and genes (genes,), boolean masks, are true.
 
         Returns a Counts and how many of its values were rounded. The memory that it takes is that
-        of the result and of one block.
+        of the result, of one block and, for a sparse matrix, of indptr.
         """
         shape, n_rounded = (int(rows.sum()), int(genes.sum())), 0
         if self.dense:
@@ -566,6 +566,7 @@ class _Matrix:
             for row, _, _ in self._entries(rows, genes, with_values=False):
                 per_row += np.bincount(row, minlength=shape[0])
         indptr = np.concatenate([[0], np.cumsum(per_row)])
+        # Genes are numbered in the narrowest type, too.
         index_type = next(t for t in COUNT_TYPES if shape[1] <= np.iinfo(t).max + 1)
         columns, values = np.empty(indptr[-1], index_type), np.empty(indptr[-1], COUNT_TYPES[0])
 
@@ -616,6 +617,7 @@ class _Matrix:
         width = min(n_columns, max(1, BLOCK // (chunk_rows * chunk_columns)) * chunk_columns)
         height = max(1, BLOCK // (chunk_rows * width)) * chunk_rows
         buffer = np.empty(min(height, n_rows) * width, self.data.dtype.newbyteorder("="))
+        # How many wanted ones lie before each row and column: its place in the result.
         rows_before, genes_before = (np.append(0, np.cumsum(mask)) for mask in (rows, genes))
         for r in range(0, n_rows, height):
             for c in range(0, n_columns, width):
@@ -626,7 +628,7 @@ class _Matrix:
                     continue  # nothing of this tile is wanted
                 tile = buffer[:(r_end - r) * (c_end - c)].reshape(r_end - r, c_end - c)
                 self.data.read_direct(tile, (slice(r, r_end), slice(c, c_end)))
-                if row.stop - row.start < r_end - r:
+                if row.stop - row.start < r_end - r:  # a part of it is: copy that
                     tile = tile[rows[r:r_end]]
                 if column.stop - column.start < c_end - c:
                     tile = tile[:, genes[c:c_end]]
@@ -642,15 +644,17 @@ class _Matrix:
         major_of, minor_of = (row_of, column_of) if self.by_row else (column_of, row_of)
         for start in range(0, self.indptr[-1], BLOCK):
             end = min(start + BLOCK, self.indptr[-1])
-            # The block begins within `first` and ends within `last`.
+            # The row of a CSR matrix in which the block begins, and that in which it ends.
             first, last = np.searchsorted(self.indptr, [start, end - 1], side="right") - 1
             if (major_of[first:last + 1] < 0).all():
                 continue  # nothing of this block is wanted
+            # The place of each entry in the result: the one coordinate from indptr, whose stretches
+            # are cut off at the block's ends, the other from indices.
             per_major = np.diff(self.indptr[first:last + 2].clip(start, end))
             major = np.repeat(major_of[first:last + 1], per_major)
             minor = self.indices[start:end]
-            wrong = (minor < 0) | (minor >= len(minor_of))
-            if wrong.any():  # no index is used before it was checked
+            wrong = (minor < 0) | (minor >= len(minor_of))  # before it is used
+            if wrong.any():
                 i = np.argmax(wrong)
                 raise DataError(f"{self.name}/indices holds {minor[i]} at position {start + i}; it "
                                 f"must be at least 0 and below {len(minor_of)}")
@@ -872,6 +876,7 @@ import sys
 import torch
 
 NONE = -1  # fills the free places of a row of dosages, as in sams_vae.py
+
 
 class NoControl(DataError):
     """A column that could be read, but in which no cell is a control: another one may fit."""

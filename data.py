@@ -3,30 +3,33 @@
     python data.py FILE.h5ad                                  what the reader makes of a file
     python data.py FILE.h5ad --perturbation-column gene --control non-targeting
 
-In reading order: opening a file that may be damaged or hostile; columns; counts; `read_h5ad`;
-labels -> dosages (`read_screen`); splits; batches; the writer; `simulate`; the command line.
+In reading order:
 
-`read_h5ad` and all above it use h5py and numpy alone: copy them. They read the files of anndata 0.5
-to 0.13, never import anndata, never unpickle, and follow no link out of the file. All that is wrong
-with a file or an option is raised as a DataError, one sentence for the user.
+    h5ad in and out    a file, that may be damaged or hostile -> columns and counts: `read_h5ad`,
+                       `H5ad`; arrays -> a file: `write_h5ad`
+    -- cut here --     what stands above needs h5py and numpy alone: copy it
+    labels             what was done to each cell, as the dosages d of the model: `read_screen`
+    splits             train, validation and test cells, the paper's three ways: `split_cells`
+    batches            the whole screen on the device, a batch is an index: `Batches`, `Shuffle`
+    simulation         a screen of which the true masks and effects are known: `simulate`
+
+A matrix is read in two phases. `read_h5ad` reads names and a first block of values, to find where
+the counts are. `H5ad.counts` reads the cells and genes that are wanted, checks every value, and
+keeps them in the narrowest integer type: what is not wanted never takes memory.
+
+The reader takes files of anndata 0.5 to 0.13. It never imports anndata, never unpickles, and
+follows no link out of the file. All that is wrong with a file or an option is raised as a
+DataError, one sentence for the user.
 """
 
-import argparse
-import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import re
-import sys
 
 import h5py
 import numpy as np
-import torch
 
-NONE = -1  # fills the free places of a row of dosages, as in sams_vae.py
 BLOCK = 2**20  # values per block of a streaming pass: small enough for the caches
 COUNT_TYPES = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]
 
@@ -36,15 +39,11 @@ class DataError(ValueError):
 
 
 class NotCounts(DataError):
-    """A matrix that could be read, but whose values are not counts."""
-
-
-class NoControl(DataError):
-    """A column that could be read, but in which no cell is a control."""
+    """A matrix that could be read, but whose values are not counts: another one may hold them."""
 
 
 # ============================================================================================
-# Opening a file that may be damaged or hostile
+# h5ad in and out: opening a file that may be damaged or hostile
 # ============================================================================================
 
 
@@ -53,17 +52,19 @@ def _h5_file(path):
     """Open an .h5ad file to read; every failure inside becomes a DataError that names the file."""
     path = os.fspath(path)
     try:
+        # HDF5 calls all of these "unable to open file (file signature not found)".
         if os.path.isdir(path):
             raise DataError("is a folder; an .h5ad file was expected")
         with open(path, "rb") as file:
             head = file.read(8)
         if not head:
             raise DataError("is empty")
-        if head.startswith(b"\x1f\x8b"):
+        if head.startswith(b"\x1f\x8b"):  # as it comes from GEO
             raise DataError("is compressed as a whole; unpack it first: gunzip FILE.gz")
         if not h5py.is_hdf5(path):
             raise DataError(f"is not an HDF5 file, it starts with {head!r}")
         with h5py.File(path, "r") as file:
+            # Two other formats of single cells that are HDF5 too.
             top = _keys(file)
             if "obs" not in top and "matrix" in top:
                 raise DataError("looks like a 10x .h5 matrix, which has no labels: read it with "
@@ -72,6 +73,7 @@ def _h5_file(path):
                 raise DataError("looks like an .h5mu file of several modalities: save the RNA "
                                 "modality on its own, mdata['rna'].write('rna.h5ad')")
             yield file
+    # The functions below know nothing of the path; it is put before their sentences here.
     except NotCounts as error:
         raise NotCounts(f"{path}: {error}") from None
     except DataError as error:
@@ -98,10 +100,12 @@ def _member(file, name, required=True):
     node, parts, followed = file, [p for p in name.split("/") if p], 0
     while parts:
         part = parts.pop(0)
+        # getlink asks what kind of link it is and does not follow it; file[name] would.
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
-        if isinstance(link, h5py.HardLink):
+        if isinstance(link, h5py.HardLink):  # the usual case: the object itself
             node = node[part]
         elif isinstance(link, h5py.SoftLink):
+            # A path within the file, from its root or from here: its parts are walked like ours.
             followed += 1
             if followed > 32:
                 raise DataError(f"{name} is a loop of soft links")
@@ -119,32 +123,38 @@ def _member(file, name, required=True):
             return None
     if isinstance(node, h5py.Dataset):
         _check_storage(file, name, node)
-    elif not isinstance(node, h5py.Group):
+    elif not isinstance(node, h5py.Group):  # a named type
         raise DataError(f"{name} is neither a group nor a data set")
     return node
 
 
 def _check_storage(file, name, dataset):
-    """Refuse a data set of a larger size than the file holds, before anything is allocated."""
+    """Refuse a data set of a larger size than the file holds, before anything is allocated.
+
+    HDF5 fills what was never stored with zeros: a file of 90 KB can declare 4 EiB, and a download
+    that broke off can look like a screen whose last cells have no counts.
+    """
     if dataset.is_virtual or dataset.external:
         raise DataError(f"{name} keeps its values in other files: copy the data into the file")
     if dataset.shape is None:
         raise DataError(f"{name} is a data set without values")
     creation = dataset.id.get_create_plist()
-    declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()  # bytes
     stored = dataset.id.get_storage_size()
     if declared == 0:
         return
     if dataset.chunks:
+        # Every chunk must be there. A filter may have compressed it, but deflate cannot do better
+        # than 1032 : 1.
         grid = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
-        # Deflate cannot compress better than 1032 : 1.
         least = declared / 1100 if creation.get_nfilters() else declared
         complete = stored >= least and dataset.id.get_num_chunks() >= grid
     elif creation.get_layout() == h5py.h5d.CONTIGUOUS:
-        offset = dataset.id.get_offset()
+        # One stretch of the file; the storage size is only what is declared, so look where it ends.
+        offset = dataset.id.get_offset()  # None: never allocated
         complete = offset is not None and offset + declared <= file.id.get_filesize()
         stored = stored if complete else 0
-    else:
+    else:  # compact: inside of the object's header
         complete = stored >= declared
     if not complete:
         raise DataError(f"{name} declares {dataset.shape} values of {dataset.dtype}, {declared:,} "
@@ -153,19 +163,29 @@ def _check_storage(file, name, dataset):
 
 
 def _keys(group):
-    """Names of a group's members, sorted; names that are not UTF-8 are left out."""
+    """Names of a group's members, sorted; names that are not UTF-8, as bytes, are left out."""
     return sorted(name for name in group if isinstance(name, str))
 
 
 def _attribute(node, name):
-    """An attribute, decoded where it is bytes; None where there is none."""
+    """An attribute, decoded where it is bytes (fixed-length strings); None where there is none."""
     value = node.attrs.get(name)
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 # ============================================================================================
-# Columns of obs and var: all the ways in which anndata has written them
+# h5ad in and out: columns of obs and var, in all the ways in which anndata has written them
 # ============================================================================================
+
+# Until anndata 0.6, obs and var are compound data sets (arrays of records), their first field the
+# index. Since 0.7 they are groups with a data set for each column; categorical columns are
+#
+#     until 0.6    integer codes; the labels are in uns/<column>_categories
+#     0.7          integer codes, with an attribute that refers to obs/__categories/<column>
+#     since 0.8    a group of `codes` and `categories`
+#
+# Since 0.8 columns with missing values, and with pandas 3 all columns of text and the index too,
+# are groups of `values` and a `mask`.
 
 
 def _objects(values):
@@ -175,32 +195,33 @@ def _objects(values):
 
 def _to_numpy(name, raw):
     """What h5py reads -> a 1-D array of str objects, native numbers or bools."""
-    raw = np.atleast_1d(raw)
+    raw = np.atleast_1d(raw)  # anndata <= 0.6 writes a single category as a scalar
     if raw.ndim != 1:
         raise DataError(f"{name} has {raw.ndim} dimensions; a column has one")
-    if raw.dtype.kind in "OS":
+    if raw.dtype.kind in "OS":  # text of variable length comes as bytes in objects, of fixed as S
         if not all(isinstance(v, (bytes, str)) for v in raw):
             raise DataError(f"{name} holds values that are neither text nor numbers")
         text = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in raw.tolist()]
         return _objects(text)
     if raw.dtype.kind not in "biuf":
         raise DataError(f"{name} holds values of type {raw.dtype}, neither text nor numbers")
-    return raw.astype(raw.dtype.newbyteorder("="), copy=False)
+    return raw.astype(raw.dtype.newbyteorder("="), copy=False)  # "=": this machine's byte order
 
 
 def _with_missing(values, missing):
     """Values with None where `missing` is true; unchanged if it is true nowhere."""
     if missing.any():
-        values = values.astype(object)
+        values = values.astype(object)  # numbers have no None
         values[missing] = None
     return values
 
 
 def _plain(file, name):
-    """A data set of text or numbers."""
+    """A data set of text or numbers, as a 1-D array."""
     node = _member(file, name)
     if not isinstance(node, h5py.Dataset):
         raise DataError(f"{name} is a group where a data set was expected")
+    # Until 0.7 there is no such attribute. An unknown one may mean that values are no values.
     if _attribute(node, "encoding-type") not in (None, "array", "string-array", "string"):
         raise DataError(f"{name} has the unknown encoding {_attribute(node, 'encoding-type')!r}")
     return _to_numpy(name, node[()])
@@ -225,18 +246,18 @@ def _decode(name, codes, categories):
     """A categorical column: categories[codes], None where the code is -1."""
     if codes.dtype.kind not in "iu":
         raise DataError(f"{name} has category codes of type {codes.dtype}; integers were expected")
-    codes = codes.astype(np.int64)
+    codes = codes.astype(np.int64)  # they come as int8 and up, and unsigned ones have no -1
     wrong = np.flatnonzero((codes < -1) | (codes >= len(categories)))
     if len(wrong):
         raise DataError(f"{name} has the category code {codes[wrong[0]]} in row {wrong[0]}, but "
                         f"only {len(categories)} categories")
-    if not len(categories):
+    if not len(categories):  # all codes are -1, and categories[-1] would be an IndexError
         return np.full(len(codes), None, dtype=object)
     return _with_missing(categories[codes], codes == -1)
 
 
 def _column(file, table, column):
-    """The column `column` of the table obs, var, raw/var or raw.var, as a numpy array."""
+    """The column `column` of the table obs, var, raw/var or raw.var, as a 1-D array."""
     frame, name = _member(file, table), f"{table}/{column}"
     if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: one compound data set
         values = _to_numpy(name, frame[column])
@@ -251,7 +272,7 @@ def _column(file, table, column):
     values = _plain_or_nullable(file, name)
     categories = node.attrs.get("categories")
     if isinstance(categories, h5py.Reference):  # 0.7: a reference into obs/__categories
-        categories = file[categories]
+        categories = file[categories]  # not through _member: check what it checks
         if not isinstance(categories, h5py.Dataset):
             raise DataError(f"{name} refers to categories that are not a data set")
         _check_storage(file, f"categories of {name}", categories)
@@ -260,11 +281,13 @@ def _column(file, table, column):
 
 
 def _index_name(file, table):
+    """The name of the column that holds the names of cells or genes."""
     frame = _member(file, table)
-    if isinstance(frame, h5py.Dataset):
+    if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: the first field
         if not frame.dtype.names:
             raise DataError(f"{table} is neither a table nor a group of columns")
         return frame.dtype.names[0]
+    # Since 0.7 an attribute says it: _index, index, CellID, ... Some writers leave it out.
     for name in (_attribute(frame, "_index"), "_index", "index"):
         if name in _keys(frame):
             return name
@@ -272,23 +295,25 @@ def _index_name(file, table):
 
 
 def _names(file, table):
-    """The index of a table: names of cells or genes, as str objects."""
+    """The index of a table: names of cells or genes, as str objects, even if it holds numbers."""
     values = _column(file, table, _index_name(file, table))
     return _objects(map(str, values))
 
 
 def _column_names(file, table):
+    """The columns of a table other than its index, in the table's order."""
     frame, index = _member(file, table), _index_name(file, table)
     if isinstance(frame, h5py.Dataset):
         return [name for name in frame.dtype.names if name != index]
     names = [c for c in _keys(frame) if c not in (index, "__categories")]
+    # Members of a group have no order: an attribute lists them. Trust it for the order only.
     order = [c.decode("utf-8", "replace") if isinstance(c, bytes) else c
              for c in np.ravel(frame.attrs.get("column-order", [])).tolist()]
     return [c for c in order if c in names] + [c for c in names if c not in order]
 
 
 # ============================================================================================
-# Counts: every value checked in the one pass that reads it, kept in the narrowest exact type
+# h5ad in and out: counts, in memory
 # ============================================================================================
 
 
@@ -296,8 +321,9 @@ def _column_names(file, table):
 class Counts:
     """A matrix of counts, cells x genes, in memory: dense, or compressed sparse rows (CSR).
 
-    values      (N, G) if dense, (entries,) if sparse; uint8, uint16, uint32 or uint64
-    columns     (entries,) gene of each entry, or None if dense
+    shape       (N, G)
+    values      (N, G) if dense, (entries,), none of them 0, if sparse; uint8, 16, 32 or 64
+    columns     (entries,) gene of each entry, rising within a cell, or None if dense
     indptr      (N + 1,) where each cell's entries start and end, or None if dense
     """
 
@@ -314,7 +340,12 @@ class Counts:
         rows = np.atleast_1d(np.arange(self.shape[0])[slice(None) if rows is None else rows])
         if self.indptr is None:
             return self.values[rows]
-        row, entry = _entries_of(self.indptr[rows], self.indptr[rows + 1])
+        # Row r of the result has the entries start[r] to start[r] + length[r]: list them all.
+        start = self.indptr[rows]
+        length = self.indptr[rows + 1] - start
+        row = np.repeat(np.arange(len(rows)), length)
+        before = np.cumsum(length) - length  # entries of the rows before
+        entry = np.arange(len(row)) + np.repeat(start - before, length)
         out = np.zeros((len(rows), self.shape[1]), self.values.dtype)
         out[row, self.columns[entry]] = self.values[entry]
         return out
@@ -323,208 +354,365 @@ class Counts:
         """Total counts of each cell, (N,) int64."""
         if self.indptr is None:
             return self.values.sum(1, dtype=np.int64)
-        total = np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])
-        return total[self.indptr[1:]] - total[self.indptr[:-1]]
+        total, height = np.zeros(self.shape[0], np.int64), max(1, BLOCK // max(1, self.shape[1]))
+        for r in range(0, len(total), height):  # a block at a time: reduceat makes a copy of int64
+            indptr = self.indptr[r:r + height + 1]
+            # It adds from each start to the next, and where these are the same it takes one entry.
+            some = np.flatnonzero(np.diff(indptr))
+            block = self.values[indptr[0]:indptr[-1]]
+            total[r + some] = np.add.reduceat(block, indptr[some] - indptr[0], dtype=np.int64)
+        return total
 
-    def of_genes(self, keep):
-        """The Counts of the genes where keep (G,) is true, in their order."""
-        shape = (self.shape[0], int(keep.sum()))
-        if self.indptr is None:
-            return Counts(shape, self.values[:, keep])
-        kept = keep[self.columns]
-        before = np.concatenate([[0], np.cumsum(kept)])
-        new_column = np.cumsum(keep) - 1
-        return Counts(shape, self.values[kept],
-                      new_column[self.columns[kept]].astype(self.columns.dtype),
-                      before[self.indptr])
+    def drop_empty_cells(self):
+        """Forget the cells without any count. Returns which of the cells remain, (N,) bool.
+
+        In place, since a second copy of the matrix may not fit into memory.
+        """
+        kept = self.library() > 0
+        if self.indptr is not None:
+            # They have no entries (_tidy), so only the places where they end are left out.
+            self.indptr = self.indptr[np.append(True, kept)]
+        elif not kept.all():
+            # Rows move up, a block at a time; values[...][mask] is a copy, so they may overlap.
+            n, height = 0, max(1, BLOCK // max(1, self.shape[1]))
+            for r in range(0, len(kept), height):
+                block = self.values[r:r + height][kept[r:r + height]]
+                self.values[n:n + len(block)] = block
+                n += len(block)
+            self.values = self.values[:n]
+        self.shape = (int(kept.sum()), self.shape[1])
+        return kept
 
 
-def _entries_of(start, end):
-    """Row r holds entries start[r]..end[r]: row number and position of all entries, in order."""
-    length = end - start
-    row = np.repeat(np.arange(len(length)), length)
-    first = np.cumsum(length) - length
-    return row, np.arange(len(row)) + np.repeat(start - first, length)
-
-
-def _as_counts(name, values, dtype, place):
+def _as_counts(name, values, dtype, name_of):
     """Values in the first of COUNT_TYPES, from `dtype` on, that holds them all exactly.
 
-    A cast is exact if and only if its result compares equal, NaN, inf and negative values included:
-    one cast and one comparison check every value. place(i) names the cell and gene of value i.
     Returns the counts and how many values were rounded because they were within 1e-6 of one.
+    Raises NotCounts for the first value that is none; name_of(i) names its cell and gene.
     """
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # casting NaN or 1e30 to an integer warns
+        # A cast is exact if and only if its result compares equal. NaN, inf, fractions, negative
+        # and too large values never do: one cast and one comparison check every value. From 2**53
+        # on a double cannot tell neighbouring integers apart, and what was counted may be lost.
         for candidate in COUNT_TYPES[COUNT_TYPES.index(dtype):]:
             counts = values.astype(candidate)
-            if (counts == values).all() and (candidate.itemsize < 8 or counts.max() < 2**53):
+            small = candidate.itemsize < 8 or counts.max(initial=0) < 2**53
+            if small and (counts == values).all():
                 return counts, 0
+        # Almost integers come from a file that was normalised and multiplied back.
         values = values.astype(np.float64)
         rounded = np.rint(values)
         near = (np.abs(values - rounded) <= 1e-6) & (rounded >= 0) & (rounded < 2**53)
     if near.all():
-        return _as_counts(name, rounded, dtype, place)[0], int((rounded != values).sum())
-    first = int(np.argmin(near.ravel()))
+        return _as_counts(name, rounded, dtype, name_of)[0], int((rounded != values).sum())
+    first = int(np.argmin(near.ravel()))  # the first False
     value = values.ravel()[first]
     what = ("not a finite number" if not np.isfinite(value) else "negative" if value < 0 else
             "too large" if value >= 2**53 else
             "not an integer; the values look normalised or log-transformed")
-    raise NotCounts(f"{name} holds {value:g} for {place(first)}, which is no count: it is {what}")
+    raise NotCounts(f"{name} holds {value:g} for {name_of(first)}, which is no count: it is {what}")
 
 
 def _put(out, where, counts):
-    """out[where] = counts; returns out, widened first if its type does not hold these counts."""
+    """out[where] = counts; returns out, widened first if its type does not hold these counts.
+
+    Widening is the one moment at which a matrix is in memory twice, at 1 + 2 bytes a count or
+    2 + 4. It mostly happens in a first block, when what is to come has taken no memory yet.
+    """
     if counts.dtype.itemsize > out.dtype.itemsize:
         out = out.astype(counts.dtype)
     out[where] = counts
     return out
 
 
-def _read_dense(name, dataset, shape, cell_and_gene):
-    """A dense matrix, in blocks of whole chunks."""
-    if dataset.shape != shape:
-        raise DataError(f"{name} has shape {dataset.shape}, but obs and var say {shape}")
-    if dataset.dtype.kind not in "biuf":
-        raise NotCounts(f"{name} holds values of type {dataset.dtype}, not counts")
-    chunk_rows, chunk_columns = dataset.chunks or (1, shape[1])
-    # Whole rows, unless one row of chunks is larger than a block: then tiles of whole chunks.
-    width = min(shape[1], max(1, BLOCK // (chunk_rows * chunk_columns)) * chunk_columns)
-    height = max(1, BLOCK // (chunk_rows * width)) * chunk_rows
-    buffer = np.empty(min(height, shape[0]) * width, dataset.dtype.newbyteorder("="))
-    out, n_rounded = np.empty(shape, COUNT_TYPES[0]), 0
-    for r in range(0, shape[0], height):
-        for c in range(0, shape[1], width):
-            rows, columns = slice(r, min(r + height, shape[0])), slice(c, min(c + width, shape[1]))
-            tile = (rows.stop - r, columns.stop - c)
-            block = buffer[:tile[0] * tile[1]].reshape(tile)
-            dataset.read_direct(block, (rows, columns))
+def _tidy(counts):
+    """Sort the entries of each row by gene, add up those of the same gene, drop explicit zeros.
 
-            def place(i, r=r, c=c, n_columns=tile[1]):
-                """The cell and gene of the i-th value of the tile, for an error."""
-                return cell_and_gene(r + i // n_columns, c + i % n_columns)
-
-            counts, n = _as_counts(name, block, out.dtype, place)
-            out, n_rounded = _put(out, (rows, columns), counts), n_rounded + n
-    return Counts(shape, out), n_rounded
-
-
-def _read_sparse(name, file, shape, by_row, cell_and_gene):
-    """A sparse matrix, stored by rows (CSR) or by columns (CSC, which is transposed)."""
-    data, indices = _member(file, f"{name}/data"), _member(file, f"{name}/indices")
-    indptr = _member(file, f"{name}/indptr")
-    for part, node in (("data", data), ("indices", indices), ("indptr", indptr)):
-        if not isinstance(node, h5py.Dataset) or node.ndim != 1:
-            raise DataError(f"{name}/{part} is not a one-dimensional data set")
-        if part != "data" and node.dtype.kind not in "iu":
-            raise DataError(f"{name}/{part} holds values of type {node.dtype}; integers were "
-                            "expected")
-    if data.dtype.kind not in "biuf":
-        raise NotCounts(f"{name} holds values of type {data.dtype}, not counts")
-    n_major, n_minor = shape if by_row else shape[::-1]
-    n_entries = len(indices)
-
-    # No index is used before it was checked.
-    if len(indptr) != n_major + 1:
-        raise DataError(f"{name}/indptr has {len(indptr)} values; a matrix of shape {shape} needs "
-                        f"{n_major + 1}")
-    indptr = indptr[()].astype(np.int64)
-    falls = np.flatnonzero(np.diff(indptr) < 0)
-    if indptr[0] != 0:
-        raise DataError(f"{name}/indptr starts at {indptr[0]} and not at 0")
-    if len(falls):
-        i = falls[0]
-        raise DataError(f"{name}/indptr falls from {indptr[i]} to {indptr[i + 1]} at position "
-                        f"{i + 1}" + (": it has overflowed 32 bits" if indptr[i + 1] < 0 else ""))
-    if len(data) != n_entries or indptr[-1] != n_entries:
-        raise DataError(f"{name} is inconsistent: data has {len(data)} values, indices "
-                        f"{n_entries}, and indptr ends at {indptr[-1]}")
-
-    def checked_indices(start, end):
-        """A block of indices; raises DataError if one of them lies outside."""
-        minor = indices[start:end]
-        wrong = np.flatnonzero((minor < 0) | (minor >= n_minor))
-        if len(wrong):
-            raise DataError(f"{name}/indices holds {minor[wrong[0]]} at position "
-                            f"{start + wrong[0]}; it must be at least 0 and below {n_minor}")
-        return minor.astype(np.int64)
-
-    blocks = [(s, min(s + BLOCK, n_entries)) for s in range(0, n_entries, BLOCK)]
-    columns = np.empty(n_entries, next(t for t in COUNT_TYPES if shape[1] <= np.iinfo(t).max + 1))
-    values, n_rounded = np.empty(n_entries, COUNT_TYPES[0]), 0
-    if by_row:
-        row_ends = indptr
-    else:  # where each row will start: one pass over the indices
-        per_row = sum((np.bincount(checked_indices(*b), minlength=n_minor) for b in blocks),
-                      start=np.zeros(n_minor, np.int64))
-        row_ends = np.concatenate([[0], np.cumsum(per_row)])
-        free = row_ends[:-1].copy()  # the next free place of each row
-    for start, end in blocks:
-        minor = checked_indices(start, end)
-
-        def place(i, start=start, minor=minor):
-            """The cell and gene of the i-th value of the block, for an error."""
-            major = np.searchsorted(indptr, start + i, side="right") - 1
-            return cell_and_gene(*((major, minor[i]) if by_row else (minor[i], major)))
-
-        counts, n = _as_counts(name, data[start:end], values.dtype, place)
-        n_rounded += n
-        if by_row:
-            where = slice(start, end)
-            columns[where] = minor
-        else:
-            # Entries of one row keep their order: they go to its next free places, one by one.
-            order, per_row = np.argsort(minor, kind="stable"), np.bincount(minor, minlength=n_minor)
-            shift = free - (np.cumsum(per_row) - per_row)  # from the place in `order` to the final
-            where = np.arange(len(order)) + np.repeat(shift, per_row)
-            free += per_row
-            major = np.searchsorted(indptr, order + start, side="right") - 1
-            columns[where], counts = major, counts[order]
-        values = _put(values, where, counts)
-    return _sum_duplicates(Counts(shape, values, columns, row_ends)), n_rounded
-
-
-def _sum_duplicates(counts):
-    """Sort the entries of each row by gene, add up those of the same gene; in place, by blocks."""
+    All of these are allowed in an .h5ad file, and none in a Counts. In place: what is tidy never
+    takes more room than what was there, so it is written over what has been read, block by block.
+    """
     values, columns, indptr = counts.values, counts.columns, counts.indptr
     new_indptr, written = np.zeros_like(indptr), 0
+    # Blocks of whole rows: each starts with a row in which a multiple of BLOCK lies.
     starts = np.arange(0, len(values), BLOCK)
     first_rows = np.unique(np.searchsorted(indptr, starts, side="right") - 1).tolist()
     for r, r_end in zip(first_rows, [*first_rows[1:], len(indptr) - 1]):
-        start, end = indptr[r], indptr[r_end]
-        row = np.repeat(np.arange(r_end - r), np.diff(indptr[r:r_end + 1]))
-        column, block = columns[start:end], values[start:end]
-        key = row * counts.shape[1] + column
-        if not (np.diff(key) > 0).all():
+        ends = indptr[r:r_end + 1] - indptr[r]  # of the block's rows, within the block
+        column, block = columns[indptr[r]:indptr[r_end]], values[indptr[r]:indptr[r_end]]
+        # Tidy already, as nearly always? Then every gene is above the one before it, but for the
+        # first of a row.
+        rises = column[1:] > column[:-1]
+        rises[ends[(ends > 0) & (ends < len(column))] - 1] = True
+        if not (rises.all() and block.all()):
+            row = np.repeat(np.arange(r_end - r), np.diff(ends))
+            key = row * counts.shape[1] + column  # rising by row, then by gene
             order = np.argsort(key, kind="stable")
-            first = np.flatnonzero(np.diff(key[order], prepend=-1) > 0)
+            first = np.flatnonzero(np.diff(key[order], prepend=-1) > 0)  # of each run of equals
             sums = np.add.reduceat(block[order], first, dtype=np.uint64)
-            block, _ = _as_counts("a sum of duplicate entries", sums, values.dtype, str)
-            row, column = row[order[first]], column[order[first]]
-        where = slice(written, written + len(row))
+            row, column = row[order[first]][sums > 0], column[order[first]][sums > 0]
+            block, _ = _as_counts("a sum of duplicate entries", sums[sums > 0], values.dtype, str)
+            ends = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=r_end - r))])
+        where = slice(written, written + len(block))
         values, columns[where] = _put(values, where, block), column
-        new_indptr[r + 1:r_end + 1] = written + np.cumsum(np.bincount(row, minlength=r_end - r))
-        written += len(row)
+        new_indptr[r + 1:r_end + 1] = written + ends[1:]
+        written += len(block)
     return Counts(counts.shape, values[:written], columns[:written], new_indptr)
 
 
 # ============================================================================================
-# read_h5ad
+# h5ad in and out: counts, from the file, block by block
+# ============================================================================================
+
+
+class _Matrix:
+    """A matrix of an open file: dense, or sparse by rows (CSR) or by columns (CSC).
+
+    name     its path in the file, such as "layers/counts"
+    form     what it is in words, such as "sparse CSR"
+    shape    (cells, genes), as obs and var say; DataError where the matrix says something else
+
+    It is read as a stream of blocks (row, column, values) that hold wanted values alone. row and
+    column say where these go in the result: two slices for a tile of a dense matrix, two arrays
+    for entries of a sparse one.
+    """
+
+    def __init__(self, file, name, cell_names, gene_names):
+        self.name, self.cell_names, self.gene_names = name, cell_names, gene_names
+        self.shape = (len(cell_names), len(gene_names))
+        if 0 in self.shape:
+            raise DataError(f"{name} has {self.shape[0]} cells and {self.shape[1]} genes")
+        node = _member(file, name)
+        self.dense = isinstance(node, h5py.Dataset)
+        if self.dense:
+            self.form, self.data = f"dense {node.dtype}", node
+            if node.shape != self.shape:
+                raise DataError(f"{name} has shape {node.shape}, but obs and var say {self.shape}")
+        else:
+            # The h5sparse attributes are those of anndata <= 0.6.
+            encoding = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
+            if encoding not in ("csr_matrix", "csr", "csc_matrix", "csc"):
+                raise DataError(f"{name} has the unknown encoding {encoding!r}")
+            declared = node.attrs.get("shape", node.attrs.get("h5sparse_shape", self.shape))
+            if np.ravel(declared).tolist() != list(self.shape):
+                raise DataError(f"{name} declares the shape {declared}, but obs and var say "
+                                f"{self.shape}")
+            self.form, self.by_row = f"sparse {encoding[:3].upper()}", encoding.startswith("csr")
+            self._open_sparse(file)
+        if self.data.dtype.kind not in "biuf":
+            raise NotCounts(f"{name} holds values of type {self.data.dtype}, not counts")
+
+    def _open_sparse(self, file):
+        """Open data and indices; read and check indptr, which says which entries are whose.
+
+        In a matrix by rows (CSR) the entries indptr[i] to indptr[i + 1] are those of row i, and
+        their indices are columns; in one by columns (CSC), the reverse. Below, `major` is what
+        indptr counts and `minor` what indices hold.
+        """
+        name, parts = self.name, []
+        for part in ("data", "indices", "indptr"):
+            node = _member(file, f"{name}/{part}")
+            if not isinstance(node, h5py.Dataset) or node.ndim != 1:
+                raise DataError(f"{name}/{part} is not a one-dimensional data set")
+            if part != "data" and node.dtype.kind not in "iu":
+                raise DataError(f"{name}/{part} holds values of type {node.dtype}; integers were "
+                                "expected")
+            parts.append(node)
+        self.data, self.indices, indptr = parts
+        # No index is used before it was checked.
+        n_major, n_entries = self.shape[0 if self.by_row else 1], len(self.indices)
+        if len(indptr) != n_major + 1:
+            raise DataError(f"{name}/indptr has {len(indptr)} values; a matrix of shape "
+                            f"{self.shape} needs {n_major + 1}")
+        self.indptr = indptr = indptr[()].astype(np.int64)
+        falls = np.flatnonzero(np.diff(indptr) < 0)
+        if indptr[0] != 0:
+            raise DataError(f"{name}/indptr starts at {indptr[0]} and not at 0")
+        if len(falls):
+            i = falls[0]
+            # Seen in real files of more than 2**31 entries, written with 32-bit integers.
+            overflow = ": it has overflowed 32 bits" if indptr[i + 1] < 0 else ""
+            raise DataError(f"{name}/indptr falls from {indptr[i]} to {indptr[i + 1]} at position "
+                            f"{i + 1}{overflow}")
+        if len(self.data) != n_entries or indptr[-1] != n_entries:
+            raise DataError(f"{name} is inconsistent: data has {len(self.data)} values, indices "
+                            f"{n_entries}, and indptr ends at {indptr[-1]}")
+
+    def check_first_block(self):
+        """Raise NotCounts if a first block of the values shows that they are no counts."""
+        rows, genes = (np.ones(n, bool) for n in self.shape)
+        for block in self._tiles(rows, genes) if self.dense else self._entries(rows, genes):
+            self._counts_of(block, COUNT_TYPES[0], rows, genes)
+            break
+
+    def read(self, rows, genes):
+        """The counts where rows (cells,) and genes (genes,), boolean masks, are true.
+
+        Returns a Counts and how many of its values were rounded. The memory that it takes is that
+        of the result, of one block and, for a sparse matrix, of indptr.
+        """
+        shape, n_rounded = (int(rows.sum()), int(genes.sum())), 0
+        if self.dense:
+            values = np.empty(shape, COUNT_TYPES[0])
+            for block in self._tiles(rows, genes):
+                counts, n = self._counts_of(block, values.dtype, rows, genes)
+                values, n_rounded = _put(values, block[:2], counts), n_rounded + n
+            return Counts(shape, values), n_rounded
+
+        # How many entries will each row have? indptr says it, or else a pass over the indices.
+        if self.by_row and genes.all():
+            per_row = np.diff(self.indptr)[rows]
+        else:
+            per_row = np.zeros(shape[0], np.int64)
+            for row, _, _ in self._entries(rows, genes, with_values=False):
+                per_row += np.bincount(row, minlength=shape[0])
+        indptr = np.concatenate([[0], np.cumsum(per_row)])
+        # Genes are numbered in the narrowest type, too.
+        index_type = next(t for t in COUNT_TYPES if shape[1] <= np.iinfo(t).max + 1)
+        columns, values = np.empty(indptr[-1], index_type), np.empty(indptr[-1], COUNT_TYPES[0])
+
+        # Then every block's entries go to the next free places of their rows.
+        free, done = indptr[:-1].copy(), 0
+        for block in self._entries(rows, genes):
+            counts, n = self._counts_of(block, values.dtype, rows, genes)
+            row, column, _ = block
+            if self.by_row:  # row after row, as in the result
+                where = slice(done, done + len(row))
+                done += len(row)
+            else:
+                # Transposed, a block at a time. A stable sort keeps the order of a row's entries;
+                # entry j of the sorted block is then number j - before[row] of its row.
+                order = np.argsort(row, kind="stable")
+                per_row = np.bincount(row, minlength=shape[0])
+                before = np.cumsum(per_row) - per_row
+                where = np.arange(len(row)) + np.repeat(free - before, per_row)
+                free += per_row
+                column, counts = column[order], counts[order]
+            columns[where] = column
+            values, n_rounded = _put(values, where, counts), n_rounded + n
+        return _tidy(Counts(shape, values, columns, indptr)), n_rounded
+
+    def _counts_of(self, block, dtype, rows, genes):
+        """The checked counts of a block, of type `dtype` or wider, and how many were rounded."""
+        row, column, values = block
+
+        def name_of(i):
+            """The cell and gene of value i, for an error."""
+            if self.dense:
+                i_row, i_column = divmod(i, values.shape[1])
+                r, c = row.start + i_row, column.start + i_column
+            else:
+                r, c = row[i], column[i]
+            return f"cell {self.cell_names[rows][r]!r}, gene {self.gene_names[genes][c]!r}"
+
+        return _as_counts(self.name, values, dtype, name_of)
+
+    def _tiles(self, rows, genes):
+        """The blocks of a dense matrix: tiles of whole chunks, each read and unpacked once.
+
+        The values may lie in a buffer that the next tile is read into.
+        """
+        n_rows, n_columns = self.shape
+        chunk_rows, chunk_columns = self.data.chunks or (1, n_columns)
+        # Whole rows, unless one row of chunks is larger than a block: then tiles of a part of it.
+        width = min(n_columns, max(1, BLOCK // (chunk_rows * chunk_columns)) * chunk_columns)
+        height = max(1, BLOCK // (chunk_rows * width)) * chunk_rows
+        buffer = np.empty(min(height, n_rows) * width, self.data.dtype.newbyteorder("="))
+        # How many wanted ones lie before each row and column: its place in the result.
+        rows_before, genes_before = (np.append(0, np.cumsum(mask)) for mask in (rows, genes))
+        for r in range(0, n_rows, height):
+            for c in range(0, n_columns, width):
+                r_end, c_end = min(r + height, n_rows), min(c + width, n_columns)
+                row = slice(rows_before[r], rows_before[r_end])
+                column = slice(genes_before[c], genes_before[c_end])
+                if row.start == row.stop or column.start == column.stop:
+                    continue  # nothing of this tile is wanted
+                tile = buffer[:(r_end - r) * (c_end - c)].reshape(r_end - r, c_end - c)
+                self.data.read_direct(tile, (slice(r, r_end), slice(c, c_end)))
+                if row.stop - row.start < r_end - r:  # a part of it is: copy that
+                    tile = tile[rows[r:r_end]]
+                if column.stop - column.start < c_end - c:
+                    tile = tile[:, genes[c:c_end]]
+                yield row, column, tile
+
+    def _entries(self, rows, genes, with_values=True):
+        """The blocks of a sparse matrix: entries start to end of data and indices.
+
+        Their values are None where only their places are asked for.
+        """
+        # Where each row and column of the file goes in the result; -1: it is not wanted.
+        row_of, column_of = (np.where(mask, np.cumsum(mask) - 1, -1) for mask in (rows, genes))
+        major_of, minor_of = (row_of, column_of) if self.by_row else (column_of, row_of)
+        for start in range(0, self.indptr[-1], BLOCK):
+            end = min(start + BLOCK, self.indptr[-1])
+            # The row of a CSR matrix in which the block begins, and that in which it ends.
+            first, last = np.searchsorted(self.indptr, [start, end - 1], side="right") - 1
+            if (major_of[first:last + 1] < 0).all():
+                continue  # nothing of this block is wanted
+            # The place of each entry in the result: the one coordinate from indptr, whose stretches
+            # are cut off at the block's ends, the other from indices.
+            per_major = np.diff(self.indptr[first:last + 2].clip(start, end))
+            major = np.repeat(major_of[first:last + 1], per_major)
+            minor = self.indices[start:end]
+            wrong = (minor < 0) | (minor >= len(minor_of))  # before it is used
+            if wrong.any():
+                i = np.argmax(wrong)
+                raise DataError(f"{self.name}/indices holds {minor[i]} at position {start + i}; it "
+                                f"must be at least 0 and below {len(minor_of)}")
+            minor = minor_of[minor.astype(np.int64)]
+            wanted = (major >= 0) & (minor >= 0)
+            if not wanted.any():
+                continue
+            values = self.data[start:end] if with_values else None
+            if not wanted.all():
+                major, minor = major[wanted], minor[wanted]
+                values = values[wanted] if with_values else None
+            yield (major, minor, values) if self.by_row else (minor, major, values)
+
+
+# ============================================================================================
+# h5ad in and out: read_h5ad
 # ============================================================================================
 
 
 class H5ad:
-    """An .h5ad file whose counts are in memory; columns of obs and var are read when asked for.
+    """An .h5ad file whose names are in memory; counts and columns are read when asked for.
 
     path, found      the file, and in words where its counts were found and in which form
     shape            (cells, genes)
-    counts           a Counts
-    gene_names, cell_names    arrays of str
+    gene_names, cell_names    arrays of str, (genes,) and (cells,); they may repeat
+    obs_columns      list of the columns of obs other than its index
     """
 
-    def __init__(self, path, found, counts, gene_names, cell_names, obs_columns, var):
-        self.path, self.found, self.counts = path, found, counts
-        self.gene_names, self.cell_names = gene_names, cell_names
-        self.shape, self.obs_columns, self._var = counts.shape, obs_columns, var
+    def __init__(self, path, matrix, var, obs_columns):
+        self.path, self.found, self.shape = path, f"{matrix.name}, {matrix.form}", matrix.shape
+        self.gene_names, self.cell_names = matrix.gene_names, matrix.cell_names
+        self.obs_columns, self._matrix_name, self._var = obs_columns, matrix.name, var
+
+    def counts(self, rows=None, genes=None):
+        """Read the counts of some cells and genes. Returns a Counts of these, in the file's order.
+
+        rows, genes    boolean masks, (cells,) and (genes,); by default all
+
+        Every one of these values is checked: raises NotCounts, a DataError, with the cell and gene
+        of one that is no count. What is not wanted need not be read, and is never kept.
+        """
+        masks = []
+        for mask, n in zip((rows, genes), self.shape):
+            mask = np.ones(n, bool) if mask is None else np.asarray(mask)
+            if mask.dtype != bool or mask.shape != (n,):
+                raise ValueError(f"a boolean mask of shape ({n},) is needed, not {mask!r}")
+            masks.append(mask)
+        with _h5_file(self.path) as file:
+            matrix = _Matrix(file, self._matrix_name, self.cell_names, self.gene_names)
+            try:
+                counts, n_rounded = matrix.read(*masks)
+            except NotCounts as error:  # in a later block than the one that read_h5ad looked at
+                advice = _where_counts_may_be(file, [matrix.name], self.cell_names)
+                raise NotCounts(f"{error}; {advice}") from None
+        if n_rounded:
+            print(f"{self.path}: {n_rounded:,} values of {matrix.name} within 1e-6 of an integer "
+                  "were rounded to it")
+        return counts
 
     def obs(self, column):
         """The obs column as a numpy array (cells,); a missing label is None.
@@ -534,7 +722,7 @@ class H5ad:
         return self._read("obs", column, self.shape[0], "cells")
 
     def var(self, column):
-        """The same of var, (genes,)."""
+        """The column of the table that describes the genes of the counts, (genes,), likewise."""
         return self._read(self._var, column, self.shape[1], "genes")
 
     def _read(self, table, column, n, what):
@@ -550,83 +738,148 @@ class H5ad:
 
 
 def read_h5ad(path, layer=None):
-    """Read counts and names of an .h5ad file. Returns an H5ad.
+    """Open an .h5ad file (anndata 0.5 to 0.13) and find its counts. Returns an H5ad.
 
     layer   a layer's name, or "raw"; by default X, or, where X is absent or holds no counts, the
             counts in layers/counts or raw/X: a line then says so.
 
-    Every value is checked. Raises DataError, one sentence, for all that is wrong with the file.
+    Whether a matrix holds counts is decided by a first block of it; H5ad.counts checks the rest.
+    Raises DataError, one sentence, for all that is wrong with the file.
     """
     with _h5_file(path) as file:
-        cell_names = _names(file, "obs")
-        layers = _member(file, "layers", required=False)
-        choices = {n: (f"layers/{n}", "var") for n in _keys(layers or {})}
-        raw = ("raw/X", "raw/var") if "raw" in _keys(file) else ("raw.X", "raw.var")
-        choices |= {"X": ("X", "var")} if "X" in _keys(file) else {}
-        choices |= {"raw": raw} if _member(file, raw[0], required=False) is not None else {}
-        asked = [n for n in ("X", "counts", "raw") if n in choices] if layer is None else [layer]
+        cell_names, matrices = _names(file, "obs"), _matrices(file)
+        asked = [n for n in ("X", "counts", "raw") if n in matrices] if layer is None else [layer]
         if not asked:
             raise DataError("has neither X nor layers/counts nor raw/X")
-        if asked[0] not in choices:
+        if asked[0] not in matrices:
             raise DataError(f"has no layer {layer!r}; --layer can be: "
-                            + (", ".join(choices) or "nothing"))
-
-        problem = None
-        for name, var in (choices[n] for n in asked):
+                            + (", ".join(matrices) or "nothing"))
+        problem = None  # the first one: what is wrong with X interests more than with raw
+        for name, var in (matrices[n] for n in asked):
             try:
-                counts, gene_names, form, n_rounded = _read_matrix(file, name, var, cell_names)
+                matrix = _Matrix(file, name, cell_names, _names(file, var))
+                matrix.check_first_block()
             except NotCounts as error:
                 problem = problem or error
                 continue
             if layer is None and name != "X":
                 print(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
-            if n_rounded:
-                print(f"{path}: {n_rounded:,} values of {name} within 1e-6 of an integer were "
-                      "rounded to it")
-            return H5ad(os.fspath(path), f"{name}, {form}", counts, gene_names, cell_names,
-                        _column_names(file, "obs"), var)
-
-        # None of them holds counts: say what is wrong with the first, and what could be asked for.
-        others = [n for n in choices if n not in asked]
-        good = [n for n in others if _holds_counts(file, *choices[n], cell_names)]
-        advice = (f"use --layer {good[0]}" if good else
-                  f"there are no counts in {', '.join(choices)}: start from the file with the raw "
-                  "counts")
-        raise NotCounts(f"{problem}; {advice}")
+            return H5ad(os.fspath(path), matrix, var, _column_names(file, "obs"))
+        tried = [matrices[n][0] for n in asked]
+        raise NotCounts(f"{problem}; {_where_counts_may_be(file, tried, cell_names)}")
 
 
-def _read_matrix(file, name, var, cell_names):
-    """Counts, gene names, form and number of rounded values of a matrix; raises NotCounts."""
-    gene_names = _names(file, var)
-    shape = (len(cell_names), len(gene_names))
-    if 0 in shape:
-        raise DataError(f"{name} has {shape[0]} cells and {shape[1]} genes")
-    node = _member(file, name)
-
-    def cell_and_gene(row, column):
-        """The names of a place in the matrix, for an error message."""
-        return f"cell {cell_names[row]!r}, gene {gene_names[column]!r}"
-
-    if isinstance(node, h5py.Dataset):
-        form = f"dense {node.dtype}"
-        counts, n_rounded = _read_dense(name, node, shape, cell_and_gene)
-    else:
-        encoding = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
-        if encoding not in ("csr_matrix", "csr", "csc_matrix", "csc"):
-            raise DataError(f"{name} has the unknown encoding {encoding!r}")
-        declared = node.attrs.get("shape", node.attrs.get("h5sparse_shape", shape))
-        if np.ravel(declared).tolist() != list(shape):
-            raise DataError(f"{name} declares the shape {declared}, but obs and var say {shape}")
-        form = f"sparse {encoding[:3].upper()}"
-        counts, n_rounded = _read_sparse(name, file, shape, form == "sparse CSR", cell_and_gene)
-    return counts, gene_names, form, n_rounded
+def _matrices(file):
+    """Every matrix that could hold counts: {what --layer calls it: (its path, that of its var)}."""
+    layers = _member(file, "layers", required=False)
+    matrices = {n: (f"layers/{n}", "var") for n in _keys(layers or {})}
+    matrices |= {"X": ("X", "var")} if "X" in _keys(file) else {}
+    # raw has genes of its own, mostly more of them; its members are raw.X and raw.var until 0.6.
+    raw = ("raw/X", "raw/var") if "raw" in _keys(file) else ("raw.X", "raw.var")
+    matrices |= {"raw": raw} if _member(file, raw[0], required=False) is not None else {}
+    return matrices
 
 
-def _holds_counts(file, name, var, cell_names):
+def _where_counts_may_be(file, tried, cell_names):
+    """What to do where the matrices of the paths `tried` hold no counts: one that may, or none."""
+    matrices = _matrices(file)
+    for layer, (name, var) in matrices.items():
+        # A damaged one is no advice; what is wrong with it is not what this sentence is about.
+        with contextlib.suppress(DataError, OSError, RuntimeError):
+            if name not in tried:
+                _Matrix(file, name, cell_names, _names(file, var)).check_first_block()
+                return f"use --layer {layer}"
+    return (f"there are no counts in {', '.join(matrices)}: start from the file with the raw "
+            "counts")
+
+
+# ============================================================================================
+# h5ad in and out: write_h5ad
+# ============================================================================================
+
+
+def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
+    """Write an .h5ad file that anndata (0.8 or newer) and read_h5ad open. Nothing half-written.
+
+    X, layers' values    2-D arrays (obs x var); X may be None
+    obsm                 dict of 2-D arrays with a row for each of obs
+    obs, var             dicts of columns, numbers or text; the first one is the index
+    uns                  dict of arrays, numbers, text, lists of text, and such dicts
+    """
+    def write(group, name, value):
+        """Add one element, with the attributes by which anndata tells what it is."""
+        if isinstance(value, dict):
+            node = group.create_group(name)
+            node.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+            for key, item in value.items():
+                write(node, key, item)
+            return
+        value = np.asarray(value)
+        text = value.dtype.kind in "OU"  # HDF5 has no numpy text: strings of variable length
+        if text:
+            node = group.create_dataset(name, data=value.astype(object), dtype=h5py.string_dtype())
+        else:
+            node = group.create_dataset(name, data=value)
+        kind = ("string-array" if value.ndim else "string") if text else (
+            "array" if value.ndim else "numeric-scalar")
+        node.attrs.update({"encoding-type": kind, "encoding-version": "0.2.0"})
+
+    def write_table(file, name, columns):
+        """Add obs or var: a dict of columns whose attributes name the index and the order."""
+        index, *others = columns
+        write(file, name, columns)
+        file[name].attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
+                                 "_index": index})
+        # With its type, since an empty list would become floats.
+        file[name].attrs.create("column-order", np.array(others, dtype=object), (len(others),),
+                                h5py.string_dtype())
+
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        if X is not None:
+            write(file, "X", X)
+        write_table(file, "obs", obs)
+        write_table(file, "var", var)
+        # anndata expects these groups even if there is nothing in them.
+        write(file, "layers", layers or {})
+        write(file, "obsm", obsm or {})
+        write(file, "uns", uns or {})
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name beside `path` that is renamed to it if and only if the block succeeds.
+
+    Renaming is one step within a file system: `path` is the old file or the new one, never a part.
+    """
+    temporary = f"{os.fspath(path)}.{os.getpid()}.writing"
     try:
-        return bool(_read_matrix(file, name, var, cell_names))
-    except (DataError, OSError, RuntimeError):
-        return False
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed, or never made
+            os.remove(temporary)
+
+
+# ============================================================================================
+# Cut here: everything above needs h5py and numpy alone
+# ============================================================================================
+
+# The other imports stand here, and not at the top, so that the part above can be cut out as it is.
+import argparse
+import collections
+import hashlib
+import json
+import re
+import sys
+
+import torch
+
+NONE = -1  # fills the free places of a row of dosages, as in sams_vae.py
+
+
+class NoControl(DataError):
+    """A column that could be read, but in which no cell is a control: another one may fit."""
 
 
 # ============================================================================================
@@ -651,10 +904,14 @@ ONE_HOT = "guide_"
 
 @dataclasses.dataclass
 class Screen:
-    """A perturbation screen: the cells of a file that can be used, with their dosages.
+    """A perturbation screen: the N cells of a file that can be used, with their dosages.
 
-    counts          all cells of the file; `rows` (N,) are the rows of those that are kept
-    d               (N, P) int64, perturbations of each kept cell; NONE in free places and controls
+    path            the file
+    counts          the Counts of these cells and of the G genes that are kept
+    rows            (N,) the cells' positions in the file, rising; only obs() needs them
+    gene_names      (G,) str
+    cell_names      (N,) str
+    d               (N, P) int64, perturbations of each cell; NONE in free places and controls
     perturbations   the T names that d refers to, sorted
     conditions      (N,) str: names of the cell's perturbations joined by "+", or "control"
     split           (N,) str or None: what a column of the file says of each cell's split
@@ -679,10 +936,14 @@ class Screen:
         return self.file.obs(column)[self.rows]
 
     def fingerprint(self):
-        """A hash of all names, dosages and library sizes in order: the same for the same screen."""
+        """A hash of all names, dosages and library sizes in order: the same for the same screen.
+
+        A trained model belongs to one: its parameters are in the order of genes and perturbations,
+        and its splits are positions of cells.
+        """
         names = "\n".join([*self.gene_names, *self.cell_names, *self.perturbations])
         digest = hashlib.sha256(names.encode("utf-8", "replace"))
-        digest.update(self.d.tobytes() + self.counts.library()[self.rows].tobytes())
+        digest.update(self.d.tobytes() + self.counts.library().tobytes())
         return digest.hexdigest()
 
 
@@ -702,47 +963,47 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     subset                 list of "COLUMN=VALUE", the cells to keep by their obs columns: of
                            several values of one column, any; of several columns, all
 
-    Raises DataError where the file, or the choice of column and control, is wrong.
+    Cells outside of the subset, without a label, or without any count of the kept genes are
+    dropped; a note says how many. Raises DataError where the file, or the choice of column and
+    control, is wrong.
     """
     if one_hot_prefix is not None and (perturbation_column, control, combination_separator) != (
             None, None, None):
         raise DataError("--one-hot-prefix needs no --perturbation-column, no --control and no "
                         "--combination-separator: leave them out")
-    data = read_h5ad(path, layer)
-    n_genes = data.shape[1]
-    if gene_column:
-        keep = np.array([str(v).lower() in ("true", "1", "1.0") for v in data.var(gene_column)])
-        if not keep.any():
-            raise DataError(f"{path}: var column {gene_column!r} is true for no gene; leave "
-                            "--gene-column out to keep all")
-        data.counts, data.gene_names = data.counts.of_genes(keep), data.gene_names[keep]
-    chosen = _read_subset(data, subset or [])
+
+    # Phase one: names and labels, which say what cells and genes are wanted.
+    file = read_h5ad(path, layer)
+    genes = _read_gene_column(file, gene_column)
+    in_subset = _read_subset(file, subset or [])
     if perturbation_column is not None:
-        labels = _read_labels(data, perturbation_column, control, combination_separator)
+        labels = _read_labels(file, perturbation_column, control, combination_separator)
     elif one_hot_prefix is not None:
-        labels = _read_one_hot(data, one_hot_prefix)
+        labels = _read_one_hot(file, one_hot_prefix)
     else:
-        labels = _find_family(data, control, combination_separator)
-    column, sets, note = labels
-    split = _read_split(data, split_column) if split_column else None
+        labels = _find_family(file, control, combination_separator)
+    column, sets, labels_note = labels  # sets: of each cell's perturbations, None: no label
+    has_label = np.array([names is not None for names in sets])
+    split = _read_split(file, split_column) if split_column else None
 
-    library, missing = data.counts.library(), np.array([names is None for names in sets])
-    keep = (library > 0) & ~missing & chosen
-    notes = [f"{data.found}: {data.shape[0]:,} cells x {n_genes:,} genes, "
-             f"{int(library.sum()):,} counts", note]
-    notes += [f"{data.counts.shape[1]:,} genes kept, true in var column {gene_column!r}"
-              ] if gene_column else []
-    for n, why in ((int((~chosen).sum()), f"outside of {' '.join(subset or [])}"),
-                   (int(((library == 0) & chosen).sum()), "without any count"),
-                   (int((missing & chosen).sum()), f"without a label in {column}")):
+    # Phase two: their counts. A cell without any says nothing of frequencies; its l_i would be 0.
+    rows = np.flatnonzero(in_subset & has_label)
+    counts = file.counts(in_subset & has_label, genes)
+    n_wanted, rows = len(rows), rows[counts.drop_empty_cells()]
+
+    notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", labels_note]
+    if gene_column:
+        notes.append(f"{counts.shape[1]:,} genes kept, true in var column {gene_column!r}")
+    for n, why in ((int((~in_subset).sum()), f"outside of {' '.join(subset or [])}"),
+                   (int((in_subset & ~has_label).sum()), f"without a label in {column}"),
+                   (n_wanted - len(rows), "without any count")):
         notes += [f"dropped {n:,} cells {why}"] if n else []
-
     if split is not None:
         unknown = [word for word, part in zip(*split) if part is None]
         notes += [f"{len(unknown):,} cells are in no split, obs column {split_column!r} says "
                   f"{_commonest(unknown, 3)}"] if unknown else []
 
-    rows = np.flatnonzero(keep)
+    # Names -> positions in the sorted list of all perturbations.
     sets = [sets[i] for i in rows]
     perturbations = sorted(set().union(*sets))
     pairs = len({names for names in sets if len(names) > 1})
@@ -754,7 +1015,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     index = {name: t for t, name in enumerate(perturbations)}
     d = np.full((len(rows), max(map(len, sets), default=0)), NONE)
     for i, names in enumerate(sets):
-        d[i, :len(names)] = [index[name] for name in sorted(names)]
+        d[i, :len(names)] = [index[name] for name in sorted(names)]  # A+B and B+A are the same
     conditions = np.array(["+".join(sorted(s)) or "control" for s in sets], dtype=object)
 
     controls = int((d == NONE).all(1).sum())
@@ -766,30 +1027,8 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
                  f"perturbations, {pairs:,} combinations; commonest: {_commonest(conditions, 5)}")
     few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
     notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
-    return Screen(os.fspath(path), data.counts, rows, data.gene_names, data.cell_names[rows], d,
-                  perturbations, conditions, None if split is None else split[1][rows], notes,
-                  data)
-
-
-def _read_subset(data, subset):
-    """Which cells are kept, (cells,) bool."""
-    wanted = {}
-    for text in subset:
-        column, equals, value = text.partition("=")
-        if not equals:
-            raise DataError(f"--subset needs COLUMN=VALUE, not {text!r}")
-        wanted.setdefault(column, []).append(value)
-    chosen = np.ones(data.shape[0], bool)
-    for column, values in wanted.items():
-        found = data.obs(column).astype(str)
-        for value in values:
-            if value not in found:
-                raise DataError(f"{data.path}: no cell has {value!r} in obs column {column!r}; its "
-                                f"values are {_commonest(found, 12)}")
-        chosen &= np.isin(found, values)
-    if not chosen.any():
-        raise DataError(f"{data.path}: no cell is in the subset {' '.join(subset)}")
-    return chosen
+    return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
+                  perturbations, conditions, None if split is None else split[1][rows], notes, file)
 
 
 def one_label_per_cell(screen):
@@ -803,26 +1042,68 @@ def one_label_per_cell(screen):
     return dataclasses.replace(screen, d=d, perturbations=names)
 
 
-def _read_labels(data, column, control, separator):
-    """Column, each cell's set of perturbation names (None: missing), a line on what was read."""
-    values = ["" if v is None or v != v else str(v).strip() for v in data.obs(column).tolist()]
+def _read_gene_column(file, column):
+    """Which genes are kept, (genes,) bool: all, or those where the var column is true."""
+    if not column:
+        return np.ones(file.shape[1], bool)
+    # Booleans, 0 and 1, or, from a table that once was a .csv file, the words.
+    keep = np.array([str(v).lower() in ("true", "1", "1.0") for v in file.var(column)])
+    if not keep.any():
+        raise DataError(f"{file.path}: var column {column!r} is true for no gene; leave "
+                        "--gene-column out to keep all")
+    return keep
+
+
+def _read_subset(file, subset):
+    """Which cells are kept, (cells,) bool: those of every column, with any of its values."""
+    wanted = {}
+    for text in subset:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise DataError(f"--subset needs COLUMN=VALUE, not {text!r}")
+        wanted.setdefault(column, []).append(value)
+    chosen = np.ones(file.shape[0], bool)
+    for column, values in wanted.items():
+        found = file.obs(column).astype(str)
+        for value in values:  # a value that is nowhere is a misspelt one
+            if value not in found:
+                raise DataError(f"{file.path}: no cell has {value!r} in obs column {column!r}; its "
+                                f"values are {_commonest(found, 12)}")
+        chosen &= np.isin(found, values)
+    if not chosen.any():
+        raise DataError(f"{file.path}: no cell is in the subset {' '.join(subset)}")
+    return chosen
+
+
+# The next three return the column's name, each cell's set of perturbation names (None: no label,
+# empty: a control), and a line on what was read.
+
+
+def _read_labels(file, column, control, separator):
+    """The sets from a column of labels. Raises NoControl where none of them is a control."""
+    # v != v: NaN, the missing value of a column of numbers.
+    values = ["" if v is None or v != v else str(v).strip() for v in file.obs(column).tolist()]
+    # What is not said is as in the column's family; in a column of no family, any family's names
+    # of controls will do, as long as only one of them occurs.
     families = {name: family for name, *family in FAMILIES}
     everyone = list(dict.fromkeys(c for controls, _ in families.values() for c in controls))
     known, family_separator = families.get(column, (everyone, None))
     controls = known if control is None else [control.strip()]
     separator = family_separator if separator is None else separator  # "" splits nothing
-    parsed = {label: _parse(data.path, label, controls, separator)
+    # There are far fewer labels than cells: parse each once.
+    parsed = {label: _parse(file.path, label, controls, separator)
               for label in dict.fromkeys(values)}
     found = [label for label, names in parsed.items() if names == frozenset()]
     if not found:
-        raise NoControl(f"{data.path}: no control cell in obs column {column!r}, looked for "
+        raise NoControl(f"{file.path}: no control cell in obs column {column!r}, looked for "
                         f"{' or '.join(map(repr, controls))}: name it with --control; "
                         f"its labels are {_commonest(values, 12)}")
     if len(found) > 1 and control is None and column not in families:
-        raise DataError(f"{data.path}: obs column {column!r} holds several names of controls, "
+        raise DataError(f"{file.path}: obs column {column!r} holds several names of controls, "
                         f"{', '.join(found[:5])}: name the one to use with --control")
     note = f"labels in obs column {column!r}; control: {', '.join(found[:3])}"
     note += f" and {len(found) - 3} more" if len(found) > 3 else ""
+    # Whether combinations were taken for what they are decides about everything after: say it.
     joined = [c for c in "+_|" if any(c in label for label in parsed)]
     if separator:
         occurs = any(separator in label for label in parsed)
@@ -842,58 +1123,60 @@ def _parse(path, label, controls, separator):
 
     if label == "":
         return None
-    if is_control(label):
+    if is_control(label):  # before the next line, since a user may call the controls "None"
         return frozenset()
     if label in ("nan", "NaN", "None", "<NA>"):  # what others have written for a missing label
         return None
     parts = [part.strip() for part in label.split(separator)] if separator else [label]
     if not all(parts):
         raise DataError(f"{path}: the label {label!r}, split at {separator!r}, has an empty part")
-    return frozenset(part for part in parts if not is_control(part))
+    return frozenset(part for part in parts if not is_control(part))  # GENE+ctrl is GENE
 
 
-def _read_one_hot(data, prefix):
-    """The same from 0/1 columns of obs, one per perturbation; a cell with none is a control."""
-    columns = {c: data.obs(c) for c in data.obs_columns if c.startswith(prefix)}
+def _read_one_hot(file, prefix):
+    """The sets from 0/1 columns of obs, one per perturbation; a cell with none is a control."""
+    columns = {c: file.obs(c) for c in file.obs_columns if c.startswith(prefix)}
+    # Columns of text may share the prefix, such as guide_identity in the paper's Norman file.
     columns = {c: np.array([np.nan if v is None else v for v in values], np.float64)
                for c, values in columns.items()
                if not any(isinstance(v, str) for v in values.tolist())}
     for c, values in columns.items():
         wrong = values[~np.isnan(values) & ~np.isin(values, (0, 1))]
         if len(wrong):
-            raise NoControl(f"{data.path}: obs column {c!r} holds {wrong[0]:g}; a one-hot column "
+            raise NoControl(f"{file.path}: obs column {c!r} holds {wrong[0]:g}; a one-hot column "
                             "holds 0 and 1")
     if not columns:
-        raise NoControl(f"{data.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
-    table = np.stack(list(columns.values()), axis=1)  # (N, T); NaN: missing
+        raise NoControl(f"{file.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
+    table = np.stack(list(columns.values()), axis=1)  # (cells, T); NaN: missing
     names = np.array([c.removeprefix(prefix) for c in columns], dtype=object)
     sets = [None if np.isnan(row).any() else frozenset(names[row == 1]) for row in table]
     if frozenset() not in sets:
-        raise NoControl(f"{data.path}: every cell has a 1 in one of the columns {prefix}*, and so "
+        raise NoControl(f"{file.path}: every cell has a 1 in one of the columns {prefix}*, and so "
                         "none is a control")
     return f"{prefix}*", sets, f"{len(names)} one-hot columns {prefix}*; control: cells with none"
 
 
-def _find_family(data, control, separator):
-    """The first of FAMILIES that fits; an error where families that fit disagree, or none fits."""
+def _find_family(file, control, separator):
+    """The sets of the first of FAMILIES that fits; DataError where they disagree or none does."""
     fits = []
     for column, *_ in FAMILIES:
+        # Another meaning of the same name, say `gene`, has no controls: that is no error, yet.
         with contextlib.suppress(NoControl):
             if column == ONE_HOT and control is None:
-                fits.append(_read_one_hot(data, column))
-            elif column in data.obs_columns:
-                fits.append(_read_labels(data, column, control, separator))
+                fits.append(_read_one_hot(file, column))
+            elif column in file.obs_columns:
+                fits.append(_read_labels(file, column, control, separator))
     # Columns that agree on the control cells describe the same screen, at most in other detail
     # (guide or gene): the first is taken. If they disagree, guessing would be gambling.
     for other in fits[1:]:
         if any((a == frozenset()) != (b == frozenset()) for a, b in zip(fits[0][1], other[1])):
-            raise DataError(f"{data.path}: obs columns {fits[0][0]!r} and {other[0]!r} both look "
+            raise DataError(f"{file.path}: obs columns {fits[0][0]!r} and {other[0]!r} both look "
                             "like perturbation labels but disagree on the control cells: choose "
-                            f"with --perturbation-column; {_describe_obs(data)}")
+                            f"with --perturbation-column; {_describe_obs(file)}")
     if not fits:
         wanted = "control cells" if control is None else f"cells labelled {control!r}"
-        raise DataError(f"{data.path}: no obs column of a well-known name has {wanted}: name one "
-                        f"with --perturbation-column and --control; {_describe_obs(data)}")
+        raise DataError(f"{file.path}: no obs column of a well-known name has {wanted}: name one "
+                        f"with --perturbation-column and --control; {_describe_obs(file)}")
     return fits[0]
 
 
@@ -907,27 +1190,28 @@ def _commonest(values, n):
         f" and {len(ranked) - n:,} more" if len(ranked) > n else "")
 
 
-def _describe_obs(data):
-    """The columns of obs, with the commonest values of each that could be labels."""
+def _describe_obs(file):
+    """The columns of obs, with the commonest values of each that could be labels, for an error."""
     described = []
-    for column in data.obs_columns[:30]:
+    for column in file.obs_columns[:30]:
         try:
-            values = data.obs(column)
+            values = file.obs(column)
         except DataError:
             described.append(f"{column} (damaged)")
             continue
+        # Labels repeat. A column of barcodes or of measurements is only named.
         n = len({*values.tolist()})
         could_be_labels = values.dtype.kind != "f" and n <= max(20, len(values) / 2)
         described.append(f"{column}: {_commonest(values, 3)}" if could_be_labels else column)
-    more = len(data.obs_columns) - len(described)
+    more = len(file.obs_columns) - len(described)
     return "obs has the columns " + "; ".join(described) + (f"; and {more} more" if more else "")
 
 
-def _read_split(data, column):
+def _read_split(file, column):
     """What the column says of each cell, and that as train, validation, test or None."""
     known = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-             "validation": "validation", "test": "test", "ood": "test"}
-    words = [str(v) for v in data.obs(column).tolist()]
+             "validation": "validation", "test": "test", "ood": "test"}  # ood: CPA
+    words = [str(v) for v in file.obs(column).tolist()]
     return words, _objects(known.get(word.lower()) for word in words)
 
 
@@ -941,6 +1225,7 @@ def train_test_split(n, train_size, seed):
     random_state=seed), to the last element, without scikit-learn.
     """
     n_train = math.floor(train_size * n)
+    # The legacy generator, as scikit-learn uses it. Its test part comes first in the permutation.
     shuffled = np.random.RandomState(seed).permutation(n)
     return shuffled[n - n_train:], shuffled[:n - n_train]
 
@@ -963,15 +1248,16 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     norman-data-efficiency   tests on cells of all combinations, split as in `random`, and trains on
              the first train_combinations (a fraction) of their training cells.
 
-    In the Norman splits all other cells are split 80 / 20 into train / validation.
+    In the Norman splits all other cells are split 80 / 20 into train / validation. Raises DataError
+    where a part is left without cells, or training without controls.
     """
-    n_perturbed = (screen.d != NONE).sum(1)
+    n_perturbed = (screen.d != NONE).sum(1)  # (N,) perturbations of each cell
     if split != "random" and screen.split is None and n_perturbed.max() < 2:
         raise DataError(f"{screen.path}: --split {split} needs combinations, and no cell has two "
                         "perturbations: check --combination-separator or --one-hot-prefix")
 
     def of_80_20(cells):
-        """Split cells in two."""
+        """80 % and 20 % of the cells, always by the same seed."""
         first, second = train_test_split(len(cells), 0.8, seed)
         return cells[first], cells[second]
 
@@ -979,6 +1265,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
         parts = {name: np.flatnonzero(screen.split == name)
                  for name in ("train", "validation", "test")}
     else:
+        # The Norman splits test on combinations alone: it is these that are split in three.
         rest, test = of_80_20(np.flatnonzero(n_perturbed > 1) if split != "random"
                               else np.arange(len(screen.rows)))
         train, validation = of_80_20(rest)
@@ -995,7 +1282,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
             test = test[np.isin(labels[test], order[len(order) - n_test:])]
         elif split == "norman-data-efficiency":
             train = train[:int(train_combinations * len(train))]
-        if split != "random":
+        if split != "random":  # controls and single perturbations are never tested on
             more_train, more_validation = of_80_20(np.flatnonzero(n_perturbed <= 1))
             train = np.concatenate([more_train, train])
             validation = np.concatenate([more_validation, validation])
@@ -1031,14 +1318,14 @@ def _tensor(array, device):
 class Batches:
     """A screen that lies on the device. batches(cells) -> counts x (B, G) floats, dosages d (B, P).
 
-    cells are positions among the screen's kept cells, a tensor on the device. Sparse counts stay
-    sparse: rows are made dense a batch at a time.
+    Of the screen, its counts (N, G) and d (N, P) are used. `cells` are positions 0..N-1, a tensor
+    on the device. Counts stay in their integer type, sparse ones sparse: what becomes floats and
+    dense is a batch at a time.
     """
 
     def __init__(self, screen, device="cpu"):
         counts = screen.counts
         self.device, self.n_genes = torch.device(device), counts.shape[1]
-        self.rows = torch.from_numpy(screen.rows).to(device)
         self.d = torch.from_numpy(screen.d).to(device)
         self.values = _tensor(counts.values, device)
         self.sparse = counts.indptr is not None
@@ -1048,17 +1335,16 @@ class Batches:
             self.most = torch.arange(int(np.diff(counts.indptr).max()), device=device)
 
     def __call__(self, cells):
-        rows = self.rows[cells]
         if not self.sparse:
-            return self.values[rows].float(), self.d[cells]
+            return self.values[cells].float(), self.d[cells]
         # Every row is read as if it were the longest one, and what is too much goes to a column
         # that is cut off: fixed shapes, so that a GPU need not tell the host how many there are.
-        start, end = self.indptr[rows, None], self.indptr[rows + 1, None]
+        start, end = self.indptr[cells, None], self.indptr[cells + 1, None]  # (B, 1)
         entry = start + self.most  # (B, entries of the longest row)
         inside = entry < end
         entry = torch.where(inside, entry, 0)
         column = torch.where(inside, self.columns[entry].long(), self.n_genes)
-        x = torch.zeros(len(rows), self.n_genes + 1, device=self.device)
+        x = torch.zeros(len(cells), self.n_genes + 1, device=self.device)
         x.scatter_(1, column, self.values[entry].float())
         return x[:, :-1].contiguous(), self.d[cells]
 
@@ -1082,12 +1368,13 @@ class Shuffle:
         self.order = self._order()
 
     def _order(self):
+        # A generator of its own for every epoch: the order follows from seed and epoch alone.
         rng = np.random.default_rng((self.seed, self.epoch))
         return torch.from_numpy(rng.permutation(self.cells)).to(self.device)
 
     def __next__(self):
         parts, missing = [], self.size
-        while missing:
+        while missing:  # more than twice if a batch is larger than an epoch
             parts.append(self.order[self.position:self.position + missing])
             missing -= len(parts[-1])
             self.position += len(parts[-1])
@@ -1098,73 +1385,13 @@ class Shuffle:
 
 
 def training_statistics(batches, cells):
-    """Mean and standard deviation of log(1 + x) of each gene over the given cells, (G,) each."""
+    """Mean and standard deviation of log(1 + x) of each gene over the given cells, (G,) each.
+
+    Two passes in double precision: a mean of squares minus a squared mean would lose digits.
+    """
     mean = sum(torch.log1p(x).double().sum(0) for x, _ in batches.in_order(cells)) / len(cells)
     square = sum(((torch.log1p(x).double() - mean) ** 2).sum(0) for x, _ in batches.in_order(cells))
     return mean.float(), (square / len(cells)).sqrt().float()
-
-
-# ============================================================================================
-# Writing .h5ad files
-# ============================================================================================
-
-
-def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
-    """Write an .h5ad file that anndata (0.8 or newer) and read_h5ad open. Nothing half-written.
-
-    X, layers' values    2-D arrays (obs x var); X may be None
-    obsm                 dict of 2-D arrays with a row for each of obs
-    obs, var             dicts of columns, numbers or text; the first one is the index
-    uns                  dict of arrays, numbers, text, lists of text, and such dicts
-    """
-    def write(group, name, value):
-        """One element of the file with the attributes that anndata asks for."""
-        if isinstance(value, dict):
-            node = group.create_group(name)
-            node.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-            for key, item in value.items():
-                write(node, key, item)
-            return
-        value = np.asarray(value)
-        text = value.dtype.kind in "OU"
-        if text:
-            node = group.create_dataset(name, data=value.astype(object), dtype=h5py.string_dtype())
-        else:
-            node = group.create_dataset(name, data=value)
-        kind = ("string-array" if value.ndim else "string") if text else (
-            "array" if value.ndim else "numeric-scalar")
-        node.attrs.update({"encoding-type": kind, "encoding-version": "0.2.0"})
-
-    def write_table(file, name, columns):
-        """obs or var."""
-        index, *others = columns
-        write(file, name, columns)
-        file[name].attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
-                                 "_index": index})
-        file[name].attrs.create("column-order", np.array(others, dtype=object), (len(others),),
-                                h5py.string_dtype())
-
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        if X is not None:
-            write(file, "X", X)
-        write_table(file, "obs", obs)
-        write_table(file, "var", var)
-        write(file, "layers", layers or {})
-        write(file, "obsm", obsm or {})
-        write(file, "uns", uns or {})
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name beside `path` that is renamed to it if and only if the block succeeds."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.writing"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
 
 
 # ============================================================================================
@@ -1180,7 +1407,8 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     controls. Every perturbation touches one latent dimension, and each further one with probability
     0.05; effects are +-N(effect_size, 0.5). Two-layer decoder, Gamma-Poisson counts with inverse
     dispersion 10, library sizes log-normal around 5,000. Half of the pairs are held out: all their
-    cells are in `split` test, the others 64/16/20 in train, validation and test.
+    cells are in `split` test, the others 64/16/20 in train, validation and test. The default screen
+    has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls.
 
     Written beside the counts: obs `condition` and `split`; uns `simulation` with the perturbations'
     names and the true `mask` and `effect` (T, L); uns `pathways`, where a pathway is ten or more
@@ -1196,6 +1424,7 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     as many cells in all, effects are predicted as well but the masks come out too dense.
     """
     rng = np.random.default_rng(seed)
+    # m_t and e_t, (T, L) each. The second line gives every perturbation its one sure dimension.
     mask = rng.random((n_perturbations, n_latent)) < 0.05
     mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
     effect = rng.choice([-1, 1], mask.shape) * rng.normal(effect_size, 0.5, mask.shape)
@@ -1218,13 +1447,15 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])
     z = rng.normal(size=(n, n_latent)) + offset[d].sum(axis=1)  # eq. 1
     hidden = z @ rng.normal(0, 1.5 / np.sqrt(n_latent), (n_latent, 64)) + rng.normal(size=64)
-    hidden = np.where(hidden > 0, hidden, 0.2 * hidden)
+    hidden = np.where(hidden > 0, hidden, 0.2 * hidden)  # leaky ReLU
     logits = hidden @ rng.normal(0, 0.6 / np.sqrt(64), (64, n_genes)) + rng.normal(size=n_genes)
-    rho = np.exp(logits - logits.max(axis=1, keepdims=True))
+    rho = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax
     rho /= rho.sum(axis=1, keepdims=True)
     library = rng.lognormal(np.log(5000), 0.3, (n, 1))
+    # Gamma noise of mean 1 and shape theta = 10 makes the Poisson counts negative binomial ones.
     x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
 
+    # The last name is that of NONE = -1: filter(None, ...) below leaves it out.
     names = np.array([*(f"P{t + 1:03d}" for t in range(n_perturbations)), ""], dtype=object)
     pathways = {}
     for row in np.unique(mask, axis=0):
@@ -1244,8 +1475,11 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
 
 
 def read_simulation(path):
-    """(perturbation names, true mask, true effect) of a simulated screen; None for other files."""
+    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L)) of a simulated
+    screen; None for other files.
+    """
     with _h5_file(path) as file:
+        # uns is never walked: only what is asked for by name is read.
         parts = [f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")]
         if any(_member(file, part, required=False) is None for part in parts):
             return None
@@ -1254,7 +1488,7 @@ def read_simulation(path):
 
 
 def read_layers(path):
-    """{layer: array} of a file that write_h5ad wrote."""
+    """{layer: array (obs x var)} of a file that write_h5ad wrote, such as predictions."""
     with _h5_file(path) as file:
         return {name: _member(file, f"layers/{name}")[()] for name in _keys(file["layers"])}
 
@@ -1269,6 +1503,7 @@ def read_pathways(path):
             raise DataError(f"{path}: {error.strerror}") from None
         except ValueError as error:
             raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+        # Either the pathways themselves, or an object that has them beside its source, say.
         pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else None
         if not isinstance(pathways, dict) or not all(
                 isinstance(genes, list) and all(isinstance(gene, str) for gene in genes)

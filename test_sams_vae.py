@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 
 import h5py
@@ -815,10 +816,11 @@ def nullable(group, name, values=LABELS):
 
 
 def write_sparse(file, name, matrix=MATRIX, by_row=True, index_type=np.int32, legacy=False,
-                 scramble=False):
-    """A sparse matrix; `scramble`: unsorted, with duplicates that add up and explicit zeros."""
+                 scramble=False, zeros=False):
+    """A sparse matrix; `scramble`: unsorted, with duplicates that add up and explicit zeros;
+    `zeros`: sorted, with an entry for every zero."""
     major = matrix if by_row else matrix.T
-    rows = [[(j, v) for j, v in enumerate(row) if v] for row in major.tolist()]
+    rows = [[(j, v) for j, v in enumerate(row) if v or zeros] for row in major.tolist()]
     if scramble:
         rows = [[*((j, v - 1) for j, v in row[::-1]), (0, 0), *((j, 1) for j, _ in row)]
                 for row in rows]
@@ -876,6 +878,8 @@ FORMS = {
        lambda file, r=r, t=t, s=s: write_sparse(file, "X", by_row=r, index_type=t, scramble=s)
        for name, r in (("csr", True), ("csc", False))
        for t in (np.uint8, np.int16, np.uint32, np.int64) for s in (False, True)},
+    "csr with every zero": lambda file: write_sparse(file, "X", zeros=True),
+    "csc with every zero": lambda file: write_sparse(file, "X", by_row=False, zeros=True),
     "internal soft link": lambda file: (dense("f4")(file), file.move("X", "elsewhere"),
                                         file.__setitem__("X", h5py.SoftLink("/elsewhere"))),
 }
@@ -886,13 +890,107 @@ FORMS = {
 def test_every_form_of_a_matrix_reads_as_the_same_integers(form, block, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", block)
     read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", FORMS[form]))
-    x = read.counts.dense()
-    assert x.dtype == np.uint16 and (x == MATRIX).all() and read.shape == (5, 4)
-    assert (read.counts.dense([3, 0, 3]) == MATRIX[[3, 0, 3]]).all()
-    assert (read.counts.dense(MATRIX[:, 1] > 0) == MATRIX[[0, 3]]).all()
-    assert (read.counts.library() == MATRIX.sum(1)).all()
+    counts = read.counts()
+    x = counts.dense()
+    assert x.dtype == np.uint16 and (x == MATRIX).all() and read.shape == counts.shape == (5, 4)
+    assert (counts.dense([3, 0, 3]) == MATRIX[[3, 0, 3]]).all()
+    assert (counts.dense(MATRIX[:, 1] > 0) == MATRIX[[0, 3]]).all()
+    assert (counts.library() == MATRIX.sum(1)).all()
+    if counts.indptr is not None:  # neither duplicates nor explicit zeros are left
+        assert (np.diff(counts.indptr) == (MATRIX > 0).sum(1)).all()
+        assert counts.columns.tolist() == np.nonzero(MATRIX)[1].tolist()
     assert list(read.gene_names) == GENES and list(read.cell_names) == CELLS
     assert list(read.obs("condition")) == LABELS
+
+
+@pytest.mark.parametrize("block", [3, 2**22])
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_wanted_cells_and_genes_are_read_of_every_form(form, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", block)
+    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", FORMS[form]))
+    all_rows, all_genes = np.ones(5, bool), np.ones(4, bool)
+    masks = [np.array([c == "1" for c in word]) for word in (
+        "10011", "00110", "00000", "1010", "0001", "0000")]
+    for rows in [None, *masks[:3]]:
+        for genes in [None, *masks[3:]]:
+            counts = read.counts(rows, genes)
+            expected = MATRIX[all_rows if rows is None else rows]
+            expected = expected[:, all_genes if genes is None else genes]
+            assert counts.shape == expected.shape == counts.dense().shape
+            assert (counts.dense() == expected).all()
+            assert (counts.library() == expected.sum(1)).all()
+    for wrong in ([0, 3], np.ones(4, bool), np.ones(5, int)):
+        with pytest.raises(ValueError, match="boolean mask of shape"):
+            read.counts(wrong)
+
+
+SPOILED = {  # a chunk that cannot be unpacked, beside cells or genes that can be read without it
+    "rows of a dense matrix": (("X",), (1, 4), 4, (3, 0), "11101", "1111"),
+    "columns of a dense matrix": (("X",), (5, 1), 5, (0, 3), "11111", "1110"),
+    "rows of a matrix by rows": (("X/data", "X/indices"), (2,), 2, (6,), "11110", "1111"),
+    "columns of a matrix by columns": (("X/data", "X/indices"), (2,), 2, (6,), "11111", "1110"),
+    "values of a matrix by rows": (("X/data",), (2,), 2, (6,), "11111", "1101")}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_blocks_without_a_wanted_cell_or_gene_are_not_read(what, tmp_path, monkeypatch):
+    parts, chunks, block, spoiled, rows, genes = SPOILED[what]
+    rows, genes = (np.array([c == "1" for c in word]) for word in (rows, genes))
+
+    def write(file):
+        if parts == ("X",):
+            dense("f4")(file)
+        else:
+            write_sparse(file, "X", by_row="by columns" not in what)
+        for part in parts:
+            values = file[part][()]
+            del file[part]
+            file.create_dataset(part, data=values, chunks=chunks, compression="gzip")
+            file[part].id.write_direct_chunk(spoiled, b"no deflate stream")
+
+    monkeypatch.setattr(data, "BLOCK", block)
+    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write))
+    assert (read.counts(rows, genes).dense() == MATRIX[rows][:, genes]).all()
+    with pytest.raises(data.DataError, match="cannot be read, it may be truncated or damaged"):
+        read.counts()
+
+
+@pytest.mark.parametrize("write", [
+    lambda f, x: f.create_dataset("X", data=x.astype("f8")),
+    lambda f, x: write_sparse(f, "X", x), lambda f, x: write_sparse(f, "X", x, by_row=False)])
+def test_reading_takes_the_memory_of_what_is_kept_and_of_a_block(write, tmp_path, monkeypatch):
+    matrix = np.random.default_rng(0).integers(0, 9, (2000, 200))
+    with h5py.File(tmp_path / "x.h5ad", "w") as file:
+        write_frame(file, "obs", [f"c{i}" for i in range(2000)])
+        write_frame(file, "var", [f"g{i}" for i in range(200)])
+        write(file, matrix)
+    monkeypatch.setattr(data, "BLOCK", 2**11)
+    read = data.read_h5ad(tmp_path / "x.h5ad")
+    rows = np.arange(2000) % 10 == 3
+    for selection in (rows, None):
+        tracemalloc.start()
+        counts = read.counts(selection)
+        counts.drop_empty_cells()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        parts = (counts.values, counts.columns, counts.indptr)
+        kept = sum(part.nbytes for part in parts if part is not None)
+        # Of a block, a few arrays of 8 bytes a value; of the cells, a few of 8 bytes a cell.
+        assert peak < kept + 16 * 8 * 2**11 + 10 * 8 * 2000, (peak, kept)
+
+
+def test_cells_without_counts_are_dropped_in_place(monkeypatch):
+    matrix = np.array([[0, 0], [1, 0], [0, 0], [0, 2], [3, 4], [0, 0]], np.uint8)
+    indptr = np.concatenate([[0], np.cumsum((matrix > 0).sum(1))])
+    for block in (1, 5, 100):
+        monkeypatch.setattr(data, "BLOCK", block)
+        for counts in (data.Counts((6, 2), matrix.copy()),
+                       data.Counts((6, 2), matrix[matrix > 0], np.nonzero(matrix)[1], indptr)):
+            before = counts.values
+            assert counts.drop_empty_cells().tolist() == [False, True, False, True, True, False]
+            assert counts.shape == (3, 2) and counts.dense().tolist() == [[1, 0], [0, 2], [3, 4]]
+            assert np.shares_memory(counts.values, before)
+            assert counts.drop_empty_cells().all() and counts.shape == (3, 2)
 
 
 @pytest.mark.parametrize("label", [categorical, categorical_0_7, nullable])
@@ -905,7 +1003,7 @@ def test_every_form_of_a_label_column_reads_the_same(label, index_name, tmp_path
 @pytest.mark.parametrize("sparse", [None, True, False])
 def test_files_of_anndata_0_6_with_compound_tables_read_the_same(sparse, tmp_path):
     read = data.read_h5ad(write_legacy(tmp_path / "x.h5ad", sparse))
-    assert (read.counts.dense() == MATRIX).all() and list(read.obs("condition")) == LABELS
+    assert (read.counts().dense() == MATRIX).all() and list(read.obs("condition")) == LABELS
     assert list(read.gene_names) == GENES and read.obs("n").tolist() == [0, 1, 2, 3, 4]
     scalar = data.read_h5ad(write_legacy(tmp_path / "y.h5ad", scalar=True))
     assert list(scalar.obs("condition")) == ["only"] * 5
@@ -937,7 +1035,7 @@ def test_counts_are_kept_in_the_narrowest_exact_type(top, dtype, tmp_path):
     matrix[4, 2] = top
     for name, write in (("dense", lambda f: f.create_dataset("X", data=matrix.astype("f8"))),
                         ("duplicates", lambda f: write_sparse(f, "X", matrix, scramble=True))):
-        counts = data.read_h5ad(write_modern(tmp_path / f"{name}.h5ad", write)).counts
+        counts = data.read_h5ad(write_modern(tmp_path / f"{name}.h5ad", write)).counts()
         assert counts.values.dtype == dtype and (counts.dense() == matrix).all()
 
 
@@ -957,13 +1055,13 @@ def test_counts_are_found_in_a_layer_or_raw_and_a_line_says_so(tmp_path, capsys)
         write_frame(file, "raw/var", [f"R{i}" for i in range(8)])
 
     read = data.read_h5ad(write_modern(tmp_path / "a.h5ad", with_layer))
-    assert (read.counts.dense() == MATRIX).all() and "layers/counts" in capsys.readouterr().out
+    assert (read.counts().dense() == MATRIX).all() and "layers/counts" in capsys.readouterr().out
     read = data.read_h5ad(write_modern(tmp_path / "b.h5ad", with_raw))
     assert read.shape == (5, 8) and read.gene_names[7] == "R7"
     assert "raw/X" in capsys.readouterr().out
     assert data.read_h5ad(tmp_path / "b.h5ad", layer="raw").shape == (5, 8)
     only = write_modern(tmp_path / "c.h5ad", lambda file: write_sparse(file, "layers/counts"))
-    assert (data.read_h5ad(only).counts.dense() == MATRIX).all()
+    assert (data.read_h5ad(only).counts().dense() == MATRIX).all()
     with pytest.raises(data.DataError, match="use --layer counts"):
         data.read_h5ad(tmp_path / "a.h5ad", layer="X")
     with pytest.raises(data.DataError, match="no layer 'other'; --layer can be: counts, X"):
@@ -973,8 +1071,35 @@ def test_counts_are_found_in_a_layer_or_raw_and_a_line_says_so(tmp_path, capsys)
 def test_values_within_1e_6_of_an_integer_are_rounded_and_a_line_says_so(tmp_path, capsys):
     path = write_modern(tmp_path / "x.h5ad",
                         lambda file: file.create_dataset("X", data=MATRIX + 4e-7 * (MATRIX > 2)))
-    assert (data.read_h5ad(path).counts.dense() == MATRIX).all()
+    assert (data.read_h5ad(path).counts().dense() == MATRIX).all()
     assert "4 values of X within 1e-6 of an integer were rounded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [
+    lambda f, x: f.create_dataset("X", data=x),
+    lambda f, x: write_sparse(f, "X", x), lambda f, x: write_sparse(f, "X", x, by_row=False)])
+def test_what_is_no_count_in_a_later_block_is_found_among_the_wanted_cells(
+        write, tmp_path, monkeypatch):
+    def with_fraction(file):
+        x = MATRIX.astype(float)
+        x[3, 3] = 0.5
+        write(file, x)
+
+    def with_layer(file):
+        with_fraction(file)
+        write_sparse(file, "layers/counts")
+
+    monkeypatch.setattr(data, "BLOCK", 1)
+    rows, genes = np.array([0, 1, 0, 1, 1], bool), np.array([1, 0, 1, 1], bool)
+    for name, write_x, advice in (("a", with_layer, "use --layer counts"),
+                                  ("b", with_fraction, "there are no counts in X: start from")):
+        path = write_modern(tmp_path / f"{name}.h5ad", write_x)
+        read = data.read_h5ad(path)  # a first block holds counts
+        for masks in ((), (rows,), (None, genes), (rows, genes)):
+            with pytest.raises(data.NotCounts, match=(
+                    f"^{path}: X holds 0.5 for cell 'cell3', gene 'D', which is no count.*; "
+                    f"{advice}")):
+                read.counts(*masks)
 
 
 def spoil(change, write=write_sparse, name="X"):
@@ -1048,13 +1173,15 @@ REFUSED = {  # what is wrong: how it is written, words of the sentence
 }
 
 
+@pytest.mark.parametrize("block", [1, 2**20])
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_count_matrix_is_refused_in_one_sentence(what, tmp_path):
+def test_what_is_no_count_matrix_is_refused_in_one_sentence(what, block, tmp_path, monkeypatch):
     write, words = REFUSED[what]
+    monkeypatch.setattr(data, "BLOCK", block)
     path = write_modern(tmp_path / "bad.h5ad", write)
     with warnings.catch_warnings(), pytest.raises(data.DataError, match=words) as error:
         warnings.simplefilter("error")
-        data.read_h5ad(path)
+        data.read_h5ad(path).counts()
     assert str(error.value).startswith(path) and "\n" not in str(error.value)
 
 
@@ -1099,7 +1226,7 @@ def test_files_of_the_installed_anndata_read_the_same(matrix, tmp_path):
         anndata.AnnData(x if matrix == "dense" else getattr(sparse, matrix)(x), obs,
                         pandas.DataFrame(index=GENES)).write_h5ad(tmp_path / "x.h5ad")
     read = data.read_h5ad(tmp_path / "x.h5ad")
-    assert (read.counts.dense() == MATRIX).all() and list(read.obs("condition")) == LABELS
+    assert (read.counts().dense() == MATRIX).all() and list(read.obs("condition")) == LABELS
     assert list(read.obs("text")) == list("abcde")
     assert read.obs("maybe").tolist() == [1, None, 3, 4, 5]
 
@@ -1111,7 +1238,7 @@ def test_what_we_write_is_opened_by_our_reader_and_by_anndata(tmp_path):
                     var={"gene": GENES}, layers={"counts": MATRIX}, obsm={"Z": MATRIX[:, :2]},
                     uns=uns)
     read = data.read_h5ad(path)
-    assert (read.counts.dense() == MATRIX).all() and read.obs("n").tolist() == [0, 1, 2, 3, 4]
+    assert (read.counts().dense() == MATRIX).all() and read.obs("n").tolist() == [0, 1, 2, 3, 4]
     anndata = pytest.importorskip("anndata")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1128,6 +1255,30 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
     with pytest.raises(TypeError):
         data.write_h5ad(path, X=np.ones((1, 1)), obs={"cell": [object]}, var={"gene": ["g"]})
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.h5ad"]
+
+
+def test_the_reader_can_be_cut_out_and_used_with_h5py_and_numpy_alone(tmp_path):
+    with open(os.path.join(HERE, "data.py"), encoding="utf-8") as file:
+        above, cut, below = file.read().partition("\n# Cut here: ")
+    assert cut and "import torch" in below and "torch" not in above
+    (tmp_path / "reader.py").write_text(above, encoding="utf-8")
+    (tmp_path / "use.py").write_text("""
+import sys
+sys.modules["torch"] = None  # importing it is an ImportError
+import numpy as np
+import reader
+X = np.array([[0, 3], [2, 0]])
+reader.write_h5ad("x.h5ad", X=X, obs={"cell": ["a", "b"], "label": ["p", "q"]},
+                  var={"gene": ["g", "h"]})
+file = reader.read_h5ad("x.h5ad")
+assert (file.counts().dense() == X).all() and list(file.obs("label")) == ["p", "q"]
+assert file.counts(rows=np.array([False, True])).dense().tolist() == [[2, 0]]
+assert sys.modules["torch"] is None and not {"data", "sams_vae"} & set(sys.modules)
+""")
+    # -I: neither the folder of this file nor PYTHONPATH is searched.
+    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); "
+                           "import use"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ============================================================================================
@@ -1217,7 +1368,7 @@ def test_columns_that_disagree_on_the_controls_are_ambiguous(tmp_path):
     assert conditions(path, perturbation_column="perturbation") == ["control", "control", "A"]
 
 
-def test_labels_without_controls_or_only_controls_are_refused_with_what_wasseen(tmp_path):
+def test_labels_without_controls_or_only_controls_are_refused_with_what_was_seen(tmp_path):
     path = write_obs(tmp_path / "x.h5ad", mine=["A", "B", "B", "A", "B"])
     with pytest.raises(data.DataError, match=r"its labels are B \(3\), A \(2\)"):
         data.read_screen(path, perturbation_column="mine")
@@ -1343,6 +1494,29 @@ def test_a_subset_keeps_any_value_of_a_column_and_needs_every_column(tmp_path):
             data.read_screen(path, subset=[wrong])
 
 
+@pytest.mark.parametrize("write", [dense("f4"), lambda f: write_sparse(f, "X", scramble=True)])
+def test_a_screen_and_its_batches_hold_the_counts_of_kept_cells_alone(write, tmp_path):
+    def with_line(file):
+        write(file)
+        file["obs/line"] = np.array([b"k", b"k", b"k", b"k", b"j"])
+
+    path = write_modern(tmp_path / "x.h5ad", with_line)
+    for subset, kept, notes in (
+            (None, [0, 1, 4], ["without a label in condition", "without any count"]),
+            (["line=k"], [0, 1], ["outside of line=k", "without a label in condition",
+                                  "without any count"])):
+        screen = data.read_screen(path, "condition", subset=subset)
+        assert screen.rows.tolist() == kept and screen.d.shape[0] == len(kept)
+        assert screen.counts.dense().tolist() == MATRIX[kept].tolist()
+        assert [note for note in screen.notes if "dropped" in note] == [
+            f"dropped 1 cells {why}" for why in notes]
+        batches = data.Batches(screen)
+        held = len(batches.indptr) - 1 if batches.sparse else len(batches.values)
+        assert held == len(batches.d) == len(kept)
+        x, _ = batches(torch.tensor([1, 0]))
+        assert x.tolist() == MATRIX[kept][[1, 0]].tolist()
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_genes_are_kept_where_a_var_column_is_true(sparse, tmp_path):
     path = write_modern(tmp_path / "x.h5ad", dense("f4") if not sparse else (
@@ -1355,8 +1529,8 @@ def test_genes_are_kept_where_a_var_column_is_true(sparse, tmp_path):
                 h5py.string_dtype() if column.dtype == object else None))
         screen = data.read_screen(path, "condition", "X+ctrl", "", gene_column="chosen")
         assert screen.gene_names.tolist() == ["A", "B"]
-        assert screen.counts.dense().tolist() == MATRIX[:, [0, 2]].tolist()
-        assert screen.rows.tolist() == [1, 4]  # the library size is that of the kept genes
+        assert screen.rows.tolist() == [1, 4]  # the others have no counts of the kept genes
+        assert screen.counts.dense().tolist() == MATRIX[[1, 4]][:, [0, 2]].tolist()
     for column, match in (("other", "no column 'other'; its columns are"), ("chosen", "no gene")):
         with h5py.File(path, "a") as file:
             file["var/chosen"][:] = "False"

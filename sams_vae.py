@@ -502,6 +502,10 @@ class ConditionalVAE(SAMSVAE):
     def init_mask(self, n_perturbations):
         """There are no masks."""
 
+    def mask_probability(self):
+        """0 for every perturbation and latent dimension, (T, L)."""
+        return self.n_cells.new_zeros(len(self.n_cells), self.n_latent)
+
     def init_effects(self, n_perturbations, effect_hidden, effect_layers):
         """There are no effects in latent space."""
 

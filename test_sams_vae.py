@@ -1869,7 +1869,7 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
     train_on_screen("run", "--steps", "2")
     screen = data.read_screen("screen.h5ad", split_column="split")
     chosen = np.ones(len(screen.rows), bool) if effects_from == "all" else screen.split == "test"
-    x = screen.counts.dense(screen.rows).astype(float)
+    x = screen.counts.dense().astype(float)
     y = {"counts": 1e4 * x / x.sum(1, keepdims=True)}
     y["log_normalised"] = np.log2(1 + y["counts"])
 

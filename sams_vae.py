@@ -80,14 +80,14 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     returns      (..., B)       nats
     """
     x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype).clamp(-20, 20)
+    theta = log_theta.double().exp().expand(x.shape[-1:])  # (G,)
     # The first line is the same for all particles. A small difference of large numbers if theta is
     # large: in double precision.
-    theta = log_theta.double().exp()
     log_gammas = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)  # (B, G)
-    s = log_rho + (log_library - log_theta)  # (..., B, G)
+    s = log_rho + (log_library - log_theta)  # (..., B, G): the largest arrays of a training step
     softplus = F.softplus(s)
-    mean_terms = x * (s - softplus) - theta.to(s.dtype) * softplus
-    return log_gammas.sum(-1).to(s.dtype) + mean_terms.sum(-1)
+    mean_terms = (x * (s - softplus)).sum(-1) - softplus @ theta.to(s.dtype)
+    return log_gammas.sum(-1).to(s.dtype) + mean_terms
 
 
 # ============================================================================================

@@ -38,6 +38,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):  # other C librari
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # undocumented; --benchmark alone
 
 import data
 import evaluate
@@ -171,12 +172,11 @@ def main(arguments=None):
                 if validate:
                     loss = validation_loss(model, batches, split["validation"], config["particles"])
                     line["validation_loss"] = round(loss, 4)
-                is_best = validate and loss < best
-                best = loss if is_best else best
+                    improved, best = loss < best, min(best, loss)
                 log.write(line, best)
-                if is_best:
-                    save("best.pt")
                 if validate:
+                    if improved:
+                        save("best.pt")
                     save("last.pt")
         if stop:
             log.check_finite(step)
@@ -409,7 +409,7 @@ class Log:
 
 @contextlib.contextmanager
 def signals_remembered():
-    """A list that fills when Ctrl-C or a polite kill comes. A second one does what it always did."""
+    """A list that fills when Ctrl-C or a polite kill comes; a second does what it always did."""
     came, handlers = [], {}
 
     def remember(number, frame):
@@ -531,8 +531,6 @@ def benchmark(config, device):
     Step and IWELBO stand beside the matrix products of their layers alone, repeated with the same
     shapes in the same minutes: no code can be faster than those. All times are medians.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode  # torch's own, not documented
-
     n_cells, n_genes, n_perturbations, most = SHAPES[config["preset"] or "replogle"]
     rng, cells = np.random.default_rng(0), np.arange(n_cells)
     counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
@@ -542,63 +540,63 @@ def benchmark(config, device):
     model = MODELS[config["model"]](
         np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),
         **{option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}).to(device)
-    optimizer, (x, d) = new_optimizer(model, config), batches(next(shuffle))
-    objective, plain = (choose_objective(config | {"compile": on}, model, x, d)
-                        for on in (config["compile"], False))
-    loss = []
+    optimizer, (x, d), loss = new_optimizer(model, config), batches(next(shuffle)), []
+    dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
+    objective = choose_objective(config, model, x, d)
     phases = {"batch": lambda: batches(next(shuffle)),
               "forward": lambda: loss.append(objective(model, x, d, config["particles"])[0]),
               "backward": lambda: (optimizer.zero_grad(), (-loss.pop()).backward()),
               "optimizer": optimizer.step}
-
-    def products_of(function):
-        """A function that repeats the matrix products of the given one, on random numbers."""
-        pairs = []
-
-        class Recorder(TorchDispatchMode):
-            """Sees every operation of forward and backward."""
-
-            def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-                if operation is torch.ops.aten.mm.default:
-                    pairs.append([torch.rand_like(matrix) for matrix in arguments])
-                return operation(*arguments, **(options or {}))
-
-        with Recorder():
-            function()
-        return lambda: [a @ b for a, b in pairs]
-
-    def medians(repeats, functions):
-        """Seconds of each, its work on the device included; interleaved, as machines are noisy."""
-        times = {name: [] for name in functions}
-        for name, function in list(functions.items()) * repeats:
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - start)
-        return {name: float(np.median(t)) for name, t in times.items()}
-
-    def of_iwelbo():
-        """IWELBO of 4,000 cells with 100 particles (3.1)."""
-        iwelbo(model, batches.in_order(cells[:4000]), 100)
-
-    dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
-    result = medians(30, phases | {"products": products_of(
-        lambda: plain(model, x, d, config["particles"])[0].backward())})
+    others = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
+              "effects": lambda: average_treatment_effects(model, dosages, 1000)}
+    with Products() as of_iwelbo:
+        others["iwelbo"]()
+    plain = choose_objective(config | {"compile": False}, model, x, d)
+    with Products() as of_step:
+        plain(model, x, d, config["particles"])[0].backward()
+    result = medians(phases | {"products": of_step.repeat}, 30, device)
+    result["peak_memory"] = peak_memory(device)
+    result |= medians(others | {"iwelbo_products": of_iwelbo.repeat}, 3, device)
     result["step"] = sum(result[name] for name in phases)
     result["step_ratio"] = result["step"] / result["products"]
     result["cells_per_second"] = config["batch_size"] / result["step"]
-    result["peak_memory"] = peak_memory(device)
-    result |= medians(3, {
-        "iwelbo": of_iwelbo, "iwelbo_products": products_of(of_iwelbo),
-        "effects": lambda: average_treatment_effects(model, dosages, 1000)})
     result["iwelbo_ratio"] = result["iwelbo"] / result["iwelbo_products"]
-    result["effects_per_perturbation"] = result["effects"] / len(dosages)
     print(f"{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
-          f"perturbations, {config['batch_size']} cells a step, {device}; seconds and bytes")
+          f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
+          f"IWELBO: 4,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 of them")
     print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
     with data.replacing("benchmark.json") as path, open(path, "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
+
+
+class Products(TorchDispatchMode):
+    """Sees all operations inside of its `with`; repeat() does the matrix products alone again."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation is torch.ops.aten.mm.default:
+            self.pairs.append([torch.rand_like(matrix) for matrix in arguments])
+        return operation(*arguments, **(options or {}))
+
+    def repeat(self):
+        """The products, of random numbers of the same shapes."""
+        for a, b in self.pairs:
+            a @ b
+
+
+def medians(functions, repeats, device):
+    """Seconds of each, its work on the device included; interleaved, as machines are noisy."""
+    times = {name: [] for name in functions}
+    for name, function in list(functions.items()) * repeats:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(t)) for name, t in times.items()}
 
 
 def peak_memory(device):

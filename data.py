@@ -1236,7 +1236,8 @@ SPLITS = ("random", "norman-ood", "norman-data-efficiency")
 def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     """{"train", "validation", "test"}: positions among the screen's kept cells.
 
-    The file's own split where the screen has one; else one of the paper's, SPLITS:
+    The file's own split where the screen has one; else one of SPLITS, the tasks of the paper. (The
+    proportions, and what comes first, are those of its authors' code.)
 
     random   of all cells 80 / 20 into rest / test, of the rest 80 / 20 into train / validation.
              Replogle (4.1).

@@ -44,8 +44,8 @@ BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "addi
 def pearson(a, b):
     """Pearson correlation of two equally shaped arrays, flattened; NaN if one is constant or empty.
 
-    ATE-Pearson (3.2) is this for (condition, gene) matrices of model and data effects. Conditions
-    are not scaled before they are pooled, so those with strong effects dominate it.
+    ATE-Pearson (3.2) is this for (condition, gene) matrices of model and data effects, pooled as in
+    the paper's Figure 3. Conditions are not scaled before, so those with strong effects dominate.
     """
     if np.size(a) == 0:
         return math.nan
@@ -85,7 +85,7 @@ def discrimination_scores(predicted, observed, device="cpu"):
 
 
 def effect_metrics(predicted, observed, predicted_from_mean, observed_from_mean):
-    """All other metrics of predicted against observed effects, (C, G) each, as a dict.
+    """All metrics but discrimination of predicted against observed effects, (C, G) each: a dict.
 
     The names that end in _top20 are restricted to the 20 genes of largest absolute observed effect
     of each condition. pearson_from_perturbed_mean is Pearson's r of the last two arguments, (C, G):
@@ -213,8 +213,8 @@ def mean_expression(batches, cells, group, n_groups):
 
     cells (n,) positions, group (n,) their groups. Returns {scale: (n_groups, G)} and the number of
     cells of each group (n_groups,). counts: 1e4 x / sum x. log_normalised: log2(1 + 1e4 x / sum x).
-    A group without cells has NaN. (The paper asks for E[x]; both the scale and the logarithm's base
-    are those of the authors' code.)
+    A group without cells has NaN. (3.2 compares means of x, the counts; the second scale and its
+    logarithm to base 2 are what the authors' code takes for Table 1.)
     """
     n_cells = np.bincount(group, minlength=n_groups)
     total = {scale: torch.zeros(n_groups, batches.n_genes, dtype=torch.float64,
@@ -253,12 +253,13 @@ def baseline_effects(mean, n_cells, dosages):
 
 
 def split_half_means(batches, cells, controls, group, n_conditions, seed=0):
-    """Means of one random half of the cells of each condition, and of the other half (ceiling).
+    """Means of one random half of the cells of each condition, and of the other half ("ceiling").
 
-    No prediction can be expected to agree with the effects of so many cells better than those of
-    as many other cells do. cells and controls (n,) positions, group (N,) conditions of all cells,
-    where C stands for the control. Returns {scale: (C + 1, G)} twice, as `mean_expression`, each
-    half with a half of the controls; NaN for conditions with fewer than two cells.
+    How well do the effects of so many cells agree with those of as many others? A prediction is no
+    worse for exceeding that: both halves are noisy here, and only one side is where a prediction
+    is compared. cells and controls (n,) positions, group (N,) conditions of all cells, where C
+    stands for the control. Returns {scale: (C + 1, G)} twice, as `mean_expression`, each half with
+    a half of the controls; NaN for conditions with fewer than two cells.
     """
     perturbed = cells[group[cells] != n_conditions]
     chosen = np.random.default_rng(seed).permutation(np.concatenate([perturbed, controls]))
@@ -372,15 +373,15 @@ class Run:
 # Its evaluation: likelihood, effects, masks
 # ============================================================================================
 
+AT_LEAST_0 = (0, 2**32 - 1, "at least 0")  # least, largest, the same in words
+AT_LEAST_1 = (1, 2**32 - 1, "at least 1")
 OPTIONS = [  # name, default, what is allowed, what it is and where the default comes from
-    ("--iwelbo-particles", 100, (1, 2**32 - 1, "at least 1"), "K of 3.1 (paper: 100, for Norman)"),
-    ("--ate-particles", 2500, (1, 2**32 - 1, "at least 1"),
-     "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
-    ("--library", 10_000, (1, 2**32 - 1, "at least 1"),
-     "total counts of the simulated cells (authors' code: 10,000)"),
+    ("--iwelbo-particles", 100, AT_LEAST_1, "K of 3.1 (paper: 100, for Norman)"),
+    ("--ate-particles", 2500, AT_LEAST_1, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
+    ("--library", 10_000, AT_LEAST_1, "total counts of simulated cells (authors' code: 10,000)"),
     ("--effects-from", "all", ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1: all)"),
-    ("--evaluation-seed", 0, (0, 2**32 - 1, "at least 0"), "of IWELBO and effects (ours)"),
+    ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
 
 
@@ -394,7 +395,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
     options = {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
                "library": library, "effects_from": effects_from,
                "evaluation_seed": evaluation_seed, "pathways": pathways}
-    known_pathways = pathways_of(run, pathways)  # before the long part: the file may be wrong
+    known_pathways = load_pathways(run, pathways)  # before the long part: the file may be wrong
     torch.manual_seed(evaluation_seed)
     metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.checkpoint["fingerprint"],
                "step": run.checkpoint["step"], "last_step": run.last_step,
@@ -538,7 +539,7 @@ def masks(run, pathways):
     return metrics
 
 
-def pathways_of(run, path=None):
+def load_pathways(run, path=None):
     """The pathways of a .json file, or those of the data. Only the former must be readable."""
     if path is not None:
         return data.read_pathways(path)
@@ -726,8 +727,8 @@ def table_of_runs(runs, scale="log_normalised"):
                   "f": not norman, "relative IWELBO": not norman}
         header = [title for title in header if not unused.get(title)]
 
-        own = settings(members[0], SEEDS + ROW)
-        differing = [f"{k} {v}" for k, v in own.items() if k != "screen"
+        of_table = settings(members[0], SEEDS + ROW)
+        differing = [f"{k} {v}" for k, v in of_table.items() if k != "screen"
                      and any(s.get(k) != v for s in all_settings)]
         tables.append("\n".join([
             f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
@@ -965,7 +966,7 @@ def figure_of_masks(run, pathways=None):
         mask, effect = model.sample_many_globals(model.all_perturbations(), 50)
         probability = model.mask_probability().numpy(force=True)
         offset = (mask * effect).mean(0).numpy(force=True)
-    pathway = pathway_of(names, pathways_of(run, pathways))
+    pathway = pathway_of(names, load_pathways(run, pathways))
     if not any(p is not None for p in pathway):
         pathway = np.full(len(names), "all perturbations", dtype=object)
     groups = sorted({p for p in pathway if p is not None})
@@ -1093,6 +1094,11 @@ def add_options(parser, rows):
         parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} [{default}]", **how)
 
 
+def option_name(flag):
+    """--like-this -> like_this."""
+    return flag[2:].replace("-", "_")
+
+
 def number_within(kind, least, largest, words):
     """A function text -> number for argparse, which refuses what is outside of the bounds."""
     def parse(text):
@@ -1137,7 +1143,7 @@ def main(arguments=None):
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved")
     args = parser.parse_args(arguments)
-    names = [flag[2:].replace("-", "_") for flag, *_ in OPTIONS] + ["pathways"]
+    names = [option_name(flag) for flag, *_ in OPTIONS] + ["pathways"]
     options = {name: value for name, value in vars(args).items() if name in names}
     if "pathways" in options:
         options["pathways"] = os.path.abspath(options["pathways"])

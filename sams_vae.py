@@ -13,10 +13,10 @@ The generative process (Algorithm 1 with the likelihood of section 2.2):
         z_i^b ~ N(0, I)                           the basal state
         z_i   = z_i^b + sum_t d_it (e_t * m_t)    eq. 1: its perturbations add up to z_i^p
         rho_i = softmax(decoder(z_i))             expected transcript frequencies
-        x_i   ~ NB(mean l_i rho_i, inverse dispersion theta)
+        x_i   ~ NB(mean l_i rho_i, inverse dispersion theta_d)
 
-Symbols and shapes. K Monte Carlo particles, B cells of a minibatch, N cells in all, G genes,
-T perturbations, L latent dimensions, P the largest number of perturbations in one cell, U draws.
+Symbols and shapes. K Monte Carlo particles, B cells of a minibatch, N cells of a data set, G genes,
+T perturbations, L latent dimensions, P the largest number of perturbations in one cell.
 
     paper    code        shape      meaning
     x_i      x           (B, G)     transcript counts, as floats
@@ -24,21 +24,22 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
     d_i      d           (B, P)     dosages in index form: the perturbations of each cell, filled up
                                     with NONE = -1; a control cell is a row of NONE
     z^b      z_basal     (K, B, L)  basal state
-    m_t      mask        (K, U, L)  0 or 1; U draws of the perturbations `t`, an index tensor (U,)
+    m_t      mask        (K, U, L)  0 or 1, for U perturbations named by an index tensor t (U,)
     e_t      effect      (K, U, L)
     z^p      z_pert      (K, B, L)  latent offset of a cell
     rho_i    log_rho     (K, B, G)  log expected frequencies
     theta_d  log_theta   (G,)       log inverse dispersion, one per gene
     n_t      n_cells     (T,)       training cells that received perturbation t
 
-The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_emb `f_emb`; the
-free parameters of its mean-field guide are mask_logits, effect_loc and effect_log_var. Where a
-minibatch has fewer dosages, B P, than there are perturbations, (m, e) is drawn for those of its
-cells only (`draws_for`): hence U draws in place of T.
+The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_emb `f_emb`. Its
+variational family q is called the guide here (2.3; no guide RNA is meant), and the free parameters
+of the mean-field one are mask_logits, effect_loc and effect_log_var. U is T, or fewer: where a
+minibatch has fewer dosages, B P, than there are perturbations, (m, e) is drawn for the cells'
+own perturbations only (`draws_for`).
 
 In reading order: the likelihood (2.2); masks, Gaussians and networks of the guide (2.3); SAMS-VAE
 (2.1); CPA-VAE (2.4); the other models; the ELBO (A.1); the importance-weighted ELBO (3.1);
-treatment effects (3.2); and last, behind the plain form of these, what makes them fast.
+treatment effects (3.2); and last, behind these, what makes them fast.
 """
 
 import math
@@ -69,10 +70,10 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
 
         x (s - softplus(s)) - theta softplus(s):
 
-    everything stays in log space, and each particle needs one transcendental function. (Of the
-    forms with one, this is the one that loses no digits for theta near 0 or near infinity.)
+    everything stays in log space, and each particle needs one transcendental function. (The paper
+    writes Gamma(rho l, theta_d): mean and inverse dispersion, not shape and rate.)
 
-    x            (B, G)         counts; like log_library data, without a gradient
+    x            (B, G)         counts: data, as log_library is, so that it has no gradient
     log_rho      (..., B, G)    log mean, up to
     log_library  (B, 1) or 0    which is added to it
     log_theta    (G,) or ()     used between -20 and 20: above, it is a Poisson distribution within
@@ -155,7 +156,7 @@ class MLP(nn.Module):
         for layer in self.residual:
             h = h + F.leaky_relu(layer(h))
         # This is self.last(h). The bias stands outside of the product so that, where products are
-        # in bfloat16 (--precision bf16 of train.py), the sum and all after it are in float32.
+        # in bfloat16 (--precision bf16 of train.py), the output and all after it are in float32.
         return F.linear(h, self.last.weight) + self.last.bias
 
 
@@ -183,6 +184,7 @@ def sum_effects(mask, effect, d):
     mask, effect (K, U, L); d (B, P) holds positions 0..U-1 on their second axis, or NONE.
     Returns (K, B, L); zero for a row of NONE, a control cell.
     """
+    # Gathered first, multiplied then: test cells come few at a time, beside all T perturbations.
     return (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)  # (K, B, P, L) -> (K, B, L)
 
 
@@ -199,8 +201,8 @@ class SAMSVAE(nn.Module):
     alpha, beta        the priors m ~ Bern(alpha), e ~ N(0, beta I)
     mask_a, mask_b     of the models below whose mask probabilities have a prior Beta(a, b)
 
-    The models that follow are this one with other versions of a few of its methods. What a caller
-    must know of the difference stands in the four lines below, and nowhere asks for a name.
+    The models that follow are this one with other versions of a few of its methods. What their
+    callers must know of the difference stands in the four lines below: none asks for the class.
     """
 
     has_mask = True              # which latents a perturbation touches is learned
@@ -216,7 +218,8 @@ class SAMSVAE(nn.Module):
         self.correlated_basal = correlated_basal and self.has_correlated_guide
         self.correlated_effects = correlated_effects and self.has_correlated_guide
         self.alpha, self.beta, self.mask_a, self.mask_b = alpha, beta, mask_a, mask_b
-        self.n_latent, self.widest = n_latent, max(n_latent, effect_hidden)
+        self.n_latent = n_latent
+        self.widest = max(n_latent, effect_hidden)  # numbers per drawn (m_t, e_t), to choose chunks
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
         self.register_buffer("x_mean", torch.as_tensor(x_mean, dtype=torch.float32))
         # A gene that is constant in training, up to rounding, must not divide by zero.
@@ -303,8 +306,8 @@ class SAMSVAE(nn.Module):
         return mask, effect, kl_mask, kl_effect
 
     def sample_many_globals(self, t, n_particles, chunk=2**22):
-        """mask, effect (K, U, L) of `sample_globals`, with no more memory than for themselves: at
-        most about `chunk` numbers per temporary array."""
+        """mask, effect (K, U, L) of `sample_globals`, with little more memory than for themselves:
+        at most about `chunk` numbers per temporary array."""
         n = max(1, chunk // (self.widest * len(t)))
         draws = [self.sample_globals(t, min(n, n_particles - k))[:2]
                  for k in range(0, n_particles, n)]
@@ -358,10 +361,10 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     and q(m_tl | p_tl) = Bern(p_tl) is the generative one: it cancels in the KL, and what is left is
     KL(q(p_tl) || Beta(a, b)). Beta(1, 1) at the start.
 
-    There is one p per entry, so the masks alone have the prior Bern(a / (a + b)), 1/3 by default:
-    this is no looser a prior of their number than Bern(alpha). What differs is the objective. Its
-    KL is that of the masks, plus how far q(p | m) is from p(p | m): what a mask costs changes less
-    abruptly with its probability, and the bound has that much slack.
+    There is one p per entry, so that nothing couples the entries: the masks alone have the prior
+    Bern(a / (a + b)), 1/3 by default, and the number of ones in them is as fixed as by Bern(alpha).
+    What differs is the objective. Its KL is that of the masks plus how far q(p | m) is from
+    p(p | m): the bound has that much slack.
     """
 
     def init_mask(self, n_perturbations):
@@ -442,7 +445,7 @@ class SVAEPlus(SAMSVAE):
     of its own (`one_label_per_cell` in data.py makes it one), and a label without training cells
     has no effect: nothing is known of it. The mask is sampled, m_t ~ Bern(p_t), but p_t is a point
     estimate under a prior Beta(1, b): p and q of the mask are the same and cancel, and
-    -log Beta(p_t; 1, b) is what t pays in place of a KL.
+    -log Beta(p_t; 1, b) is what t pays in place of a KL. (A density: it can be negative.)
     """
 
     adds_effects = False
@@ -527,7 +530,7 @@ class ConditionalVAE(SAMSVAE):
         return F.log_softmax(self.decoder(z, self._trained_only(d)), dim=-1)
 
     def _trained_only(self, d):
-        # NONE looks at the last perturbation, and stays NONE either way.
+        # n_cells[NONE] is that of the last perturbation: the result is NONE either way.
         return torch.where(self.n_cells[d] > 0, d, NONE)
 
 
@@ -544,10 +547,10 @@ def draws_for(d, n_perturbations, shared=False):
     """Which (m_t, e_t) to draw for cells of dosages d (B, P): t (U,), and d as positions in t.
 
     A cell's term depends on nothing but the draw of its own perturbations. Cells may share one draw
-    of all T or have draws of their own: the expectation is the same. We take whichever is fewer, so
-    that a step costs the same however many perturbations there are. With `shared`, cells share the
-    draws in any case, of those perturbations that some cell has: their number is not known before,
-    so that a GPU has to wait for it.
+    of all T or have draws of their own: the expectation is the same. We take whichever is fewer:
+    never more than B P, however many perturbations there are. With `shared`, cells share the draws
+    in any case, of those perturbations that some cell has: their number is not known before, so
+    that a GPU has to wait for it.
     """
     if n_perturbations <= d.numel():
         return torch.arange(n_perturbations, device=d.device), d
@@ -559,8 +562,9 @@ def draws_for(d, n_perturbations, shared=False):
 
 
 def elbo(model, x, d, n_particles=5):
-    """Unbiased estimate, from a minibatch, of ELBO / N (eq. 3; per minibatch: A.1).
+    """Unbiased estimate, from a minibatch, of ELBO / N of the N training cells (eq. 3; A.1).
 
+    (Its gradient is not unbiased: that of the masks is the straight-through one.)
     x (B, G) counts, no row all zero; d (B, P) dosages. With KL_t = KL(q(m_t) q(e_t|m_t) || p),
 
         1/B sum_i [ log p(x_i | z_i) - KL(q(z_i^b) || p) - sum_{t in d_i} KL_t / n_t ].
@@ -568,7 +572,7 @@ def elbo(model, x, d, n_particles=5):
     Returns the estimate, a scalar, and a dict of its terms by name: detached scalars, per cell,
     that stay on the device. elbo = log_likelihood - kl_basal - kl_mask - kl_effect.
     """
-    t, drawn = draws_for(d, len(model.n_cells))  # (U,), (B, P)
+    t, drawn = draws_for(d, len(model.n_cells))  # (U,); (B, P), d as positions in t
     mask, effect, kl_mask, kl_effect = model.sample_globals(t, n_particles)  # (K, U, L), .. (K, U)
 
     z_pert = sum_effects(mask, effect, drawn)  # eq. 1: (K, B, L)
@@ -613,7 +617,7 @@ def log_weights(model, x, d, mask, effect):
     loc, var = model.encode(x, z_pert, d)
     noise = torch.randn_like(z_pert)
     z_basal = loc + var.sqrt() * noise
-    # log N(z; 0, I) - log N(z; loc, var); the factors (2 pi)^(-L/2) cancel.
+    # log N(z_basal; 0, I) - log N(z_basal; loc, var); the factors (2 pi)^(-L/2) cancel.
     log_p_over_q = 0.5 * (noise**2 + var.log() - z_basal**2).sum(-1)
     return model.log_likelihood(x, z_basal + z_pert, d) + log_p_over_q
 
@@ -633,9 +637,10 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     few particles when there are many cells: see the effective sample size of its weights,
     (sum_k w_k)^2 / sum_k w_k^2, from 1 to K.
 
-    The predictive one is tight, as K grows, on log E_q(M,E)[p(x | M, E)]: the log density of a new
-    cell under the posterior predictive. The ratio p/q of (M, E) does not enter. Its mean over cells
-    is what the authors' code computes where the paper reports test IWELBO.
+    The predictive one is a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)]: the log
+    density of a new cell under the approximate posterior predictive. The ratio p/q of (M, E) does
+    not enter. Its mean over cells is what the authors' code computes where the paper reports test
+    IWELBO.
 
     batches yields (x (B, G), d (B, P)). Returns predictive (N,), joint (a float, the total), and
     effective_sample_size (a float). At most about `chunk` numbers per temporary array: memory grows
@@ -648,8 +653,8 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     predictive = []
     for batch_x, batch_d in batches:
         # Few cells with all their particles at a time: what particles share is computed once.
-        n_cells = max(1, chunk // (n_particles * batch_x.shape[1]))
-        for x, d in zip(batch_x.split(n_cells), batch_d.split(n_cells)):
+        few = max(1, chunk // (n_particles * batch_x.shape[1]))
+        for x, d in zip(batch_x.split(few), batch_d.split(few)):
             n_chunk = max(1, chunk // x.numel())
             log_w = torch.cat([log_weights(model, x, d, m, e) for m, e in zip(
                 mask.split(n_chunk), effect.split(n_chunk))])  # (K, B)
@@ -675,10 +680,10 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24)
         counts           y = x: the inner expectation is exactly library * rho
         log_normalised   y = log2(1 + 1e4 x / sum x), of cells with sum x > 0
 
-    (The paper does not say on which scale x is; its authors' code takes the second.) A simulated
-    cell without any count, which a small library makes likely, has no second y. It is left out, as
-    a data set leaves it out. All arms share every latent: z_basal, masks, effects and the noise of
-    the likelihood, so that equal arms give equal results. Returns a dict of two (C, G) tensors,
+    (3.2 has the first; the authors' code for Table 1 takes the second.) A simulated cell without
+    any count, which a small library makes likely, has no second y. It is left out, as a data set
+    leaves it out. All arms share every latent: z_basal, masks, effects and the noise of the
+    likelihood, so that equal arms give equal results. Returns a dict of two (C, G) tensors,
     "counts" and "log_normalised", in double precision. At most about `chunk` numbers per temporary
     array.
     """
@@ -694,7 +699,7 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24)
         log_normalised.next_particles(len(k))
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm])  # (K, G)
-            log_normalised.add(arm, log_rho)
+            log_normalised.add(arm, log_rho)  # in place of averaging y of sampled counts
             counts[arm] += log_rho.exp().sum(0, dtype=torch.float64)
     return {"counts": library * counts / n_particles, "log_normalised": log_normalised.result()}
 
@@ -704,7 +709,8 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
 
     ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ]
 
-    for the two y of `expected_expression`, whose arguments these are. Returns a dict of two (C, G)
+    for the two y of `expected_expression`, whose arguments these are; the second arm is the paper's
+    d_0. Returns a dict of two (C, G)
     tensors, "counts" and "log_normalised". A dosage without any perturbation has an effect of
     exactly zero. Differs from the authors' code, which draws a new z_basal for each arm.
     """
@@ -714,7 +720,7 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
 
 
 # ============================================================================================
-# Behind the plain form: what makes treatment effects fast and their noise small
+# Behind treatment effects: what makes them fast and their noise small
 # ============================================================================================
 
 
@@ -722,7 +728,7 @@ def sobol_normal(n_latent, device):
     """A function n -> the next n points (n, L) of a scrambled Sobol sequence, as draws of N(0, I).
 
     Each point is such a draw, but together they lie more evenly than independent ones: means over
-    them are as unbiased and less noisy.
+    them are as unbiased, and usually less noisy.
     """
     sobol = torch.quasirandom.SobolEngine(n_latent, scramble=True,
                                           seed=int(torch.randint(2**31, ())))
@@ -749,12 +755,11 @@ class LogNormalisedMean:
     suffice. Both are zero for a cell without counts, which has probability exp(-sum of the rates),
     so that dividing by one minus its mean leaves such cells out.
 
-    The arms share gamma, and start their Poisson draws from the same random numbers. How much less
-    noise than plain sampling? In small models of 10 to 1,000 genes, theta of 0.05 to 10 and cells
-    of 200 or 10,000 counts, the variance of an effect was 1.4 to 89 times smaller (median 8) than
-    by as many counts drawn for each arm on its own. Plain counts that share gamma between arms are
-    better than those: 88 times the variance to an eighth of it (median 4), the latter for 10 genes
-    and theta = 0.05, where a cell's counts are all on few genes and y - h is not small.
+    The arms share gamma, and start their Poisson draws from the same random numbers. In small
+    models (10 to 1,000 genes, theta 0.05 to 10, library 200 and 10,000) the variance of an effect
+    was 1.4 to 89 times smaller than by as many counts that each arm samples on its own. Against
+    counts whose gamma the arms share it was smaller in most cases, too, but up to 8 times larger
+    for 10 genes and theta = 0.05: a cell's counts are on few genes then, and y - h is not small.
     """
 
     def __init__(self, log_theta, library, n_arms):

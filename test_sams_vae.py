@@ -1951,7 +1951,7 @@ def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, 
 
 def configuration(*arguments):
     """The configuration that these arguments of train.py give."""
-    return train.parse_arguments(arguments)[1]
+    return train.configuration(*train.parse_arguments(arguments))
 
 
 def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
@@ -1993,7 +1993,8 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
     for arguments, words in (
             (["--model", "svae+", "--data", "x", "--correlated-basal"], "no correlated guide"),
             (["--preset", "norman-ood"], "needs --data"),
-            (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"], "--train-combinations: must be a fraction"),
+            (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"],
+             "--train-combinations: must be a fraction"),
             (["--data", "x", "--train-combinations", "0.5"], "needs --split"),
             (["--data", "x", "--split", "norman-ood", "--split-column", "s"], "exclude each other"),
             (["--data", "x", "--preset", "norman-ood", "--split-column", "s",
@@ -2005,7 +2006,7 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
             (["--data", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
             (["--data", "x", "--alpha", "1"], "--alpha: must be between")):
         with pytest.raises((SystemExit, data.DataError)) as refused:
-            train.parse_arguments(arguments)
+            configuration(*arguments)
         assert words in capsys.readouterr().err + str(refused.value)
     assert configuration("--model", "cvae")["correlated_basal"] is False
 

@@ -24,14 +24,12 @@ import sys
 import time
 import types
 
-# Two settings of the machine, worth a quarter of a step on a CPU. The first must precede torch: how
-# many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. A
-# small step on two idle cores took 5.0, 5.5 and 10.8 ms with the default, 1,000 turns and none;
-# with another program on one of the cores 17, 13 and 8.
+# Two settings of the machine that a CPU needs for speed, the first before torch is imported: how
+# many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. The
+# default is fast alone and slow beside another program, no turns the reverse.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# The second: glibc returns freed arrays to the system, which fills the next ones with zeros, page
-# by page. Ask it to keep them, up to 32 MB each: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1.
-# (MALLOC_MMAP_THRESHOLD_ in the environment would do the same, if set before Python starts.)
+# And: glibc returns freed arrays to the system, which fills the next ones with zeros, page by page.
+# Ask it to keep them, up to 32 MB each: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1.
 with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt
     for parameter, value in ((-3, 2**25), (-1, -1)):
         ctypes.CDLL(None).mallopt(parameter, value)
@@ -43,17 +41,16 @@ from torch.utils._python_dispatch import TorchDispatchMode  # undocumented; --be
 import data
 import evaluate
 from data import DataError
+from evaluate import AT_LEAST_0, AT_LEAST_1, option_name
 from sams_vae import MODELS, average_treatment_effects, elbo, iwelbo
 
 # ============================================================================================
 # The options: name, default, what is allowed, what it is and where the default comes from
 # ============================================================================================
 
-AT_LEAST_0 = (0, 2**32 - 1, "at least 0")
-AT_LEAST_1 = (1, 2**32 - 1, "at least 1")
 POSITIVE = (1e-30, 2**32, "positive")
 
-# "Replogle" and "Norman" are the paper's settings for its two data sets (A.4), where they differ.
+# "Replogle" and "Norman" are the settings of the paper (A.4) and its code for its two data sets.
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
     ("--correlated-effects", True, bool, "q(e | m) in place of q(e) (paper: best of Table 1)"),
@@ -121,40 +118,40 @@ PRESETS = {
 
 def main(arguments=None):
     """Train: a run, a model, the loop, the log."""
-    args, config, given = parse_arguments(arguments)
+    args, given = parse_arguments(arguments)
     device = evaluate.choose_device(args.device)
     if args.benchmark:
-        return benchmark(config, device)
+        return benchmark(configuration(args, given), device)
     # A new run is written down at step 0. From here on, every run is one that is gone on with.
     folder, screen, state = (resume_run(args, given) if args.resume else
-                             new_run(args.name, config, device))
+                             new_run(args.name, configuration(args, given), device))
     config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
     step, best = state["step"], state["best"]
     print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
 
-    # What moves while the model is trained, all of it where the run had it.
-    batches = data.Batches(screen, device)  # the whole screen lies on the device
-    model = evaluate.build_model(state).to(device)
-    optimizer = new_optimizer(model, config)
-    optimizer.load_state_dict(state["optimizer"])
-    shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device,
-                           **state["shuffle"])
-    first_cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
-    objective = choose_objective(config, model, *batches(first_cells))
-    log = Log(folder, config, state)
-    set_random_state(state["rng"], config["seed"], device)
-
-    def save(name):
-        """Write best.pt or last.pt: everything that is needed to go on."""
-        state.update(step=step, best=best, model=model.state_dict(), log=log.state(),
-                     optimizer=optimizer.state_dict(), rng=random_state(device),
-                     shuffle={"epoch": shuffle.epoch, "position": shuffle.position})
-        evaluate.save_checkpoint(state, folder, name)
-
-    print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} parameters,"
-          f" {len(split['train']):,} training cells, steps {step:,} to {config['steps']:,} on "
-          f"{device}")
     with signals_remembered() as stop:  # Ctrl-C ends the loop after the step that is running
+        # What moves while the model is trained, all of it where the run had it.
+        batches = data.Batches(screen, device)  # the whole screen lies on the device
+        model = evaluate.build_model(state).to(device)
+        optimizer = new_optimizer(model, config)
+        optimizer.load_state_dict(state["optimizer"])
+        shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device,
+                               **state["shuffle"])
+        cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
+        objective = choose_objective(config, model, *batches(cells))
+        log = Log(folder, config, state)
+        set_random_state(state["rng"], config["seed"], device)
+
+        def save(name):
+            """Write best.pt or last.pt: everything that is needed to go on."""
+            state.update(step=step, best=best, model=model.state_dict(), log=log.state(),
+                         optimizer=optimizer.state_dict(), rng=random_state(device),
+                         shuffle={"epoch": shuffle.epoch, "position": shuffle.position})
+            evaluate.save_checkpoint(state, folder, name)
+
+        print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} "
+              f"parameters, {len(split['train']):,} training cells, steps {step:,} to "
+              f"{config['steps']:,} on {device}")
         while step < config["steps"] and not stop:
             x, d = batches(next(shuffle))
             value, terms = objective(model, x, d, config["particles"])  # the ELBO: eq. 3, A.1
@@ -172,12 +169,12 @@ def main(arguments=None):
                 if validate:
                     loss = validation_loss(model, batches, split["validation"], config["particles"])
                     line["validation_loss"] = round(loss, 4)
-                    improved, best = loss < best, min(best, loss)
+                    if loss < best:
+                        best = loss
+                        save("best.pt")
                 log.write(line, best)
                 if validate:
-                    if improved:
-                        save("best.pt")
-                    save("last.pt")
+                    save("last.pt")  # after the line: what stands beyond last.pt is written again
         if stop:
             log.check_finite(step)
             save("last.pt")
@@ -300,8 +297,8 @@ def choose_objective(config, model, x, d):
 
     A compiled one is tried on the batch x, d: raises DataError where it fails."""
     torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
-    # Parameters stay in single precision. So does everything that is no product: torch.autocast
-    # lowers matrix products alone, and MLP adds the biases to them in single precision.
+    # Parameters stay in single precision, and so does nearly everything that is no product:
+    # torch.autocast lowers linear layers alone, and MLP makes its output float32 again.
     lowered = torch.autocast(x.device.type, torch.bfloat16)
     objective = lowered(elbo) if config["precision"] == "bf16" else elbo
     if not config["compile"]:
@@ -319,8 +316,9 @@ def choose_objective(config, model, x, d):
 
 @torch.no_grad()
 def validation_loss(model, batches, cells, n_particles):
-    """-ELBO / N over the validation cells, with n_t of the training cells. Stops if not finite.
+    """Mean over the validation cells of what `elbo` says of each, negated. Stops if not finite.
 
+    n_t is that of the training cells: the KL of t weighs as much beside a cell as in training.
     Always with the same random numbers, so that checkpoints are compared under the same noise, and
     without touching the generator that training uses.
     """
@@ -445,13 +443,8 @@ def set_random_state(state, seed, device):
 # ============================================================================================
 
 
-def option_name(flag):
-    """--like-this -> like_this."""
-    return flag[2:].replace("-", "_")
-
-
 def parse_arguments(arguments=None):
-    """(arguments, configuration, the part of the configuration that was given explicitly)."""
+    """The arguments, and what of a configuration they give explicitly, a dict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FILE.h5ad", help="counts (default: simulate a screen)")
@@ -472,7 +465,7 @@ def parse_arguments(arguments=None):
     if args.name is not None and (args.name in ("", ".", "..")
                                   or args.name != os.path.basename(args.name)):
         raise DataError(f"--name must be a plain name, not {args.name!r}")
-    return args, {} if args.resume else configuration(args, given), given
+    return args, given
 
 
 def configuration(args, given):
@@ -563,7 +556,7 @@ def benchmark(config, device):
     result["iwelbo_ratio"] = result["iwelbo"] / result["iwelbo_products"]
     print(f"{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
           f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
-          f"IWELBO: 4,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 of them")
+          f"IWELBO: 4,000 cells, 100 particles. Effects: {len(dosages)} perturbations, 1,000 each.")
     print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
     with data.replacing("benchmark.json") as path, open(path, "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
@@ -577,8 +570,8 @@ class Products(TorchDispatchMode):
         self.pairs = []
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        if operation is torch.ops.aten.mm.default:
-            self.pairs.append([torch.rand_like(matrix) for matrix in arguments])
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.pairs.append([torch.rand_like(matrix) for matrix in arguments[-2:]])
         return operation(*arguments, **(options or {}))
 
     def repeat(self):

@@ -17,11 +17,23 @@ e_t of eq. 1 is called `effect` where it is drawn, as in sams_vae.py.
 """
 
 import argparse
+import contextlib
+import ctypes
 import difflib
 import json
 import math
 import os
 import sys
+
+# Two settings of the machine that a CPU needs for speed, the first before torch is imported: how
+# many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. The
+# default is fast alone and slow beside another program, no turns the reverse.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# And: glibc returns freed arrays to the system, which fills the next ones with zeros, page by page.
+# Ask it to keep them, up to 32 MB each: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1.
+with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt
+    for parameter, value in ((-3, 2**25), (-1, -1)):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 import numpy as np
 import torch
@@ -373,8 +385,8 @@ class Run:
 # Its evaluation: likelihood, effects, masks
 # ============================================================================================
 
-AT_LEAST_0 = (0, 2**32 - 1, "at least 0")  # least, largest, the same in words
-AT_LEAST_1 = (1, 2**32 - 1, "at least 1")
+AT_LEAST_0 = (0, 2**32 - 1, "at least 0 and below 2^32")  # least, largest, the same in words
+AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 OPTIONS = [  # name, default, what is allowed, what it is and where the default comes from
     ("--iwelbo-particles", 100, AT_LEAST_1, "K of 3.1 (paper: 100, for Norman)"),
     ("--ate-particles", 2500, AT_LEAST_1, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
@@ -434,9 +446,9 @@ def effects(run, n_particles, library, effects_from):
 
     # By the data. The control is the last group. The Norman splits have no controls among their
     # test cells: then all controls are taken.
-    controls = np.flatnonzero(group == n_conditions)
-    in_test = np.intersect1d(controls, split["test"])
-    test_controls = in_test if len(in_test) > 1 else controls
+    test_controls = split["test"][group[split["test"]] == n_conditions]
+    if len(test_controls) < 2:
+        test_controls = np.flatnonzero(group == n_conditions)
     cells = np.arange(len(group)) if effects_from == "all" else np.union1d(split["test"],
                                                                            test_controls)
     observed, n_cells = mean_expression(run.batches, cells, group[cells], n_conditions + 1)
@@ -491,9 +503,9 @@ def effects(run, n_particles, library, effects_from):
 
 def scores_by_group(groups, device, predicted, observed, *from_mean):
     """{group: metrics} of predicted against observed effects and of `from_mean`, (C, G) each: see
-    `effect_metrics`. Conditions with NaN, having no cells, are left out; discrimination ranks all
-    others, whatever their group."""
-    known = np.isfinite(predicted + observed).all(1)
+    `effect_metrics`. Conditions whose observed effects are NaN, having no cells, are left out;
+    discrimination ranks all others, whatever their group."""
+    known = np.isfinite(observed).all(1)
     discrimination = np.full(len(known), math.nan)
     discrimination[known] = discrimination_scores(predicted[known], observed[known], device)
     metrics = {}
@@ -639,9 +651,11 @@ def settings(metrics, without=()):
     """All that numbers of two runs must agree in to be comparable, as a dict: the data, the options
     of training but for some, the steps that were made, and the options of the evaluation."""
     config = metrics["config"]
-    config = {k: v for k, v in config.items() if k not in (*NO_MATTER, *without)}
-    screen = "simulated" if config.get("simulated") else metrics["fingerprint"]  # seeds may differ
-    return config | {"steps": metrics["last_step"], "screen": screen} | metrics["options"]
+    # How the file was read is in the fingerprint, but for the split; seeds may simulate screens.
+    covered = {*NO_MATTER, *data.SCREEN_OPTIONS, *without} - {"split_column"}
+    screen = "simulated" if config.get("simulated") else metrics["fingerprint"]
+    return {k: v for k, v in config.items() if k not in covered} | {
+        "steps": metrics["last_step"], "data": screen} | metrics["options"]
 
 
 def key(metrics, without=()):
@@ -649,22 +663,26 @@ def key(metrics, without=()):
     return json.dumps(settings(metrics, without), sort_keys=True)
 
 
+def without_repeats(runs):
+    """The runs, of those that do not differ at all the first; a line names the others."""
+    different = {}
+    for m in runs:
+        if different.setdefault(key(m), m) is not m:
+            print(f"{m['folder']} is {different[key(m)]['folder']} once more, with the same data, "
+                  "options and seeds: it is left out of the tables")
+    return list(different.values())
+
+
 def tables_of(runs):
     """Lists of runs that belong into one table, each in the order of Table 1: they differ in
-    nothing but the model, its guide, the fraction of combinations, and seeds. Of runs that do not
-    differ at all, the first is kept, and a line says so."""
+    nothing but the model, its guide, the fraction of combinations, and seeds."""
     def order(m):
         """Table by table, row by row."""
         return (key(m, SEEDS + ROW), list(MODELS).index(m["config"]["model"]),
                 *(m["config"][k] for k in (*ROW[1:], "split_seed", "seed")))
 
-    different = {}
-    for m in sorted(runs, key=order):
-        if different.setdefault(key(m), m) is not m:
-            print(f"{m['folder']} is {different[key(m)]['folder']} once more, with the same data, "
-                  "options and seeds: it is left out of the tables")
     tables = {}
-    for m in different.values():
+    for m in sorted(runs, key=order):
         tables.setdefault(key(m, SEEDS + ROW), []).append(m)
     return list(tables.values())
 
@@ -728,8 +746,10 @@ def table_of_runs(runs, scale="log_normalised"):
         header = [title for title in header if not unused.get(title)]
 
         of_table = settings(members[0], SEEDS + ROW)
-        differing = [f"{k} {v}" for k, v in of_table.items() if k != "screen"
-                     and any(s.get(k) != v for s in all_settings)]
+        differing = [f"{k} {v if k != 'data' else config['data']}" for k, v in of_table.items()
+                     if any(s.get(k) != v for s in all_settings)]
+        if members[0]["last_step"] < config["steps"]:
+            differing.append(f"stopped before step {config['steps']:,}")
         tables.append("\n".join([
             f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
             f"{effects_of} conditions, {scale.replace('_', '-')}" + "; ".join(["", *differing]),
@@ -918,10 +938,11 @@ def save_figure(figure, path):
 
 
 def heat_map(axis, values, limit, title, **labels):
-    """Values (rows, columns) from -limit (blue) to limit (red). Returns the image."""
+    """Values (rows, columns) from -limit, blue, or from 0, white, to limit. Returns the image."""
     axis.set(title=title, xticks=[], yticks=[], **labels)
-    return axis.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit,
-                       interpolation="nearest")
+    signed = values.min() < 0
+    return axis.imshow(values, aspect="auto", cmap="RdBu_r" if signed else "Greys",
+                       vmin=-limit if signed else 0, vmax=limit, interpolation="nearest")
 
 
 def in_order_of_angle(matrix):
@@ -1034,38 +1055,43 @@ def figure_of_combinations(runs, folder):
             continue
         fractions = sorted({m["config"]["train_combinations"] for m in members})
 
-        def test_pearson(prediction, m):
-            """ATE-Pearson of conditions with test cells."""
-            return m["effects"]["log_normalised"]["test"][prediction]["pearson"]
+        def name_of(m):
+            """Model and guide."""
+            return f"{m['config']['model']}, {guide_of(m['config'])}"
 
-        # Bars by name: the runs at each f, and one value of a run for each panel.
-        bars = {}
-        for m in members:
-            name = f"{m['config']['model']}, {guide_of(m['config'])}"
-            same = bars.setdefault(name, [{f: [] for f in fractions}, "model"])[0]
-            same[m["config"]["train_combinations"]].append(m)
-        n_models = len(bars)
-        for name in ("perturbed_mean", "additive"):
-            bars[BASELINES[name]] = [{f: one_of_each_split(members, f) for f in fractions}, name]
+        def at_each_f(runs, value):
+            """The finite values of these runs at each f."""
+            values = [np.array([value(m) for m in runs if m["config"]["train_combinations"] == f],
+                               float) for f in fractions]
+            return [v[np.isfinite(v)] for v in values]
+
+        def test_pearson(prediction):
+            """A function of a run: ATE-Pearson of the conditions with test cells."""
+            return lambda m: m["effects"]["log_normalised"]["test"][prediction]["pearson"]
+
+        # A row of bars for each model and guide, and, where effects are compared, each baseline.
+        models = {name_of(m): [r for r in members if name_of(r) == name_of(m)] for m in members}
+        splits = [m for f in fractions for m in one_of_each_split(members, f)]
+        iwelbos = {name: at_each_f(same, lambda m: relative_iwelbo(m, members))
+                   for name, same in models.items()}
+        pearsons = {name: at_each_f(same, test_pearson("model")) for name, same in models.items()}
+        pearsons |= {BASELINES[name]: at_each_f(splits, test_pearson(name))
+                     for name in ("perturbed_mean", "additive")}
         figure, axes = pyplot().subplots(1, 2, figsize=(12, 4), layout="constrained")
-        for i, (name, (of_fraction, prediction)) in enumerate(bars.items()):
-            for axis, value in ((axes[0], lambda m: relative_iwelbo(m, members)),
-                                (axes[1], lambda m: test_pearson(prediction, m))):
-                if axis is axes[0] and i >= n_models:  # baselines have no likelihood
-                    continue
-                values = [np.array([value(m) for m in of_fraction[f]], float) for f in fractions]
-                values = [v[np.isfinite(v)] for v in values]
-                axis.bar(np.arange(len(fractions)) + 0.85 * ((i + 0.5) / len(bars) - 0.5),
-                         [v.mean() if len(v) else math.nan for v in values], 0.8 / len(bars),
+        for axis, rows, title in (
+                (axes[0], iwelbos, "test IWELBO relative to\nSAMS-VAE (correlated), f = 0"),
+                (axes[1], pearsons, "ATE-Pearson, test conditions")):
+            for i, (name, values) in enumerate(rows.items()):
+                axis.bar(np.arange(len(fractions)) + 0.85 * ((i + 0.5) / len(rows) - 0.5),
+                         [v.mean() if len(v) else math.nan for v in values], 0.8 / len(rows),
                          yerr=[v.std(ddof=1) if len(v) > 1 else math.nan for v in values],
-                         color=f"C{i}" if i < n_models else str(0.75 - 0.25 * (i - n_models)),
+                         color=f"C{i}" if name in models else str(0.25 * (i - len(models) + 2)),
                          capsize=2, label=name)
-        axes[0].set_ylabel("test IWELBO relative to\nSAMS-VAE (correlated), f = 0")
-        axes[1].set_ylabel("ATE-Pearson, test conditions")
-        for axis in axes:
             axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
-            axis.set_xlabel("fraction f of training combinations")
+            axis.set(xlabel="fraction f of training combinations", ylabel=title)
             axis.axhline(0, color="0.3", linewidth=0.8)
+        if not any(len(v) for values in iwelbos.values() for v in values):
+            axes[0].set_title("needs the run of SAMS-VAE with f = 0 on the same split")
         figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle(f"{split}, {os.path.basename(members[0]['config']['data'])}")
         path, n = os.path.join(folder, f"{split}.png"), 1
@@ -1169,6 +1195,7 @@ def main(arguments=None):
                 raise
             print(f"error: {folder}: {error}", file=sys.stderr)
             failed += 1
+    evaluations = without_repeats(evaluations)
     if len(evaluations) > 1:
         print(f"\n{table_of_runs(evaluations, args.scale)}")
     if evaluations and args.figures:

@@ -15,31 +15,21 @@ loop; how options are read; the benchmark.
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import types
 
-# Two settings of the machine that a CPU needs for speed, the first before torch is imported: how
-# many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. The
-# default is fast alone and slow beside another program, no turns the reverse.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# And: glibc returns freed arrays to the system, which fills the next ones with zeros, page by page.
-# Ask it to keep them, up to 32 MB each: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1.
-with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt
-    for parameter, value in ((-3, 2**25), (-1, -1)):
-        ctypes.CDLL(None).mallopt(parameter, value)
-
+import evaluate  # before torch: it sets two things that make a CPU fast
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # undocumented; --benchmark alone
 
 import data
-import evaluate
 from data import DataError
 from evaluate import AT_LEAST_0, AT_LEAST_1, option_name
 from sams_vae import MODELS, average_treatment_effects, elbo, iwelbo
@@ -90,7 +80,8 @@ OPTIONS = [
     ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
 ]
 SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
-    ("--simulated-perturbations", 500, (2, 2**20, "at least 2"), "its perturbations"),
+    ("--simulated-perturbations", 500, (2, 2**32 - 1, "at least 2 and below 2^32"),
+     "its perturbations"),
     ("--simulated-cells", 25, AT_LEAST_1, "its cells per perturbation and pair"),
     ("--simulated-pairs", 60, AT_LEAST_0, "its pairs; half of them are held out of training"),
     ("--simulated-effect", 4.0, AT_LEAST_0, "size of its effects, in sd of the basal state"),
@@ -161,7 +152,9 @@ def main(arguments=None):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
             optimizer.step()
             step += 1
-            log.add(terms, value)  # sums on the device: so far, nothing has waited for a GPU
+            # Sums on the device: but for the order of cells, once per epoch, nothing has waited for
+            # a GPU so far.
+            log.add(terms, value)
 
             validate = step % config["validate_every"] == 0 or step == config["steps"]
             if validate or step % config["log_every"] == 0:
@@ -197,16 +190,49 @@ def main(arguments=None):
 def new_run(name, config, device):
     """Begin a run: its folder, its screen, and the state that last.pt holds at step 0.
 
-    A wrong file or option raises DataError before anything is written."""
-    folder = os.path.join("runs", name or free_name(config))
-    if os.path.exists(folder):
-        raise DataError(f"{folder} exists: choose another --name, or --resume {folder}")
-    if config["data"] is None:
-        os.makedirs(folder)
+    Raises DataError for a wrong file or option, and leaves nothing then."""
+    if config["data"] is not None:  # the folder comes last: reading may take long, and fail
+        screen, state = first_state(config, device)
+        folder = new_folder(name, config)
+    else:
+        folder = new_folder(name, config)
         config |= {"data": os.path.abspath(f"{folder}/simulated.h5ad"), "simulated": True}
-        data.simulate(config["data"], config["simulated_seed"], config["simulated_perturbations"],
-                      config["simulated_cells"], config["simulated_effect"],
-                      n_pairs=config["simulated_pairs"])
+        try:
+            data.simulate(config["data"], config["simulated_seed"],
+                          config["simulated_perturbations"], config["simulated_cells"],
+                          config["simulated_effect"], n_pairs=config["simulated_pairs"])
+            screen, state = first_state(config, device)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+    evaluate.save_checkpoint(state, folder, "last.pt")
+    write_config(folder, config)
+    return folder, screen, state
+
+
+def new_folder(name, config):
+    """Create runs/NAME; without a name, one made of the options that is still free."""
+    source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
+    guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
+                                           ("effects", config["correlated_effects"])) if on)
+    base = f"{source}-{config['model']}-{guide or 'mean-field'}"
+    if config["split"] != "random":
+        base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
+    base, n = name or f"{base}-seed{config['seed']}", 1
+    while True:
+        folder = os.path.join("runs", base if n == 1 else f"{base}-{n}")
+        try:
+            os.makedirs(folder)  # of several processes, one makes it
+            return folder
+        except FileExistsError:
+            if name:
+                raise DataError(f"{folder} exists: choose another --name, or --resume {folder}"
+                                ) from None
+        n += 1
+
+
+def first_state(config, device):
+    """The screen of a new run as its model sees it, and the state of step 0."""
     screen = evaluate.read_screen_of(config)
     print(screen.path, *screen.notes, sep="\n  ")
     split = data.split_cells(screen, config["split_seed"], config["split"],
@@ -228,7 +254,7 @@ def new_run(name, config, device):
                   "x_std": x_std.cpu()}
     torch.manual_seed(config["seed"])
     model = MODELS[config["model"]](**arguments)
-    state = {
+    return screen, {
         "config": config, "fingerprint": fingerprint, "gene_names": list(screen.gene_names),
         "perturbations": screen.perturbations, "model_arguments": arguments,
         "split": {k: torch.from_numpy(v) for k, v in split.items()},
@@ -236,10 +262,6 @@ def new_run(name, config, device):
         "step": 0, "best": math.inf, "model": model.state_dict(), "log": ({}, 0, 0.0),
         "optimizer": new_optimizer(model, config).state_dict(),
         "rng": {"cpu": torch.get_rng_state()}, "shuffle": {"epoch": 0, "position": 0}}
-    os.makedirs(folder, exist_ok=True)
-    evaluate.save_checkpoint(state, folder, "last.pt")
-    write_config(folder, config)
-    return folder, screen, state
 
 
 def resume_run(args, given):
@@ -258,21 +280,6 @@ def resume_run(args, given):
     print(screen.path, *screen.notes, sep="\n  ")
     write_config(folder, config)
     return folder, evaluate.as_the_model_sees(screen, config["model"]), state
-
-
-def free_name(config):
-    """A name for the run, made of its options, that is still free in runs/."""
-    source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
-    guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
-                                           ("effects", config["correlated_effects"])) if on)
-    base = f"{source}-{config['model']}-{guide or 'mean-field'}"
-    if config["split"] != "random":
-        base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
-    name, n = f"{base}-seed{config['seed']}", 1
-    while os.path.exists(os.path.join("runs", name)):
-        n += 1
-        name = f"{base}-seed{config['seed']}-{n}"
-    return name
 
 
 def write_config(folder, config):
@@ -299,8 +306,9 @@ def choose_objective(config, model, x, d):
     torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
     # Parameters stay in single precision, and so does nearly everything that is no product:
     # torch.autocast lowers linear layers alone, and MLP makes its output float32 again.
-    lowered = torch.autocast(x.device.type, torch.bfloat16)
-    objective = lowered(elbo) if config["precision"] == "bf16" else elbo
+    objective = elbo
+    if config["precision"] == "bf16":
+        objective = torch.autocast(x.device.type, torch.bfloat16)(elbo)
     if not config["compile"]:
         return objective
     objective = torch.compile(objective)
@@ -462,6 +470,8 @@ def parse_arguments(arguments=None):
     own = {option_name(flag) for flag, *_ in OPTIONS + SIMULATION_OPTIONS} | {"preset"}
     given = {k: v for k, v in vars(args).items()
              if k in own.union(data.SCREEN_OPTIONS) and v is not None}
+    if args.benchmark and args.resume:
+        raise DataError("--benchmark makes a model and data of its own: leave out --resume")
     if args.name is not None and (args.name in ("", ".", "..")
                                   or args.name != os.path.basename(args.name)):
         raise DataError(f"--name must be a plain name, not {args.name!r}")
@@ -542,21 +552,24 @@ def benchmark(config, device):
               "optimizer": optimizer.step}
     others = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
               "effects": lambda: average_treatment_effects(model, dosages, 1000)}
+    phases["forward"](), phases["backward"](), optimizer.step()
+    peak = peak_memory(device)
     with Products() as of_iwelbo:
         others["iwelbo"]()
     plain = choose_objective(config | {"compile": False}, model, x, d)
     with Products() as of_step:
         plain(model, x, d, config["particles"])[0].backward()
     result = medians(phases | {"products": of_step.repeat}, 30, device)
-    result["peak_memory"] = peak_memory(device)
     result |= medians(others | {"iwelbo_products": of_iwelbo.repeat}, 3, device)
     result["step"] = sum(result[name] for name in phases)
     result["step_ratio"] = result["step"] / result["products"]
     result["cells_per_second"] = config["batch_size"] / result["step"]
     result["iwelbo_ratio"] = result["iwelbo"] / result["iwelbo_products"]
+    result["peak_memory"] = peak
     print(f"{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
           f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
-          f"IWELBO: 4,000 cells, 100 particles. Effects: {len(dosages)} perturbations, 1,000 each.")
+          f"(IWELBO: {len(cells[:4000]):,} cells, 100 particles; effects: of {len(dosages)} "
+          "perturbations, 1,000 particles)")
     print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
     with data.replacing("benchmark.json") as path, open(path, "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
@@ -593,7 +606,7 @@ def medians(functions, repeats, device):
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far on the device, in bytes."""
+    """The most memory that this process has held on the device up to now, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows

@@ -30,9 +30,9 @@ import sys
 # default is fast alone and slow beside another program, no turns the reverse.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # And: glibc returns freed arrays to the system, which fills the next ones with zeros, page by page.
-# Ask it to keep them, up to 32 MB each: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1.
+# Ask it to keep them: M_MMAP_MAX is -4 (no arrays outside of the heap), M_TRIM_THRESHOLD is -1.
 with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt
-    for parameter, value in ((-3, 2**25), (-1, -1)):
+    for parameter, value in ((-4, 0), (-1, -1)):
         ctypes.CDLL(None).mallopt(parameter, value)
 
 import numpy as np

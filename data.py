@@ -335,7 +335,8 @@ class Counts:
     def dense(self, rows=None):
         """The counts of the given rows (indices, a slice or a boolean mask; all by default).
 
-        Returns a numpy array of exact integers, rows x genes.
+        Returns a numpy array of exact integers, rows x genes, in the narrowest unsigned type: cast
+        it before computing, since in uint8 200 + 100 is 44.
         """
         rows = np.atleast_1d(np.arange(self.shape[0])[slice(None) if rows is None else rows])
         if self.indptr is None:
@@ -1543,7 +1544,7 @@ def add_screen_options(parser):
     group.add_argument("--layer", help="layer that holds the counts, or raw (default: X, else "
                                        "layers/counts, else raw/X)")
     group.add_argument("--split-column", metavar="COLUMN",
-                       help="obs column with train, validation, test (default: see --split)")
+                       help="obs column that says train, validation or test (default: random)")
     group.add_argument("--gene-column", metavar="COLUMN",
                        help="var column that is true for the genes to keep (default: all are kept)")
     group.add_argument("--subset", metavar="COLUMN=VALUE", action="append",
@@ -1563,7 +1564,8 @@ def run(main):
 
 def main():
     """Print what the reader makes of a file."""
-    parser = argparse.ArgumentParser(description="Print what the reader makes of an .h5ad file.")
+    parser = argparse.ArgumentParser(description="Print what the reader makes of an .h5ad file.",
+                                     allow_abbrev=False)
     parser.add_argument("file")
     add_screen_options(parser)
     args = parser.parse_args()

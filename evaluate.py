@@ -308,6 +308,8 @@ def load_checkpoint(folder, name):
                             "finite") from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
                         "and this one has no checkpoint to go on from") from None
+    except NotADirectoryError:
+        raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or "model_arguments" not in checkpoint:
@@ -972,7 +974,7 @@ def figure_of_training(folder):
             axis.legend()
         else:
             axis.text(0.5, 0.5, "no masks to learn", transform=axis.transAxes, ha="center")
-    losses = [line["loss"] for line in log]
+    losses = [line[name] for line in log for name in ("loss", "validation_loss") if name in line]
     axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)  # the first would hide others
     axes[1].set_yscale("symlog", linthresh=0.01)
     figure.suptitle(os.path.basename(folder))
@@ -1155,7 +1157,8 @@ def evaluated(folder, options):
 def main(arguments=None):
     """Evaluate runs."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+")
     add_options(parser, OPTIONS)
     parser.add_argument("--pathways", metavar="FILE.json", default=argparse.SUPPRESS,
@@ -1178,18 +1181,18 @@ def main(arguments=None):
     if args.figures:
         pyplot()
 
-    folders, evaluations = [folder.rstrip("/") for folder in args.runs], []
-    done = failed = 0
+    folders, evaluations, failed = [folder.rstrip("/") for folder in args.runs], [], 0
+    if len(folders) > 1:  # runs/* holds runs that have only begun, and figures
+        unfinished = [f for f in folders
+                      if os.path.isdir(f) and not os.path.isfile(os.path.join(f, "best.pt"))]
+        print(*(f"{folder}: passed over, it has no best.pt" for folder in unfinished), sep="\n")
+        folders = [f for f in folders if f not in unfinished and not os.path.isfile(f)]
     for folder in folders:
-        if len(folders) > 1 and not os.path.isfile(os.path.join(folder, "best.pt")):
-            print(f"{folder}: passed over, it has no best.pt")
-            continue
         try:
             if args.predict or args.latents:
                 use_run(folder, args, options)
             else:
                 evaluations.append(evaluate_run(folder, args, options, len(folders) == 1))
-            done += 1
         except DataError as error:  # of several runs, the others go on
             if len(folders) == 1:
                 raise
@@ -1201,7 +1204,7 @@ def main(arguments=None):
     if evaluations and args.figures:
         for path in figure_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
             print(f"written: {path}")
-    if failed or not done:
+    if failed or not folders:
         sys.exit(2)
 
 

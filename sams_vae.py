@@ -87,8 +87,8 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     log_gammas = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)  # (B, G)
     s = log_rho + (log_library - log_theta)  # (..., B, G): the largest arrays of a training step
     softplus = F.softplus(s)
-    # Summed before they are subtracted: fewer large arrays. (And no softplus @ theta, which would be
-    # computed in bfloat16 where matrix products are.)
+    # Summed before they are subtracted: fewer large arrays. (And no softplus @ theta, which would
+    # be computed in bfloat16 where matrix products are.)
     mean_terms = (x * (s - softplus)).sum(-1) - (softplus * theta.to(s.dtype)).sum(-1)
     return log_gammas.sum(-1).to(s.dtype) + mean_terms
 

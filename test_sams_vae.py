@@ -2034,10 +2034,10 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
               "--train-combinations", "0.5"], "needs --split"),
             (["--perturbation-column", "gene"], "--perturbation-column says how to read a file"),
             (["--data", "x", "--name", ".."], "must be a plain name"),
-            (["--data", "x", "--mask-b", "0"], "--mask-b: must be positive, not 0"),
-            (["--data", "x", "--lr", "nan"], "--lr: must be positive, not nan"),
+            (["--data", "x", "--mask-b", "0"], "--mask-b: must be positive and below 2^32, not 0"),
+            (["--data", "x", "--lr", "nan"], "--lr: must be positive and below 2^32, not nan"),
             (["--data", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
-            (["--data", "x", "--alpha", "1"], "--alpha: must be between")):
+            (["--data", "x", "--alpha", "1"], "--alpha: must be positive and below 1, not 1")):
         with pytest.raises((SystemExit, data.DataError)) as refused:
             configuration(*arguments)
         assert words in capsys.readouterr().err + str(refused.value)

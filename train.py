@@ -38,7 +38,7 @@ from sams_vae import MODELS, average_treatment_effects, elbo, iwelbo
 # The options: name, default, what is allowed, what it is and where the default comes from
 # ============================================================================================
 
-POSITIVE = (1e-30, 2**32, "positive")
+POSITIVE = (1e-30, 2**32, "positive and below 2^32")
 
 # "Replogle" and "Norman" are the settings of the paper (A.4) and its code for its two data sets.
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
@@ -49,7 +49,7 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
     ("--effect-hidden", 200, AT_LEAST_1, "width of f_emb (Replogle; Norman 400)"),
     ("--effect-layers", 2, AT_LEAST_1, "hidden layers of f_emb (Replogle; Norman 4)"),
-    ("--alpha", 0.001, (1e-12, 1 - 1e-12, "between 1e-12 and 1"),
+    ("--alpha", 0.001, (1e-12, 1 - 1e-12, "positive and below 1"),
      "prior probability of a mask entry (Replogle; Norman 0.01)"),
     ("--beta", 1.0, POSITIVE, "prior variance of an effect (paper)"),
     ("--mask-a", 1.0, POSITIVE, "a of the Beta(a, b) of mask probabilities, Beta-Bernoulli (ours)"),
@@ -114,7 +114,7 @@ def main(arguments=None):
     if args.benchmark:
         return benchmark(configuration(args, given), device)
     # A new run is written down at step 0. From here on, every run is one that is gone on with.
-    folder, screen, state = (resume_run(args, given) if args.resume else
+    folder, screen, state = (resume_run(args, given) if args.resume is not None else
                              new_run(args.name, configuration(args, given), device))
     config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
     step, best = state["step"], state["best"]
@@ -397,7 +397,8 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         self.since = time.time()  # validation is no training time
-        left = (self.config["steps"] - line["step"]) * (self.since - self.started) / self.steps_here
+        left = (self.config["steps"] - line["step"]) * (self.since - self.started)
+        left = round(left / self.steps_here)  # seconds
         text = (f"step {line['step']:,}  loss {line['loss']:.2f} = data "
                 f"{-line['log_likelihood']:.2f} + basal {line['kl_basal']:.2f} + mask "
                 f"{line['kl_mask']:.3f} + effect {line['kl_effect']:.3f}  ")
@@ -405,10 +406,11 @@ class Log:
             text += f"mask probability {line['mask_probability']:.4f}  "
         if best < math.inf:
             text += f"best validation {best:.2f}  "
-        text += f"{line['cells_per_second']:,} cells/s  {left // 60:.0f}:{left % 60:02.0f} left"
+        text += f"{line['cells_per_second']:,} cells/s  {left // 60}:{left % 60:02} left"
         if self.terminal:
-            last = line["step"] == self.config["steps"]
-            print(f"\r{text} ", end="\n" if last else "", flush=True)
+            width = shutil.get_terminal_size().columns - 1  # a longer line would not be overwritten
+            end = "\n" if line["step"] == self.config["steps"] else ""
+            print("\r" + text[:width].ljust(width), end=end, flush=True)
         elif "validation_loss" in line:
             print(text, flush=True)
 
@@ -454,7 +456,8 @@ def set_random_state(state, seed, device):
 def parse_arguments(arguments=None):
     """The arguments, and what of a configuration they give explicitly, a dict."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("--data", metavar="FILE.h5ad", help="counts (default: simulate a screen)")
     parser.add_argument("--preset", choices=list(PRESETS),
                         help="settings of the paper's experiments")
@@ -470,7 +473,7 @@ def parse_arguments(arguments=None):
     own = {option_name(flag) for flag, *_ in OPTIONS + SIMULATION_OPTIONS} | {"preset"}
     given = {k: v for k, v in vars(args).items()
              if k in own.union(data.SCREEN_OPTIONS) and v is not None}
-    if args.benchmark and args.resume:
+    if args.benchmark and args.resume is not None:
         raise DataError("--benchmark makes a model and data of its own: leave out --resume")
     if args.name is not None and (args.name in ("", ".", "..")
                                   or args.name != os.path.basename(args.name)):

@@ -749,7 +749,7 @@ def table_of_runs(runs, scale="log_normalised"):
 
         of_table = settings(members[0], SEEDS + ROW)
         differing = [f"{k} {v if k != 'data' else config['data']}" for k, v in of_table.items()
-                     if any(s.get(k) != v for s in all_settings)]
+                     if k != "split" and any(s.get(k) != v for s in all_settings)]
         if members[0]["last_step"] < config["steps"]:
             differing.append(f"stopped before step {config['steps']:,}")
         tables.append("\n".join([

@@ -1695,6 +1695,22 @@ def test_effect_metrics_by_hand():
     assert scores["rmse"] == pytest.approx(((predicted - observed) ** 2).mean() ** 0.5)
 
 
+def test_conditions_without_cells_are_in_no_score_and_a_broken_prediction_is_not_hidden():
+    observed, predicted = np.random.default_rng(0).normal(size=(2, 5, 30))
+    observed[3] = np.nan  # no cells to take effects from
+    some = np.array([True, True, True, False, True])
+    groups = {"all": some, "first": np.arange(5) < 1}
+    scores = evaluate.scores_by_group(groups, "cpu", predicted, observed, predicted, observed)
+    assert scores["all"]["n_conditions"] == 4 and scores["first"]["n_conditions"] == 1
+    assert scores["all"]["pearson"] == evaluate.pearson(predicted[some], observed[some])
+    ranked = evaluate.discrimination_scores(predicted[some], observed[some])
+    assert scores["all"]["discrimination"] == pytest.approx(ranked.mean())
+    assert scores["first"]["discrimination"] == ranked[0]  # among all four
+    predicted[1, 0] = np.nan
+    scores = evaluate.scores_by_group(groups, "cpu", predicted, observed, predicted, observed)
+    assert scores["all"]["n_conditions"] == 4 and math.isnan(scores["all"]["pearson"])
+
+
 def test_masks_that_determine_the_pathway_predict_it_and_others_are_at_chance():
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)

@@ -106,6 +106,7 @@ def effect_metrics(predicted, observed, predicted_from_mean, observed_from_mean)
     trivial predictions look good, and without the noise of the controls.
     """
     predicted, observed = np.asarray(predicted, np.float64), np.asarray(observed, np.float64)
+    # The genes are chosen by the data, the same for every prediction.
     top = np.argsort(-np.abs(observed), axis=1, kind="stable")[:, :20]
     a, b = (np.take_along_axis(v, top, axis=1) for v in (predicted, observed))
     return {
@@ -458,7 +459,7 @@ def effects(run, n_particles, library, effects_from):
                                        n_conditions + 1)
     halves = split_half_means(run.batches, split["test"], test_controls, group, n_conditions)
 
-    # By the model.
+    # By the model, which has its own dosages of a condition (SVAE+ knows labels).
     d = torch.from_numpy(run.model_screen.d[first]).to(run.device)
     by_model = average_treatment_effects(run.model, d, n_particles, library)
     by_model["counts"] *= 1e4 / library  # in the unit of the data's
@@ -667,6 +668,7 @@ def key(metrics, without=()):
 
 def without_repeats(runs):
     """The runs, of those that do not differ at all the first; a line names the others."""
+    # Two seeds of one data set are two runs; the same seed twice would be a spread of zero.
     different = {}
     for m in runs:
         if different.setdefault(key(m), m) is not m:
@@ -812,7 +814,7 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4):
     quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
     low_and_high = []
     for d, row in zip(dosages, drawn):
-        z = z_basal + sum_effects(mask, effect, row[None])[:, 0]  # (K, L)
+        z = z_basal + sum_effects(mask, effect, row[None])[:, 0]  # eq. 1: (K, L)
         difference = library * (model.log_rho(z, d).exp() - control)  # (K, G)
         low_and_high.append(torch.quantile(difference, quantiles, dim=0))
     low, high = torch.stack(low_and_high, dim=1)
@@ -995,7 +997,8 @@ def figure_of_masks(run, pathways=None):
     groups = sorted({p for p in pathway if p is not None})
     members = [np.flatnonzero(pathway == group) for group in groups]
     rows = np.concatenate([m[in_order_of_angle(offset[m])] for m in members])
-    # Latents stand where the pathway stands that they matter most to.
+    # Latents have no order of their own: each stands where the pathway stands that it matters most
+    # to, so that a mask that follows pathways shows as blocks along the diagonal.
     strength = np.stack([np.abs(offset[m]).mean(0) for m in members])
     latents = np.lexsort((-strength.max(0), strength.argmax(0)))
 

@@ -711,10 +711,10 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
 
     ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ]
 
-    for the two y of `expected_expression`, whose arguments these are; no perturbation is the paper's
-    d_0. Returns a dict of two (C, G) tensors, "counts" and "log_normalised". A dosage without any
-    perturbation has an effect of exactly zero. Differs from the authors' code, which draws a new
-    z_basal for each arm.
+    for the two y of `expected_expression`, whose arguments these are; "no perturbation" is the
+    paper's d_0. Returns a dict of two (C, G) tensors, "counts" and "log_normalised". A dosage
+    without any perturbation has an effect of exactly zero. Differs from the authors' code, which
+    draws a new z_basal for each arm.
     """
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
     expected = expected_expression(model, arms, n_particles, library, chunk)

@@ -128,9 +128,11 @@ def main(arguments=None):
         optimizer.load_state_dict(state["optimizer"])
         shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device,
                                **state["shuffle"])
+        # Any batch of the right size, to try --compile on; the shuffle does not move.
         cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
         objective = choose_objective(config, model, *batches(cells))
         log = Log(folder, config, state)
+        # Last of all, since what was built above has drawn random numbers of its own.
         set_random_state(state["rng"], config["seed"], device)
 
         def save(name):
@@ -143,6 +145,8 @@ def main(arguments=None):
         print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {len(split['train']):,} training cells, steps {step:,} to "
               f"{config['steps']:,} on {device}")
+        # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
+        # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
         while step < config["steps"] and not stop:
             x, d = batches(next(shuffle))
             value, terms = objective(model, x, d, config["particles"])  # the ELBO: eq. 3, A.1
@@ -268,6 +272,8 @@ def resume_run(args, given):
     """Go on with args.resume: its folder, its screen, and the state of last.pt."""
     folder = args.resume.rstrip("/")
     state = evaluate.load_checkpoint(folder, "last.pt")
+    # What may change: how long and how fast, not what is trained. A file may have moved; the
+    # fingerprint says whether it is the same.
     config, free = state["config"], ("steps", "compile", "precision")
     if args.name or any(given[k] != config.get(k) for k in given if k not in free):
         raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
@@ -330,7 +336,7 @@ def validation_loss(model, batches, cells, n_particles):
     Always with the same random numbers, so that checkpoints are compared under the same noise, and
     without touching the generator that training uses.
     """
-    total = 0.0
+    total = 0.0  # then a tensor: the loop below does not wait for a GPU either
     with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):
         torch.manual_seed(0)
         for x, d in batches.in_order(cells):
@@ -367,6 +373,7 @@ class Log:
     def add(self, terms, value):
         """A step: the terms of the objective and its value, scalars on the device."""
         terms = terms | {"loss": -value.detach()}
+        # .to: the sums of a resumed run were loaded on the CPU. There is no waiting for a GPU.
         self.totals = {name: self.totals[name].to(term.device) + term if self.totals else term
                        for name, term in terms.items()}
         self.n_steps, self.steps_here = self.n_steps + 1, self.steps_here + 1
@@ -494,7 +501,8 @@ def configuration(args, given):
     if args.data is None and "simulated_seed" not in given:
         config["simulated_seed"] = config["seed"]
 
-    # In the paper, too, the guides of SVAE+ and of the conditional VAE are mean-field.
+    # In the paper, too, the guides of SVAE+ and of the conditional VAE are mean-field. Two runs that
+    # differ in an option without meaning would be two rows of a table.
     if not MODELS[config["model"]].has_correlated_guide:
         if given.get("correlated_basal") or given.get("correlated_effects"):
             raise DataError(f"--model {config['model']} has no correlated guide")

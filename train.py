@@ -501,8 +501,8 @@ def configuration(args, given):
     if args.data is None and "simulated_seed" not in given:
         config["simulated_seed"] = config["seed"]
 
-    # In the paper, too, the guides of SVAE+ and of the conditional VAE are mean-field. Two runs that
-    # differ in an option without meaning would be two rows of a table.
+    # In the paper, too, the guides of SVAE+ and of the conditional VAE are mean-field. (Runs that
+    # differ in an option without meaning would be two rows of a table.)
     if not MODELS[config["model"]].has_correlated_guide:
         if given.get("correlated_basal") or given.get("correlated_effects"):
             raise DataError(f"--model {config['model']} has no correlated guide")

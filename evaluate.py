@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from data import DataError
 from sams_vae import (MODELS, average_treatment_effects, draws_for, expected_expression, iwelbo,
                       sum_effects)
 
-FORMAT = 2  # of metrics.json; a file of another format is not read
+FORMAT = 3  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
 
@@ -178,6 +179,16 @@ def mask_recovery(true_mask, probability):
             "mask_f1": 2 * hits / max(1, n_true + n_predicted)}
 
 
+def mask_agreement(masks):
+    """F1 between the masks of each two runs under the best matching of their latents, a list.
+
+    A mask is a list of T lists of latents, as metrics.json has it. Do two seeds find the same?
+    """
+    n_latent = 1 + max((latent for mask in masks for row in mask for latent in row), default=0)
+    arrays = [np.array([np.isin(np.arange(n_latent), row) for row in mask]) for mask in masks]
+    return [mask_recovery(a, b)["mask_f1"] for a, b in itertools.combinations(arrays, 2)]
+
+
 def mask_pathway_accuracy(mask, pathway, n_splits=10):
     """Accuracy of predicting a perturbation's pathway from its mask (4.1.1): mean and sd.
 
@@ -304,7 +315,8 @@ def load_checkpoint(folder, name):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
-            raise DataError(f"{folder} has not reached its first validation: go on with python "
+            raise DataError(f"{folder} has not reached its first validation (with --axes sparsest: "
+                            "the first with masks, after half of the steps): go on with python "
                             f"train.py --resume {folder}, or start a new run if its loss was not "
                             "finite") from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
@@ -313,7 +325,7 @@ def load_checkpoint(folder, name):
         raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "model_arguments" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "axes" not in checkpoint.get("config", {}):
         raise DataError(f"{path}: is no checkpoint of this version of train.py")
     return checkpoint
 
@@ -530,7 +542,8 @@ def masks(run, pathways):
     names = run.model_screen.perturbations
     probability = run.model.mask_probability().numpy(force=True)
     trained = run.model.n_cells.numpy(force=True) > 0
-    metrics = {"mask_mean_probability": float(probability[trained].mean())}
+    metrics = {"mask_mean_probability": float(probability[trained].mean()),
+               "mask": [np.flatnonzero(row).tolist() for row in probability > 0.5]}
     truth = data.read_simulation(run.config["data"])
     row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
     if row.keys() >= set(names):
@@ -607,7 +620,8 @@ def guide_of(config):
     """The name of a run's guide in Table 1."""
     correlated = [name for name, on in (("z_basal", config["correlated_basal"]),
                                         ("E", config["correlated_effects"])) if on]
-    return "corr. " + " and ".join(correlated) if correlated else "mean-field"
+    name = "corr. " + " and ".join(correlated) if correlated else "mean-field"
+    return name + (", sparsest axes" if config["axes"] == "sparsest" else "")
 
 
 def table(metrics):
@@ -646,7 +660,8 @@ def table(metrics):
 
 
 SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
-ROW = ("model", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
+ROW = ("model", "correlated_basal", "correlated_effects", "axes", "masks_from",
+       "train_combinations")  # its rows
 NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every")
 
 
@@ -728,6 +743,8 @@ def table_of_runs(runs, scale="log_normalised"):
                 cells |= {"runs": str(len(same))} | {
                     title: in_words([value(m) for m in same], digits)
                     for title, (value, digits) in of_models.items()}
+                if len({m["fingerprint"] for m in same}) == 1 and "mask" in same[0]:
+                    cells["masks agree"] = in_words(mask_agreement([m["mask"] for m in same]))
             return cells
 
         of_models = {"test IWELBO": (lambda m: m["iwelbo"], 2),
@@ -743,9 +760,11 @@ def table_of_runs(runs, scale="log_normalised"):
         for name, label in {**BASELINES, "ceiling": "ceiling"}.items():
             for f in sorted({m["config"]["train_combinations"] for m in members}):
                 rows.append(row(one_of_each_split(members, f), label, "", f, name))
-        header = ["model", "guide", "f", "runs", *of_models, *(title for _, title in COLUMNS)]
+        header = ["model", "guide", "f", "runs", *of_models, "masks agree",
+                  *(title for _, title in COLUMNS)]
         unused = {"mask pathway acc.": not any("mask_pathway_accuracy" in m for m in members),
                   "mask F1": not any("mask_f1" in m for m in members),
+                  "masks agree": not any(cells.get("masks agree", "-") != "-" for cells in rows),
                   "f": not norman, "relative IWELBO": not norman}
         header = [title for title in header if not unused.get(title)]
 
@@ -814,7 +833,7 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4):
     quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
     low_and_high = []
     for d, row in zip(dosages, drawn):
-        z = z_basal + sum_effects(mask, effect, row[None])[:, 0]  # eq. 1: (K, L)
+        z = z_basal + sum_effects(mask, effect, row[None], model.axes)[:, 0]  # eq. 1: (K, L)
         difference = library * (model.log_rho(z, d).exp() - control)  # (K, G)
         low_and_high.append(torch.quantile(difference, quantiles, dim=0))
     low, high = torch.stack(low_and_high, dim=1)
@@ -864,7 +883,8 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
 def write_latents(run, n_draws=50, evaluation_seed=0):
     """Write latents.h5ad: the screen's cells and genes without counts, and latent states.
 
-    obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means; all columns of obs, and
+    obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means, in the axes of the masks
+    (column l of `model.axes` is latent l of masks and effects); all columns of obs, and
     sams_vae_condition and sams_vae_split; uns: perturbations, mask_probability, effect = E[e_t] and
     offset = E[m_t * e_t] (T, L), where the model has them.
     """
@@ -873,10 +893,10 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
     basal, total = [], []
     for x, d in run.batches.in_order(np.arange(len(screen.d))):
-        z_pert = sum_effects(mask, effect, d)  # (draws, B, L)
+        z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
         loc, _ = model.encode(x, z_pert, d)
-        basal.append(loc.expand_as(z_pert).mean(0).cpu())
-        total.append((loc + z_pert).mean(0).cpu())
+        basal.append((loc.expand_as(z_pert).mean(0) @ model.axes).cpu())
+        total.append(((loc + z_pert).mean(0) @ model.axes).cpu())
 
     columns = {}
     for name in screen.file.obs_columns:

@@ -180,14 +180,17 @@ def per_dosage(values, d):
     return chosen * (d != NONE).unsqueeze(-1)
 
 
-def sum_effects(mask, effect, d):
-    """Eq. 1: z_pert_i = sum over t of d_it (e_t * m_t).
+def sum_effects(mask, effect, d, axes):
+    """Eq. 1: z_pert_i = sum over t of d_it R (e_t * m_t), where R = I in the paper.
 
-    mask, effect (K, U, L); d (B, P) holds positions 0..U-1 on their second axis, or NONE.
-    Returns (K, B, L); zero for a row of NONE, a control cell.
+    mask, effect (K, U, L); d (B, P) holds positions 0..U-1 on their second axis, or NONE; axes
+    (L, L) is R, orthogonal (see `sparsest_axes`): its column l is the direction in the space of z
+    that entry l of masks and effects stands for. Returns (K, B, L); zero for a row of NONE, a
+    control cell.
     """
     # Gathered first, multiplied then: test cells come few at a time, beside all T perturbations.
-    return (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)  # (K, B, P, L) -> (K, B, L)
+    offset = (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)  # (K, B, P, L) -> (K, B, L)
+    return offset @ axes.T
 
 
 class SAMSVAE(nn.Module):
@@ -204,13 +207,14 @@ class SAMSVAE(nn.Module):
     mask_a, mask_b     of the models below whose mask probabilities have a prior Beta(a, b)
 
     The models that follow are this one with other versions of a few of its methods. What their
-    callers must know of the difference stands in the four lines below: none asks for the class.
+    callers must know of the difference stands in the lines below: none asks for the class.
     """
 
     has_mask = True              # which latents a perturbation touches is learned
     has_effects = True           # a perturbation moves the latent state: there is an e_t
     adds_effects = True          # a combination sums its perturbations; it is no label of its own
     has_correlated_guide = True  # correlated_basal and correlated_effects mean something
+    masks_of_one = False         # every mask entry is 1: CPA-VAE, and what `begin_masks` ends
 
     def __init__(self, n_cells, x_mean, x_std, n_latent=100, n_hidden=400, n_layers=1,
                  effect_hidden=200, effect_layers=2, correlated_basal=True,
@@ -222,6 +226,7 @@ class SAMSVAE(nn.Module):
         self.alpha, self.beta, self.mask_a, self.mask_b = alpha, beta, mask_a, mask_b
         self.n_latent = n_latent
         self.widest = max(n_latent, effect_hidden)  # numbers per drawn (m_t, e_t), to choose chunks
+        self.register_buffer("axes", torch.eye(n_latent))  # R of eq. 1
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
         self.register_buffer("x_mean", torch.as_tensor(x_mean, dtype=torch.float32))
         # A gene that is constant in training, up to rounding, must not divide by zero.
@@ -255,11 +260,21 @@ class SAMSVAE(nn.Module):
         """q(m_tl = 1), (T, L)."""
         return torch.sigmoid(self._posterior_logits(self.all_perturbations()))
 
+    @torch.no_grad()
+    def set_masks(self, logits):
+        """q(m_tl = 1) = sigmoid(logits), (T, L)."""
+        self.mask_logits.copy_(logits)
+
     def sample_mask(self, t, n_particles):
         """Draw m_t ~ q: masks (K, U, L) of 0 and 1, and KL(q(m_t) || Bern(alpha)), (U,)."""
         logits = self._posterior_logits(t)
         mask = straight_through_bernoulli(logits.expand(n_particles, *logits.shape))
         return mask, kl_bernoulli(logits, self.alpha).sum(-1)
+
+    def mask_of_one(self, t, n_particles):
+        """In place of that where masks are not learned: masks of one (K, U, L), and no KL (U,)."""
+        mask = self.n_cells.new_ones(n_particles, len(t), self.n_latent)
+        return mask, mask.new_zeros(len(t))
 
     def prior_mask_probability(self):
         """p(m_tl = 1) = alpha, a scalar tensor."""
@@ -289,6 +304,19 @@ class SAMSVAE(nn.Module):
             var = self.effect_log_var.index_select(0, t).exp()
         return torch.where(self.trained(t), loc, 0.0), torch.where(self.trained(t), var, self.beta)
 
+    @torch.no_grad()
+    def turn(self, axes):
+        """Go on in other axes, R of eq. 1 (L, L), from where masks of one have led without any.
+
+        Offsets stay where they are in the space of z: means exactly, variances as nearly as a
+        diagonal covariance can. Needs the free q(e); raises ValueError with correlated_effects.
+        """
+        if self.correlated_effects:
+            raise ValueError("f_emb cannot be turned: correlated_effects must be False")
+        self.axes.copy_(axes)
+        self.effect_loc.copy_(self.effect_loc @ axes)
+        self.effect_log_var.copy_((self.effect_log_var.exp() @ axes**2).log())
+
     # Both: the global latent variables (M, E).
 
     def sample_globals(self, t, n_particles):
@@ -301,7 +329,7 @@ class SAMSVAE(nn.Module):
         A perturbation that no training cell received has its prior as its exact posterior. q is set
         to the prior there: its KL is zero, and what the model predicts for it is the prior's.
         """
-        mask, kl_mask = self.sample_mask(t, n_particles)
+        mask, kl_mask = (self.mask_of_one if self.masks_of_one else self.sample_mask)(t, n_particles)
         loc, var = self.effect_posterior(mask, t)
         effect = loc + var.sqrt() * torch.randn_like(mask)
         kl_effect = kl_normal(loc, var, self.beta).sum(-1).expand(n_particles, -1)
@@ -374,6 +402,12 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
         self.mask_log_a = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
         self.mask_log_b = nn.Parameter(torch.zeros(n_perturbations, self.n_latent))
 
+    @torch.no_grad()
+    def set_masks(self, logits):
+        """E_q[p_tl] = sigmoid(logits), (T, L)."""
+        self.mask_log_a.copy_(logits)
+        self.mask_log_b.zero_()
+
     def mask_probability(self):
         """q(m_tl = 1) = E_q[p_tl], (T, L)."""
         return self._posterior(self.all_perturbations()).mean
@@ -405,6 +439,91 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 
 
 # ============================================================================================
+# Masks in the sparsest axes (ours; the paper has R = I in eq. 1)
+# ============================================================================================
+#
+# The prior N(0, I) of the basal state looks the same from every angle, and decoder and encoder can
+# undo any rotation R of the latent space: it is the sparsity of the masks alone that says which
+# axes are right. Gradient descent on masks that start at 1/2 does not find them. It makes masks
+# sparse around whatever axes the networks took in their first steps, and then stays there, because
+# every small turn, on its way to sparser masks, needs denser ones first. So we look for the axes
+# where that is easy, between two parts of the training:
+#
+#   1. masks of one, q(m_tl = 1) = 1: the effects e_t are free to be dense, as in CPA-VAE (2.4)
+#   2. `begin_masks`: of these offsets the axes in which they are sparsest, and a mask of each entry
+#   3. SAMS-VAE in these axes, with the paper's objective
+#
+# Nothing but eq. 1 has to know of R. Networks, z_basal and its guide keep the coordinates that they
+# have (in which a diagonal covariance is a good one: to turn the networks would break that).
+
+
+def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
+    """The orthogonal R (L, L) for which offsets R is sparsest: of the smallest sum of |entries|.
+
+    offsets (T, L), a row for each perturbation. Why this sum? R leaves the length of every row as
+    it is, sum of squares, and of all rows of one length those have the smallest sum of absolute
+    values that have a single entry. (It is L1 for the same reason in sparse regression.) Near zero
+    |y| is rounded off, sqrt(y^2 + eps^2), with eps small against effects, in standard deviations of
+    the basal state. R = R_0 exp(S - S^T) is orthogonal for every matrix S; R_0 are n_starts random
+    ones, since there are local minima, and the best result counts. Recovers R up to the order and
+    the signs of its columns, which mean nothing.
+    """
+    n_latent = offsets.shape[1]
+    start, _ = torch.linalg.qr(torch.randn(n_starts, n_latent, n_latent, device=offsets.device))
+    S = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([S], lr=0.02)
+    with torch.enable_grad():
+        for _ in range(n_steps):
+            R = start @ torch.matrix_exp(S - S.mT)  # (n_starts, L, L)
+            size = ((offsets @ R).square() + eps**2).sqrt().sum((1, 2))  # (n_starts,)
+            optimizer.zero_grad()
+            size.sum().backward()
+            optimizer.step()
+    return R[size.argmin()].detach()
+
+
+def mask_log_odds(loc, var, alpha, beta, misfit=0.1):
+    """log p(m_tl = 1) / p(m_tl = 0) given q(e_tl) = N(loc, var) of masks of one, all (T, L).
+
+    Where m = 0, e does not matter, and the cells look as they would with m = 1 and e = 0. So the
+    Bayes factor is how much less likely e = 0 has become by the cells, p(e = 0) / q(e = 0), the
+    Savage-Dickey density ratio:
+
+        logit(alpha) + log(var / beta) / 2 + loc^2 / (2 var).
+
+    The latent space is learned, and bent: what should be zero comes out as a few per cent of the
+    length of e_t, with a far smaller var. An entry has to stand out from that, too: the square of
+    `misfit` times this length is added to var.
+    """
+    var = var + misfit**2 * loc.square().sum(1, keepdim=True)
+    prior_logit = math.log(alpha) - math.log1p(-alpha)
+    return prior_logit + 0.5 * (var / beta).log() + loc.square() / (2 * var)
+
+
+@torch.no_grad()
+def begin_masks(model):
+    """Turn a model that was trained with masks of one to its sparsest axes, and begin its masks.
+
+    Returns, before and after, how many latents a perturbation touches: the effective number
+    (sum |e|)^2 / sum e^2, averaged. Perturbations without training cells say nothing about axes.
+    """
+    t, trained = model.all_perturbations(), model.n_cells > 0
+
+    def touched():
+        """The effective number of latents."""
+        e = model.effect_posterior(None, t)[0][trained]
+        return (e.abs().sum(1).square() / e.square().sum(1).clamp(min=1e-30)).mean().item()
+
+    before = touched()
+    model.turn(sparsest_axes(model.effect_posterior(None, t)[0][trained]))
+    log_odds = mask_log_odds(*model.effect_posterior(None, t),
+                             model.prior_mask_probability().item(), model.beta)
+    model.set_masks(log_odds.clamp(-4, 4))  # within what training can still change
+    model.masks_of_one = False
+    return before, touched()
+
+
+# ============================================================================================
 # CPA-VAE (section 2.4)
 # ============================================================================================
 
@@ -416,6 +535,7 @@ class CPAVAE(SAMSVAE):
     """
 
     has_mask = False
+    masks_of_one = True
 
     def init_mask(self, n_perturbations):
         """A fixed mask has no parameters."""
@@ -423,11 +543,6 @@ class CPAVAE(SAMSVAE):
     def mask_probability(self):
         """1 for every perturbation and latent dimension, (T, L)."""
         return self.n_cells.new_ones(len(self.n_cells), self.n_latent)
-
-    def sample_mask(self, t, n_particles):
-        """Masks of one (K, U, L), and no KL (U,)."""
-        mask = self.n_cells.new_ones(n_particles, len(t), self.n_latent)
-        return mask, mask.new_zeros(len(t))
 
     def prior_mask_probability(self):
         """p(m_tl = 1) = 1, a scalar tensor: no term of eq. 7."""
@@ -457,6 +572,17 @@ class SVAEPlus(SAMSVAE):
         """mu starts at 0.1 N(0, I)."""
         self.effect_loc = nn.Parameter(0.1 * torch.randn(n_perturbations, self.n_latent))
 
+    def effect_posterior(self, mask, t):
+        """mu, and for want of a posterior its precision if z were observed, n_t: (U, L) each."""
+        loc = torch.where(self.trained(t), self.effect_loc.index_select(0, t), 0.0)
+        return loc, 1 / self.n_cells[t].clamp(min=1).unsqueeze(-1).expand_as(loc)
+
+    @torch.no_grad()
+    def turn(self, axes):
+        """As in SAMS-VAE; mu has no variance."""
+        self.axes.copy_(axes)
+        self.effect_loc.copy_(self.effect_loc @ axes)
+
     def sample_mask(self, t, n_particles):
         """Draw m_t ~ Bern(p_t): masks (K, U, L); -log Beta(p_t; 1, b) summed over latents, (U,)."""
         logits = self.mask_logits.index_select(0, t)
@@ -472,8 +598,9 @@ class SVAEPlus(SAMSVAE):
 
     def sample_globals(self, t, n_particles):
         """Draw m_t; mask, effect (K, U, L), -log Beta (U,), and no KL of mu (K, U)."""
-        mask, minus_log_beta = self.sample_mask(t, n_particles)
-        effect = torch.where(self.trained(t), self.effect_loc.index_select(0, t), 0.0)
+        mask, minus_log_beta = (self.mask_of_one if self.masks_of_one else self.sample_mask)(
+            t, n_particles)
+        effect, _ = self.effect_posterior(mask, t)
         return mask, effect.expand_as(mask), minus_log_beta, mask.new_zeros(mask.shape[:2])
 
     def log_global_ratio(self, mask, effect):
@@ -577,7 +704,7 @@ def elbo(model, x, d, n_particles=5):
     t, drawn = draws_for(d, len(model.n_cells))  # (U,); (B, P), d as positions in t
     mask, effect, kl_mask, kl_effect = model.sample_globals(t, n_particles)  # (K, U, L), .. (K, U)
 
-    z_pert = sum_effects(mask, effect, drawn)  # eq. 1: (K, B, L)
+    z_pert = sum_effects(mask, effect, drawn, model.axes)  # eq. 1: (K, B, L)
     loc, var = model.encode(x, z_pert, d)
     z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
     z = z_basal + z_pert  # (K, B, L)
@@ -615,7 +742,7 @@ def log_weights(model, x, d, mask, effect):
 
     x (B, G), d (B, P); mask, effect (K, T, L) are (M_k, E_k) ~ q of all perturbations.
     """
-    z_pert = sum_effects(mask, effect, d)  # (K, B, L)
+    z_pert = sum_effects(mask, effect, d, model.axes)  # (K, B, L)
     loc, var = model.encode(x, z_pert, d)
     noise = torch.randn_like(z_pert)
     z_basal = loc + var.sqrt() * noise
@@ -697,7 +824,7 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24)
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_globals(t, len(k))  # (M, E) ~ q
         z_basal = normal_points(len(k)).unsqueeze(1)  # (K, 1, L): the same for every arm
-        z = z_basal + sum_effects(mask, effect, drawn)  # (K, C, L)
+        z = z_basal + sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
         log_normalised.next_particles(len(k))
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm])  # (K, G)

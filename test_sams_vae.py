@@ -6,6 +6,7 @@ Every test is a sentence. None needs a network, a GPU or a file from elsewhere. 
 anndata and scikit-learn run where these are installed, those against a GPU where there is one.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -22,14 +23,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, elbo, iwelbo, kl_bernoulli, kl_normal,
-                      mean_log_of_poisson, nb_log_likelihood, straight_through_bernoulli,
-                      sum_effects)
+                      average_treatment_effects, begin_masks, elbo, iwelbo, kl_bernoulli, kl_normal,
+                      mask_log_odds, mean_log_of_poisson, nb_log_likelihood, per_dosage,
+                      sparsest_axes, straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -240,12 +242,118 @@ def test_a_network_of_parts_equals_the_network_of_their_concatenation():
 def test_two_perturbations_add_and_the_control_adds_nothing():
     torch.manual_seed(0)
     mask, effect = (torch.rand(4, 3, 5) > 0.5).float(), torch.randn(4, 3, 5)
-    z = sum_effects(mask, effect, torch.tensor([[0, NONE], [2, NONE], [0, 2], [NONE, NONE]]))
+    z = sum_effects(mask, effect, torch.tensor([[0, NONE], [2, NONE], [0, 2], [NONE, NONE]]),
+                    torch.eye(5))
     torch.testing.assert_close(z[:, 0], mask[:, 0] * effect[:, 0])
     torch.testing.assert_close(z[:, 2], z[:, 0] + z[:, 1])
     assert (z[:, 3] == 0).all()
     dosage = torch.tensor([1.0, 0, 1])  # eq. 1 as it is printed
     torch.testing.assert_close(z[:, 2], torch.einsum("t,ktl->kl", dosage, effect * mask))
+
+
+def turned_model(kind=SAMSVAE, seed=0, **arguments):
+    """A random small model with the free q(e), and its copy in other axes, masks of one."""
+    model = small_model(kind, effects=False, seed=seed, **arguments)
+    turned = copy.deepcopy(model)
+    model.masks_of_one = turned.masks_of_one = True
+    turned.turn(torch.linalg.qr(torch.randn(3, 3))[0])
+    return model, turned
+
+
+def test_axes_that_are_the_identity_change_no_bit_of_eq_1():
+    torch.manual_seed(0)
+    mask, effect = (torch.rand(4, 3, 50) > 0.5).float(), torch.randn(4, 3, 50)
+    d = torch.tensor([[0, NONE], [2, 1], [0, 2], [NONE, NONE]])
+    offset = (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)
+    assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), offset)
+    assert torch.equal(small_model().axes, torch.eye(3))
+
+
+@pytest.mark.parametrize("n_perturbations, n_latent, noise", [(60, 6, 0.0), (200, 20, 0.1)])
+def test_a_sparse_matrix_in_random_axes_is_recovered_up_to_order_and_signs(n_perturbations,
+                                                                          n_latent, noise):
+    torch.manual_seed(0)
+    mask = torch.rand(n_perturbations, n_latent) < 1.3 / n_latent
+    sparse = mask * (3 + torch.randn(mask.shape)) * torch.randn(mask.shape).sign()
+    turned = sparse @ torch.linalg.qr(torch.randn(n_latent, n_latent))[0]
+    turned += noise * torch.randn(mask.shape)
+    R = sparsest_axes(turned)
+    torch.testing.assert_close(R @ R.T, torch.eye(n_latent), atol=1e-5, rtol=0)
+    found = turned @ R
+    similarity = F.normalize(sparse, dim=0).T @ F.normalize(found, dim=0)  # (L, L)
+    order = similarity.abs().argmax(1)
+    assert sorted(order.tolist()) == list(range(n_latent))
+    signs = similarity.gather(1, order[:, None]).sign().T
+    assert (found[:, order] * signs - sparse).abs().max() < 0.1 + 6 * noise
+    # ... which no other axes have: of as many random ones, none is as sparse.
+    assert all(found.abs().sum() < (turned @ torch.linalg.qr(torch.randn_like(R))[0]).abs().sum()
+               for _ in range(100))
+
+
+@pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE])
+def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
+    model, turned = turned_model(kind)
+    cpa = small_model(CPAVAE, effects=False)
+    cpa.load_state_dict(model.state_dict(), strict=False)
+    x, d = small_batch()
+    with torch.no_grad():
+        # A variance that is the same in all directions turns exactly.
+        for m in (model, turned, cpa):
+            m.effect_log_var.fill_(-40.0)
+        results = []
+        for m in (cpa, model, turned):
+            torch.manual_seed(1)
+            value, terms = elbo(m, x, d, 50)
+            ate = average_treatment_effects(m, torch.tensor([[0, 1], [2, NONE]]), 50)
+            results.append([value, *terms.values(), ate["counts"], ate["log_normalised"]])
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1]))
+    for a, b in zip(results[1], results[2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(model.effect_loc, turned.effect_loc, atol=0.1)
+
+
+def test_turned_variances_are_the_diagonal_of_the_turned_covariance():
+    model, turned = turned_model()
+    var = model.effect_log_var.exp()
+    expected = torch.stack([torch.diagonal(turned.axes.T @ torch.diag(v) @ turned.axes)
+                            for v in var])
+    torch.testing.assert_close(turned.effect_log_var.exp(), expected)
+
+
+def test_the_mask_log_odds_are_the_posterior_of_a_gaussian_spike_and_slab():
+    # y ~ N(m e, s^2), e ~ N(0, beta), m ~ Bern(alpha): everything in closed form.
+    alpha, beta, s2 = 0.1, 2.0, 0.3
+    y = torch.tensor([[0.0, 0.5, -1.0, 2.0]], dtype=torch.float64)
+    loc, var = y * beta / (beta + s2), torch.full_like(y, beta * s2 / (beta + s2))  # with m = 1
+    density = torch.distributions.Normal
+    expected = (math.log(alpha / (1 - alpha)) + density(0, math.sqrt(beta + s2)).log_prob(y)
+                - density(0, math.sqrt(s2)).log_prob(y))
+    torch.testing.assert_close(mask_log_odds(loc, var, alpha, beta, misfit=0), expected)
+    assert (mask_log_odds(loc, var, alpha, beta)[0, 3] < expected[0, 3]).all()
+
+
+@pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus])
+def test_masks_begin_where_offsets_are_clear_and_perturbations_without_cells_say_nothing(kind):
+    torch.manual_seed(0)
+    mask = torch.eye(4).repeat(10, 1)[:, torch.randperm(4)]
+    n_cells = torch.full((40,), 50.0)
+    n_cells[-1] = 0
+    model = kind(n_cells, torch.zeros(6), torch.ones(6), 4, correlated_effects=False)
+    model.masks_of_one = True
+    with torch.no_grad():
+        model.effect_loc.copy_(2 * mask @ torch.linalg.qr(torch.randn(4, 4))[0])
+        model.effect_loc[-1] = 1e6  # not trained: whatever it is
+        if kind is not SVAEPlus:
+            model.effect_log_var.fill_(-4.0)
+    before, after = begin_masks(model)
+    assert before > 1.5 and after == pytest.approx(1, abs=0.05) and not model.masks_of_one
+    found = evaluate.mask_recovery(mask[:-1], model.mask_probability()[:-1].detach())
+    assert found["mask_f1"] == 1
+
+
+def test_f_emb_cannot_be_turned():
+    with pytest.raises(ValueError, match="f_emb"):
+        small_model().turn(torch.eye(3))
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
@@ -359,7 +467,7 @@ def test_the_global_term_of_svae_plus_is_exactly_minus_log_beta_of_the_mask_prob
 def test_svae_plus_is_z_around_mask_times_mu_and_a_guide_of_z_that_does_not_see_the_label():
     model, (x, d) = small_model(SVAEPlus), small_batch()
     mask, effect, _, _ = model.sample_globals(torch.arange(3), 5)
-    z_pert = sum_effects(mask, effect, d[:, :1])
+    z_pert = sum_effects(mask, effect, d[:, :1], model.axes)
     torch.testing.assert_close(z_pert[:, 0], mask[:, 0] * model.effect_loc[0])
     loc, var = model.encode(x, z_pert, d[:, :1])
     of_z = model.encode(x, torch.zeros_like(z_pert))[0]  # mean of q(z | x)
@@ -391,7 +499,7 @@ def test_the_dosages_of_the_conditional_vae_enter_both_networks():
     loc, _ = whole(model.encoder, [torch.log1p(x), multi_hot]).chunk(2, -1)
     torch.testing.assert_close(model.encode(x, None, d)[0], loc)
     mask, effect, kl_mask, kl_effect = model.sample_globals(torch.arange(3), 2)
-    assert all((v == 0).all() for v in (sum_effects(mask, effect, d), kl_mask, kl_effect))
+    assert all((v == 0).all() for v in (sum_effects(mask, effect, d, model.axes), kl_mask, kl_effect))
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -638,7 +746,7 @@ def test_joint_iwelbo_is_equation_6_and_7_of_the_same_draws(kind):
             p = torch.full_like(q, 0.2 if kind is SAMSVAE else 1 / 3)
             log_p_global += (mask * p + (1 - mask) * (1 - p)).log()
             log_p_global -= (mask * q + (1 - mask) * (1 - q)).log()
-        z_pert = sum_effects(mask, effect, d)
+        z_pert = sum_effects(mask, effect, d, model.axes)
         loc, var = model.encode(x, z_pert)
         z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
         local = model.log_likelihood(x, z_basal + z_pert) + (
@@ -2260,7 +2368,7 @@ def test_an_interval_holds_nine_of_ten_particles():
     with torch.no_grad():
         mask, effect, _, _ = model.sample_globals(torch.arange(2), 4000)
         z = torch.randn(4000, 1, 3)
-        rho = model.log_rho(z + sum_effects(mask, effect, torch.tensor([[0, 1]]))).exp()
+        rho = model.log_rho(z + sum_effects(mask, effect, torch.tensor([[0, 1]]), model.axes)).exp()
         difference = 1e4 * (rho - model.log_rho(z).exp())[:, 0]
     share = ((difference > low[1]) & (difference < high[1])).float().mean(0)
     assert ((share - 0.9).abs() < 0.03).all()

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # undocumented; --be
 import data
 from data import DataError
 from evaluate import AT_LEAST_0, AT_LEAST_1, option_name
-from sams_vae import MODELS, average_treatment_effects, elbo, iwelbo
+from sams_vae import MODELS, average_treatment_effects, begin_masks, elbo, iwelbo
 
 # ============================================================================================
 # The options: name, default, what is allowed, what it is and where the default comes from
@@ -58,6 +58,8 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
 OPTIONS = [
     ("--model", "sams-vae", list(MODELS), "sams-vae; the same with a Beta-Bernoulli prior of the "
      "mask; cpa-vae: every mask entry is 1; svae+; cvae: the conditional VAE"),
+    ("--axes", "sparsest", ["learned", "sparsest"], "of the masks: as training finds them (paper), "
+     "or the sparsest ones (ours: see sparsest_axes in sams_vae.py)"),
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
@@ -89,10 +91,10 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
 ]
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
 # that its row says how to read the file.
-NORMAN = dict(layer="counts", gene_column="highly_variable", n_latent=200, effect_hidden=400,
+NORMAN = dict(axes="learned", layer="counts", gene_column="highly_variable", n_latent=200, effect_hidden=400,
               effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
 PRESETS = {
-    "replogle": dict(perturbation_column="sgID_AB", control="*non-targeting*"),
+    "replogle": dict(axes="learned", perturbation_column="sgID_AB", control="*non-targeting*"),
     "norman-ood": NORMAN | dict(split="norman-ood"),
     "norman-data-efficiency": NORMAN | dict(split="norman-data-efficiency"),
     # Where there is no --data. A small screen needs a small model, and minutes allow few steps:
@@ -124,6 +126,7 @@ def main(arguments=None):
         # What moves while the model is trained, all of it where the run had it.
         batches = data.Batches(screen, device)  # the whole screen lies on the device
         model = evaluate.build_model(state).to(device)
+        model.masks_of_one = model.masks_of_one or step < config["masks_from"]
         optimizer = new_optimizer(model, config)
         optimizer.load_state_dict(state["optimizer"])
         shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device,
@@ -156,17 +159,24 @@ def main(arguments=None):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
             optimizer.step()
             step += 1
+            masks_begin = step == config["masks_from"]
+            if masks_begin:  # --axes sparsest: so far they were masks of one
+                touched = begin_masks(model)
+                optimizer = new_optimizer(model, config)
             # Sums on the device: but for the order of cells, once per epoch, nothing has waited for
             # a GPU so far.
             log.add(terms, value)
 
-            validate = step % config["validate_every"] == 0 or step == config["steps"]
+            validate = (step % config["validate_every"] == 0 or step == config["steps"]
+                        or masks_begin)
             if validate or step % config["log_every"] == 0:
                 line = log.means(step, shuffle.epoch, model)
+                if masks_begin:
+                    line["latents_touched"] = [round(n, 2) for n in touched]
                 if validate:
                     loss = validation_loss(model, batches, split["validation"], config["particles"])
                     line["validation_loss"] = round(loss, 4)
-                    if loss < best:
+                    if loss < best and step >= config["masks_from"]:
                         best = loss
                         save("best.pt")
                 log.write(line, best)
@@ -218,7 +228,8 @@ def new_folder(name, config):
     """Create runs/NAME; without a name, one made of the options that is still free."""
     source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
     guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
-                                           ("effects", config["correlated_effects"])) if on)
+                                           ("effects", config["correlated_effects"]),
+                                           ("sparsest", config["axes"] == "sparsest")) if on)
     base = f"{source}-{config['model']}-{guide or 'mean-field'}"
     if config["split"] != "random":
         base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
@@ -389,7 +400,7 @@ class Log:
         self.check_finite(step)
         line = {"step": step, "epoch": epoch}
         line |= {name: round(float(total) / self.n_steps, 4) for name, total in self.totals.items()}
-        if model.has_mask:
+        if model.has_mask and not model.masks_of_one:
             with torch.no_grad():
                 probability = model.mask_probability()[model.n_cells > 0]
             line["mask_probability"] = round(probability.mean().item(), 5)
@@ -411,6 +422,9 @@ class Log:
                 f"{line['kl_mask']:.3f} + effect {line['kl_effect']:.3f}  ")
         if "mask_probability" in line:
             text += f"mask probability {line['mask_probability']:.4f}  "
+        if "latents_touched" in line:
+            before, after = line["latents_touched"]
+            text += f"axes turned: {before:.1f} -> {after:.1f} latents per perturbation  "
         if best < math.inf:
             text += f"best validation {best:.2f}  "
         text += f"{line['cells_per_second']:,} cells/s  {left // 60}:{left % 60:02} left"
@@ -507,6 +521,18 @@ def configuration(args, given):
         if given.get("correlated_basal") or given.get("correlated_effects"):
             raise DataError(f"--model {config['model']} has no correlated guide")
         config["correlated_basal"] = config["correlated_effects"] = False
+    # The sparsest axes: masks from half of the steps on, and effects that can be turned, q(e).
+    if not MODELS[config["model"]].has_mask:
+        if given.get("axes") == "sparsest":
+            raise DataError(f"--model {config['model']} has no masks: leave out --axes")
+        config["axes"] = "learned"
+    config["masks_from"] = 0
+    if config["axes"] == "sparsest":
+        if given.get("correlated_effects"):
+            raise DataError("--axes sparsest needs a free q(e): leave out --correlated-effects, or "
+                            "say --axes learned")
+        config["correlated_effects"] = False
+        config["masks_from"] = math.ceil(config["steps"] / 2)
     # What is given takes the place of what a preset says of the same thing.
     if "split" in given and given.get("split_column"):
         raise DataError("--split and --split-column exclude each other")

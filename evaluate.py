@@ -1004,13 +1004,16 @@ def figure_of_training(folder):
 
 
 def figure_of_masks(run, pathways=None):
-    """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway."""
+    """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway; with
+    turned axes also the offsets as encoder and decoder see them."""
     model, names = run.model, run.model_screen.perturbations
     torch.manual_seed(0)
     with torch.no_grad():
         mask, effect = model.sample_many_globals(model.all_perturbations(), 50)
         probability = model.mask_probability().numpy(force=True)
-        offset = (mask * effect).mean(0).numpy(force=True)
+        offset = (mask * effect).mean(0)
+        unturned = (offset @ model.axes.T).numpy(force=True)
+        offset = offset.numpy(force=True)
     pathway = pathway_of(names, load_pathways(run, pathways))
     if not any(p is not None for p in pathway):
         pathway = np.full(len(names), "all perturbations", dtype=object)
@@ -1022,13 +1025,16 @@ def figure_of_masks(run, pathways=None):
     strength = np.stack([np.abs(offset[m]).mean(0) for m in members])
     latents = np.lexsort((-strength.max(0), strength.argmax(0)))
 
-    panels = [("mask probability", probability, 1)] if model.has_mask else []
-    panels += [("mean offset E[m e]", offset, max(1e-6, np.quantile(np.abs(offset), 0.99)))]
+    panels = [("mask probability", probability[:, latents], 1)] if model.has_mask else []
+    limit = max(1e-6, np.quantile(np.abs(offset), 0.99))
+    panels += [("mean offset E[m e]", offset[:, latents], limit)]
+    if run.config["axes"] == "sparsest":
+        panels += [("the same in the networks' axes", unturned, limit)]
     figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 5 * len(panels), 7),
                                      squeeze=False, layout="constrained", sharey=True)
     edges = np.cumsum([0, *map(len, members)])
     for axis, (title, values, limit) in zip(axes[0], panels):
-        image = heat_map(axis, values[rows][:, latents], limit, title,
+        image = heat_map(axis, values[rows], limit, title,
                          xlabel=f"{len(latents)} latent dimensions")
         figure.colorbar(image, ax=axis, shrink=0.5)
         for edge in edges[1:-1]:

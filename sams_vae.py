@@ -29,6 +29,8 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
     z^p      z_pert      (K, B, L)  latent offset of a cell
     rho_i    log_rho     (K, B, G)  log expected frequencies
     theta_d  log_theta   (G,)       log inverse dispersion, one per gene
+    R        axes        (L, L)     the axes of masks and effects in the space of z: the identity in
+                                    the paper, the sparsest ones where that is asked for (ours)
     n_t      n_cells     (T,)       training cells that received perturbation t
 
 The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_emb `f_emb`. Its
@@ -38,8 +40,9 @@ minibatch has fewer dosages, B P, than there are perturbations, (m, e) is drawn 
 own perturbations only (`draws_for`).
 
 In reading order: the likelihood (2.2); masks, Gaussians and networks of the guide (2.3); SAMS-VAE
-(2.1); CPA-VAE (2.4); the other models; the ELBO (A.1); the importance-weighted ELBO (3.1);
-treatment effects (3.2); and last, behind these, what makes them fast.
+(2.1); masks in the sparsest axes (ours); CPA-VAE (2.4); the other models; the ELBO (A.1); the
+importance-weighted ELBO (3.1); treatment effects (3.2); and last, behind these, what makes them
+fast.
 """
 
 import math
@@ -306,14 +309,14 @@ class SAMSVAE(nn.Module):
 
     @torch.no_grad()
     def turn(self, axes):
-        """Go on in other axes, R of eq. 1 (L, L), from where masks of one have led without any.
+        """Express the effects of masks of one in other axes (L, L), columns: R becomes R axes.
 
         Offsets stay where they are in the space of z: means exactly, variances as nearly as a
         diagonal covariance can. Needs the free q(e); raises ValueError with correlated_effects.
         """
         if self.correlated_effects:
             raise ValueError("f_emb cannot be turned: correlated_effects must be False")
-        self.axes.copy_(axes)
+        self.axes.copy_(self.axes @ axes)
         self.effect_loc.copy_(self.effect_loc @ axes)
         self.effect_log_var.copy_((self.effect_log_var.exp() @ axes**2).log())
 
@@ -329,7 +332,8 @@ class SAMSVAE(nn.Module):
         A perturbation that no training cell received has its prior as its exact posterior. q is set
         to the prior there: its KL is zero, and what the model predicts for it is the prior's.
         """
-        mask, kl_mask = (self.mask_of_one if self.masks_of_one else self.sample_mask)(t, n_particles)
+        draw_mask = self.mask_of_one if self.masks_of_one else self.sample_mask
+        mask, kl_mask = draw_mask(t, n_particles)
         loc, var = self.effect_posterior(mask, t)
         effect = loc + var.sqrt() * torch.randn_like(mask)
         kl_effect = kl_normal(loc, var, self.beta).sum(-1).expand(n_particles, -1)
@@ -580,7 +584,7 @@ class SVAEPlus(SAMSVAE):
     @torch.no_grad()
     def turn(self, axes):
         """As in SAMS-VAE; mu has no variance."""
-        self.axes.copy_(axes)
+        self.axes.copy_(self.axes @ axes)
         self.effect_loc.copy_(self.effect_loc @ axes)
 
     def sample_mask(self, t, n_particles):
@@ -598,8 +602,8 @@ class SVAEPlus(SAMSVAE):
 
     def sample_globals(self, t, n_particles):
         """Draw m_t; mask, effect (K, U, L), -log Beta (U,), and no KL of mu (K, U)."""
-        mask, minus_log_beta = (self.mask_of_one if self.masks_of_one else self.sample_mask)(
-            t, n_particles)
+        draw_mask = self.mask_of_one if self.masks_of_one else self.sample_mask
+        mask, minus_log_beta = draw_mask(t, n_particles)
         effect, _ = self.effect_posterior(mask, t)
         return mask, effect.expand_as(mask), minus_log_beta, mask.new_zeros(mask.shape[:2])
 

@@ -499,7 +499,8 @@ def test_the_dosages_of_the_conditional_vae_enter_both_networks():
     loc, _ = whole(model.encoder, [torch.log1p(x), multi_hot]).chunk(2, -1)
     torch.testing.assert_close(model.encode(x, None, d)[0], loc)
     mask, effect, kl_mask, kl_effect = model.sample_globals(torch.arange(3), 2)
-    assert all((v == 0).all() for v in (sum_effects(mask, effect, d, model.axes), kl_mask, kl_effect))
+    z_pert = sum_effects(mask, effect, d, model.axes)
+    assert all((v == 0).all() for v in (z_pert, kl_mask, kl_effect))
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -1754,6 +1755,13 @@ def test_the_matching_of_latents_is_the_best_of_all():
             assert len(set(columns)) == n and score[range(n), columns].sum() == pytest.approx(best)
 
 
+def test_masks_of_two_runs_agree_whatever_the_order_of_their_latents():
+    first, second = [[0], [1, 2], [], [2]], [[3], [0, 1], [], [1]]
+    assert evaluate.mask_agreement([first, second]) == [1.0]
+    assert evaluate.mask_agreement([first, second, [[0], [0], [], [0]]])[1:] == [4 / 7, 4 / 7]
+    assert evaluate.mask_agreement([first]) == []
+
+
 def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_error():
     true = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 0]], bool)
     found = np.where(np.insert(true, 1, False, axis=1)[:, [2, 3, 1, 0]], 0.9, 0.1)
@@ -1883,17 +1891,20 @@ def train_on_screen(name, *options):
                 *options])
 
 
-@pytest.mark.parametrize("options", [[], ["--model", "cpa-vae", "--no-correlated-effects"],
-                                     ["--model", "sams-vae-beta-bernoulli"], ["--model", "svae+"],
-                                     ["--model", "cvae"]])
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options, monkeypatch):
-    options = ["--steps", "18", "--log-every", "3", *options]
+@pytest.mark.parametrize("options, interrupted", [
+    ([], 7), ([], 8), ([], 13),  # the axes turn after step 8: resumed before, there and after
+    (["--axes", "learned"], 7), (["--model", "cpa-vae", "--no-correlated-effects"], 7),
+    (["--model", "sams-vae-beta-bernoulli"], 7), (["--model", "svae+"], 7),
+    (["--model", "cvae"], 7)])
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options, interrupted,
+                                                                monkeypatch):
+    options = ["--steps", "16", "--log-every", "3", *options]
     train_on_screen("whole", *options)
     plain, calls = train.elbo, []
 
-    def interrupting(*arguments):  # Ctrl-C after the first validation, between two others
-        calls.append(1)
-        if len(calls) == 9:  # steps and validations: within an interval of the log
+    def interrupting(*arguments):  # Ctrl-C between two validations
+        calls.append(torch.is_grad_enabled())
+        if calls[-1] and calls.count(True) == interrupted:  # steps, not validations
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*arguments)
 
@@ -1901,8 +1912,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options,
     with pytest.raises(SystemExit) as stopped:
         train_on_screen("parts", *options)
     assert stopped.value.code == 130
-    interrupted = evaluate.load_checkpoint("runs/parts", "last.pt")["step"]
-    assert 5 < interrupted < 18 and interrupted % 5 and interrupted % 3
+    assert evaluate.load_checkpoint("runs/parts", "last.pt")["step"] == interrupted
     train.main(["--resume", "runs/parts"])
     for name in ("last.pt", "best.pt"):
         whole, parts = (evaluate.load_checkpoint(f"runs/{run}", name) for run in ("whole", "parts"))
@@ -1914,7 +1924,14 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options,
         assert all(torch.equal(a, b) for a, b in zip(*moments))
     logs = [[json.loads(line) for line in open(f"runs/{run}/log.jsonl")]
             for run in ("whole", "parts")]
-    assert [line["step"] for line in logs[0]] == [3, 5, 6, 9, 10, 12, 15, 18]
+    turned = ["latents_touched" in line for line in logs[0]]
+    steps = [line["step"] for line in logs[0]]
+    if any(turned):
+        assert steps == [3, 5, 6, 8, 9, 10, 12, 15, 16] and turned.index(True) == 3
+        assert not torch.equal(whole["model"]["axes"], torch.eye(4))
+    else:
+        assert steps == [3, 5, 6, 9, 10, 12, 15, 16]
+        assert torch.equal(whole["model"]["axes"], torch.eye(4))
     for whole, parts in zip(*logs, strict=True):  # all but the time it took
         assert whole | {"cells_per_second": 0} == parts | {"cells_per_second": 0}
 
@@ -1936,17 +1953,21 @@ def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
     assert lines[-1]["validation_loss"] == pytest.approx(run["best"], abs=1e-3)
 
 
-def test_best_is_the_checkpoint_of_the_lowest_validation_loss(folder, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
+@pytest.mark.parametrize("axes, losses", [("learned", [3.0, 1.0, 2.0]),
+                                          ("sparsest", [0.5, 3.0, 1.0, 2.0])])
+def test_best_is_the_checkpoint_of_the_lowest_validation_loss_since_there_are_masks(
+        folder, monkeypatch, axes, losses):
+    losses = iter(losses)  # at steps 5, 10 and 15; and at 8, where the axes turn
     monkeypatch.setattr(train, "validation_loss", lambda *arguments: next(losses))
-    train_on_screen("run", "--steps", "15")
+    train_on_screen("run", "--steps", "15", "--axes", axes)
     best, last = (evaluate.load_checkpoint("runs/run", name) for name in ("best.pt", "last.pt"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (10, 1.0, 15, 1.0)
 
 
 def test_options_reach_the_model_and_the_optimizer(folder):
     train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
-                    "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4")
+                    "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4", "--axes",
+                    "learned")
     run = evaluate.load_checkpoint("runs/run", "last.pt")
     model = evaluate.build_model(run)
     assert (model.alpha, model.beta) == (0.3, 2.5)
@@ -1973,7 +1994,8 @@ def test_runs_that_start_at_the_same_time_have_folders_of_their_own(folder, monk
     monkeypatch.setattr(data, "split_cells", slowly)
     train.main(["--data", "screen.h5ad", *TINY[4:], "--steps", "4"])
     names = sorted(os.listdir("runs"))
-    assert names == ["screen-sams-vae-basal-effects-seed0", "screen-sams-vae-basal-effects-seed0-2"]
+    assert names == ["screen-sams-vae-basal-sparsest-seed0",
+                     "screen-sams-vae-basal-sparsest-seed0-2"]
     steps = [evaluate.load_checkpoint(f"runs/{name}", "last.pt")["step"] for name in names]
     assert steps == [3, 4]
     train_on_screen("mine", "--steps", "1")
@@ -2057,8 +2079,9 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
 def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
     train_on_screen("run", "--steps", "12")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["5", "10", "12"]
-    assert all("loss" in line and "best validation" in line for line in lines)
+    assert [line.split()[1] for line in lines] == ["5", "6", "10", "12"]
+    assert ["loss" in line and "best validation" in line for line in lines] == [False] + 3 * [True]
+    assert ["axes turned: " in line for line in lines] == [False, True, False, False]
     assert not any("\r" in line for line in lines)
 
 
@@ -2149,6 +2172,8 @@ def test_the_replogle_preset_merges_all_non_targeting_guides_into_the_control(tm
 def test_options_that_mean_nothing_together_are_refused(capsys):
     for arguments, words in (
             (["--model", "svae+", "--data", "x", "--correlated-basal"], "no correlated guide"),
+            (["--model", "cpa-vae", "--axes", "sparsest"], "has no masks"),
+            (["--axes", "sparsest", "--correlated-effects"], "needs a free q(e)"),
             (["--preset", "norman-ood"], "needs --data"),
             (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"],
              "--train-combinations: must be a fraction"),
@@ -2166,6 +2191,21 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
             configuration(*arguments)
         assert words in capsys.readouterr().err + str(refused.value)
     assert configuration("--model", "cvae")["correlated_basal"] is False
+
+
+def test_masks_are_in_the_sparsest_axes_unless_the_paper_or_the_user_says_otherwise():
+    def chosen(*arguments):
+        """What such a run would do."""
+        config = configuration(*arguments)
+        return config["axes"], config["masks_from"], config["correlated_effects"]
+
+    assert chosen("--steps", "9") == chosen("--data", "x", "--steps", "9") == ("sparsest", 5, False)
+    assert chosen("--axes", "learned") == ("learned", 0, True)
+    for preset in ("replogle", "norman-ood", "norman-data-efficiency"):
+        assert chosen("--data", "x", "--preset", preset) == ("learned", 0, True)
+    assert chosen("--model", "cpa-vae") == ("learned", 0, True)
+    assert chosen("--data", "x", "--preset", "replogle", "--axes", "sparsest", "--steps", "1") == (
+        "sparsest", 1, False)
 
 
 FEW = ["--iwelbo-particles", "5", "--ate-particles", "20"]
@@ -2322,7 +2362,8 @@ def test_without_scikit_learn_only_the_pathway_accuracy_is_missing(folder, monke
 
 @pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
 def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, folder, capsys):
-    train_on_screen("run", "--steps", "4", "--model", model)
+    train_on_screen("run", "--steps", "4", "--model", model,
+                    *(["--axes", "learned"] if model != "cvae" else []))
     run = evaluate.Run("runs/run")
     seen = next(c for c, part in zip(run.screen.conditions, run.screen.split)
                 if "+" in c and part == "train")
@@ -2423,7 +2464,7 @@ def test_mean_mask_probabilities_are_those_of_perturbations_with_training_cells(
         return split
 
     monkeypatch.setattr(data, "split_cells", without_some)
-    train_on_screen("run", "--steps", "2", "--lr", "1e-6", "--log-every", "1")
+    train_on_screen("run", "--steps", "2", "--lr", "1e-6", "--log-every", "1", "--axes", "learned")
     for line in map(json.loads, open("runs/run/log.jsonl")):
         assert line["mask_probability"] == pytest.approx(0.5, abs=1e-4)
     capsys.readouterr()

@@ -91,8 +91,8 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
 ]
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
 # that its row says how to read the file.
-NORMAN = dict(axes="learned", layer="counts", gene_column="highly_variable", n_latent=200, effect_hidden=400,
-              effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
+NORMAN = dict(axes="learned", layer="counts", gene_column="highly_variable", n_latent=200,
+              effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
 PRESETS = {
     "replogle": dict(axes="learned", perturbation_column="sgID_AB", control="*non-targeting*"),
     "norman-ood": NORMAN | dict(split="norman-ood"),

@@ -162,7 +162,6 @@ def main(arguments=None):
             masks_begin = step == config["masks_from"]
             if masks_begin:  # --axes sparsest: so far they were masks of one
                 touched = begin_masks(model)
-                optimizer = new_optimizer(model, config)
             # Sums on the device: but for the order of cells, once per epoch, nothing has waited for
             # a GPU so far.
             log.add(terms, value)
@@ -310,10 +309,19 @@ def write_config(folder, config):
 # ============================================================================================
 
 
+MASK_LR = 0.03  # with --axes sparsest
+
+
 def new_optimizer(model, config):
-    """Adam (A.4), all parameters in one kernel."""
-    return torch.optim.Adam(model.parameters(), lr=config["lr"],
-                            weight_decay=config["weight_decay"], fused=True)
+    """Adam (A.4). With --axes sparsest the masks have a learning rate of their own (ours): logits
+    have a scale of their own, and theirs is that of `begin_masks` whatever the networks need."""
+    groups = {"networks": [], "masks": []}
+    for name, parameter in model.named_parameters():
+        groups["masks" if name.startswith("mask_") else "networks"].append(parameter)
+    mask_lr = MASK_LR if config["axes"] == "sparsest" else config["lr"]
+    return torch.optim.Adam([{"params": groups["networks"]},
+                             {"params": groups["masks"], "lr": mask_lr}],
+                            lr=config["lr"], weight_decay=config["weight_decay"], fused=True)
 
 
 def choose_objective(config, model, x, d):

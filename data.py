@@ -1416,14 +1416,13 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     names and the true `mask` and `effect` (T, L); uns `pathways`, where a pathway is ten or more
     perturbations that share a mask.
 
-    Why so many perturbations of few cells each? N(0, I), the prior of the basal state, looks the
-    same from every angle, and so do decoder and encoder, which can undo any rotation of the latent
-    space. What pins the axes down is the sparsity of the masks alone. Rotating the axes by a little
+    Why so many perturbations of few cells each? The sparsity of the masks is all that says which
+    latent axes are the true ones (see `sparsest_axes` in sams_vae.py). Rotating them by a little
     makes masks denser, and each further entry of 1 costs about log(1 / alpha) nats, once for each
     perturbation and however many cells it has: so many perturbations are a strong force towards the
     true axes, and many cells are not. Effects must be clear against the unit variance of the basal
-    state, or too few entries are found in the first place. With 60 perturbations of 115 cells each,
-    as many cells in all, effects are predicted as well but the masks come out too dense.
+    state, or too few entries are found in the first place. The harder screen of the README has 60
+    perturbations of 115 cells each, as many cells in all.
     """
     rng = np.random.default_rng(seed)
     # m_t and e_t, (T, L) each. The second line gives every perturbation its one sure dimension.

@@ -182,10 +182,13 @@ def mask_recovery(true_mask, probability):
 def mask_agreement(masks):
     """F1 between the masks of each two runs under the best matching of their latents, a list.
 
-    A mask is a list of T lists of latents, as metrics.json has it. Do two seeds find the same?
+    Do two seeds find the same? A mask is, as in metrics.json, a list of T texts such as "0 3", the
+    latents that a perturbation touches.
     """
-    n_latent = 1 + max((latent for mask in masks for row in mask for latent in row), default=0)
-    arrays = [np.array([np.isin(np.arange(n_latent), row) for row in mask]) for mask in masks]
+    n_latent = 1 + max((int(word) for mask in masks for row in mask for word in row.split()),
+                       default=0)
+    arrays = [np.array([[str(latent) in row.split() for latent in range(n_latent)] for row in mask])
+              for mask in masks]
     return [mask_recovery(a, b)["mask_f1"] for a, b in itertools.combinations(arrays, 2)]
 
 
@@ -315,10 +318,10 @@ def load_checkpoint(folder, name):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
-            raise DataError(f"{folder} has not reached its first validation (with --axes sparsest: "
-                            "the first with masks, after half of the steps): go on with python "
-                            f"train.py --resume {folder}, or start a new run if its loss was not "
-                            "finite") from None
+            raise DataError(f"{folder} has no best.pt yet, which validations write (with --axes "
+                            "sparsest, from half of the steps on): go on with python train.py "
+                            f"--resume {folder}, or start a new run if its loss was not finite"
+                            ) from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
                         "and this one has no checkpoint to go on from") from None
     except NotADirectoryError:
@@ -543,7 +546,7 @@ def masks(run, pathways):
     probability = run.model.mask_probability().numpy(force=True)
     trained = run.model.n_cells.numpy(force=True) > 0
     metrics = {"mask_mean_probability": float(probability[trained].mean()),
-               "mask": [np.flatnonzero(row).tolist() for row in probability > 0.5]}
+               "mask": [" ".join(map(str, np.flatnonzero(row))) for row in probability > 0.5]}
     truth = data.read_simulation(run.config["data"])
     row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
     if row.keys() >= set(names):
@@ -620,8 +623,12 @@ def guide_of(config):
     """The name of a run's guide in Table 1."""
     correlated = [name for name, on in (("z_basal", config["correlated_basal"]),
                                         ("E", config["correlated_effects"])) if on]
-    name = "corr. " + " and ".join(correlated) if correlated else "mean-field"
-    return name + (", sparsest axes" if config["axes"] == "sparsest" else "")
+    return "corr. " + " and ".join(correlated) if correlated else "mean-field"
+
+
+def model_of(config):
+    """A run's model in the rows of a table."""
+    return config["model"] + (", sparsest axes" if config["axes"] == "sparsest" else "")
 
 
 def table(metrics):
@@ -660,8 +667,7 @@ def table(metrics):
 
 
 SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
-ROW = ("model", "correlated_basal", "correlated_effects", "axes", "masks_from",
-       "train_combinations")  # its rows
+ROW = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
 NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every")
 
 
@@ -671,6 +677,8 @@ def settings(metrics, without=()):
     config = metrics["config"]
     # How the file was read is in the fingerprint, but for the split; seeds may simulate screens.
     covered = {*NO_MATTER, *data.SCREEN_OPTIONS, *without} - {"split_column"}
+    if config["masks_from"] in (0, math.ceil(metrics["last_step"] / 2)):
+        covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
     screen = "simulated" if config.get("simulated") else metrics["fingerprint"]
     return {k: v for k, v in config.items() if k not in covered} | {
         "steps": metrics["last_step"], "data": screen} | metrics["options"]
@@ -744,7 +752,8 @@ def table_of_runs(runs, scale="log_normalised"):
                     title: in_words([value(m) for m in same], digits)
                     for title, (value, digits) in of_models.items()}
                 if len({m["fingerprint"] for m in same}) == 1 and "mask" in same[0]:
-                    cells["masks agree"] = in_words(mask_agreement([m["mask"] for m in same]))
+                    agreement = mask_agreement([m["mask"] for m in same])
+                    cells["masks agree"] = in_words(np.mean(agreement or math.nan))
             return cells
 
         of_models = {"test IWELBO": (lambda m: m["iwelbo"], 2),
@@ -756,7 +765,7 @@ def table_of_runs(runs, scale="log_normalised"):
         for same in {key(m, SEEDS): [s for s in members if key(s, SEEDS) == key(m, SEEDS)]
                      for m in members}.values():
             own = same[0]["config"]
-            rows.append(row(same, own["model"], guide_of(own), own["train_combinations"], "model"))
+            rows.append(row(same, model_of(own), guide_of(own), own["train_combinations"], "model"))
         for name, label in {**BASELINES, "ceiling": "ceiling"}.items():
             for f in sorted({m["config"]["train_combinations"] for m in members}):
                 rows.append(row(one_of_each_split(members, f), label, "", f, name))
@@ -1088,7 +1097,7 @@ def figure_of_combinations(runs, folder):
 
         def name_of(m):
             """Model and guide."""
-            return f"{m['config']['model']}, {guide_of(m['config'])}"
+            return f"{model_of(m['config'])}, {guide_of(m['config'])}"
 
         def at_each_f(runs, value):
             """The finite values of these runs at each f."""

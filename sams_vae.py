@@ -193,7 +193,8 @@ def sum_effects(mask, effect, d, axes):
     """
     # Gathered first, multiplied then: test cells come few at a time, beside all T perturbations.
     offset = (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)  # (K, B, P, L) -> (K, B, L)
-    return offset @ axes.T
+    with torch.autocast(offset.device.type, enabled=False):  # never in bfloat16: I is exact
+        return offset @ axes.T
 
 
 class SAMSVAE(nn.Module):
@@ -217,7 +218,7 @@ class SAMSVAE(nn.Module):
     has_effects = True           # a perturbation moves the latent state: there is an e_t
     adds_effects = True          # a combination sums its perturbations; it is no label of its own
     has_correlated_guide = True  # correlated_basal and correlated_effects mean something
-    masks_of_one = False         # every mask entry is 1: CPA-VAE, and what `begin_masks` ends
+    masks_of_one = False         # every mask drawn is 1: in CPA-VAE, and until `begin_masks`
 
     def __init__(self, n_cells, x_mean, x_std, n_latent=100, n_hidden=400, n_layers=1,
                  effect_hidden=200, effect_layers=2, correlated_basal=True,
@@ -274,8 +275,8 @@ class SAMSVAE(nn.Module):
         mask = straight_through_bernoulli(logits.expand(n_particles, *logits.shape))
         return mask, kl_bernoulli(logits, self.alpha).sum(-1)
 
-    def mask_of_one(self, t, n_particles):
-        """In place of that where masks are not learned: masks of one (K, U, L), and no KL (U,)."""
+    def sample_ones(self, t, n_particles):
+        """The same where `masks_of_one`: masks of one (K, U, L), and no KL (U,)."""
         mask = self.n_cells.new_ones(n_particles, len(t), self.n_latent)
         return mask, mask.new_zeros(len(t))
 
@@ -311,8 +312,8 @@ class SAMSVAE(nn.Module):
     def turn(self, axes):
         """Express the effects of masks of one in other axes (L, L), columns: R becomes R axes.
 
-        Offsets stay where they are in the space of z: means exactly, variances as nearly as a
-        diagonal covariance can. Needs the free q(e); raises ValueError with correlated_effects.
+        Offsets stay where they are in the space of z: means up to rounding, variances as nearly as
+        a diagonal covariance can. Needs the free q(e); raises ValueError with correlated_effects.
         """
         if self.correlated_effects:
             raise ValueError("f_emb cannot be turned: correlated_effects must be False")
@@ -332,7 +333,7 @@ class SAMSVAE(nn.Module):
         A perturbation that no training cell received has its prior as its exact posterior. q is set
         to the prior there: its KL is zero, and what the model predicts for it is the prior's.
         """
-        draw_mask = self.mask_of_one if self.masks_of_one else self.sample_mask
+        draw_mask = self.sample_ones if self.masks_of_one else self.sample_mask
         mask, kl_mask = draw_mask(t, n_particles)
         loc, var = self.effect_posterior(mask, t)
         effect = loc + var.sqrt() * torch.randn_like(mask)
@@ -409,8 +410,9 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     @torch.no_grad()
     def set_masks(self, logits):
         """E_q[p_tl] = sigmoid(logits), (T, L)."""
-        self.mask_log_a.copy_(logits)
-        self.mask_log_b.zero_()
+        # Of all a and b of this mean those of least KL are wanted: the smaller one is 1.
+        self.mask_log_a.copy_(logits.clamp(min=0))
+        self.mask_log_b.copy_((-logits).clamp(min=0))
 
     def mask_probability(self):
         """q(m_tl = 1) = E_q[p_tl], (T, L)."""
@@ -448,10 +450,10 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 #
 # The prior N(0, I) of the basal state looks the same from every angle, and decoder and encoder can
 # undo any rotation R of the latent space: it is the sparsity of the masks alone that says which
-# axes are right. Gradient descent on masks that start at 1/2 does not find them. It makes masks
-# sparse around whatever axes the networks took in their first steps, and then stays there, because
-# every small turn, on its way to sparser masks, needs denser ones first. So we look for the axes
-# where that is easy, between two parts of the training:
+# axes are right. Gradient descent on masks that start at 1/2 often does not find them. It makes
+# masks sparse around whatever axes the networks took in their first steps, and then stays there,
+# because every small turn, on its way to sparser masks, needs denser ones first. So we look for the
+# axes where that is easy, between two parts of the training:
 #
 #   1. masks of one, q(m_tl = 1) = 1: the effects e_t are free to be dense, as in CPA-VAE (2.4)
 #   2. `begin_masks`: of these offsets the axes in which they are sparsest, and a mask of each entry
@@ -464,26 +466,31 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
     """The orthogonal R (L, L) for which offsets R is sparsest: of the smallest sum of |entries|.
 
-    offsets (T, L), a row for each perturbation. Why this sum? R leaves the length of every row as
-    it is, sum of squares, and of all rows of one length those have the smallest sum of absolute
-    values that have a single entry. (It is L1 for the same reason in sparse regression.) Near zero
-    |y| is rounded off, sqrt(y^2 + eps^2), with eps small against effects, in standard deviations of
-    the basal state. R = R_0 exp(S - S^T) is orthogonal for every matrix S; R_0 are n_starts random
-    ones, since there are local minima, and the best result counts. Recovers R up to the order and
-    the signs of its columns, which mean nothing.
+    offsets (T, L), a row for each perturbation. Why this sum, L1? R leaves the length of every row
+    as it is, and of all rows of one length those with a single entry have the smallest sum. Why
+    only here? As a penalty in training it would shrink effects; between axes in which the cells
+    look the same it just chooses. Near zero |y| is rounded off, sqrt(y^2 + eps^2), with an eps that
+    is small against effects (the unit is the standard deviation of the basal state).
+
+    R exp(S - S^T) is orthogonal for every matrix S, and to first order in S it is R + R (S - S^T).
+    Each step of Adam starts from S = 0 at the R of the last. There are local minima: the best of
+    n_starts random starts counts. The order and the signs of the axes mean nothing.
     """
     n_latent = offsets.shape[1]
-    start, _ = torch.linalg.qr(torch.randn(n_starts, n_latent, n_latent, device=offsets.device))
-    S = torch.zeros_like(start, requires_grad=True)
+    R, _ = torch.linalg.qr(torch.randn(n_starts, n_latent, n_latent, device=offsets.device))
+    S = torch.zeros_like(R, requires_grad=True)
     optimizer = torch.optim.Adam([S], lr=0.02)
-    with torch.enable_grad():
-        for _ in range(n_steps):
-            R = start @ torch.matrix_exp(S - S.mT)  # (n_starts, L, L)
-            size = ((offsets @ R).square() + eps**2).sqrt().sum((1, 2))  # (n_starts,)
+    for _ in range(n_steps):
+        with torch.enable_grad():
+            turned = offsets @ (R + R @ (S - S.mT))  # (n_starts, T, L)
+            size = (turned.square() + eps**2).sqrt().sum((1, 2))  # (n_starts,)
             optimizer.zero_grad()
             size.sum().backward()
-            optimizer.step()
-    return R[size.argmin()].detach()
+        optimizer.step()
+        R = R @ torch.matrix_exp(S - S.mT).detach()
+        S.detach().zero_()
+    R, _ = torch.linalg.qr(R[size.argmin()])  # without what so many products have rounded
+    return R
 
 
 def mask_log_odds(loc, var, alpha, beta, misfit=0.1):
@@ -495,11 +502,12 @@ def mask_log_odds(loc, var, alpha, beta, misfit=0.1):
 
         logit(alpha) + log(var / beta) / 2 + loc^2 / (2 var).
 
-    The latent space is learned, and bent: what should be zero comes out as a few per cent of the
-    length of e_t, with a far smaller var. An entry has to stand out from that, too: the square of
-    `misfit` times this length is added to var.
+    The latent space is learned, and bent: what should be zero comes out as some tenth of the
+    largest entry of e_t, with a far smaller var. (On the harder screen of the README nine of ten
+    such entries were below 0.09 times the largest.) An entry has to stand out from that, too: the
+    square of `misfit` times the largest is added to var.
     """
-    var = var + misfit**2 * loc.square().sum(1, keepdim=True)
+    var = var + (misfit * loc.abs().amax(1, keepdim=True)).square()
     prior_logit = math.log(alpha) - math.log1p(-alpha)
     return prior_logit + 0.5 * (var / beta).log() + loc.square() / (2 * var)
 
@@ -576,8 +584,13 @@ class SVAEPlus(SAMSVAE):
         """mu starts at 0.1 N(0, I)."""
         self.effect_loc = nn.Parameter(0.1 * torch.randn(n_perturbations, self.n_latent))
 
+    def prior_mask_probability(self):
+        """p(m_tl = 1) = E[p_tl] = 1 / (1 + b), a scalar tensor."""
+        return self.n_cells.new_tensor(1 / (1 + self.mask_b))
+
     def effect_posterior(self, mask, t):
-        """mu, and for want of a posterior its precision if z were observed, n_t: (U, L) each."""
+        """mu, and for want of a posterior the variance it had if z were observed, 1 / n_t: (U, L)
+        each."""
         loc = torch.where(self.trained(t), self.effect_loc.index_select(0, t), 0.0)
         return loc, 1 / self.n_cells[t].clamp(min=1).unsqueeze(-1).expand_as(loc)
 
@@ -602,7 +615,7 @@ class SVAEPlus(SAMSVAE):
 
     def sample_globals(self, t, n_particles):
         """Draw m_t; mask, effect (K, U, L), -log Beta (U,), and no KL of mu (K, U)."""
-        draw_mask = self.mask_of_one if self.masks_of_one else self.sample_mask
+        draw_mask = self.sample_ones if self.masks_of_one else self.sample_mask
         mask, minus_log_beta = draw_mask(t, n_particles)
         effect, _ = self.effect_posterior(mask, t)
         return mask, effect.expand_as(mask), minus_log_beta, mask.new_zeros(mask.shape[:2])
@@ -766,8 +779,8 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
         joint        for all together   log 1/K sum_k [ p(M_k, E_k) / q(M_k, E_k) prod_i w_ik ]
 
     The joint one is eq. 6 and 7: a bound on log p(X | D), the log marginal likelihood of all cells
-    given the decoder and the dispersions, with M and E from their priors. It is dominated by one or
-    few particles when there are many cells: see the effective sample size of its weights,
+    given the decoder, the dispersions and R, with M and E from their priors. It is dominated by one
+    or few particles when there are many cells: see the effective sample size of its weights,
     (sum_k w_k)^2 / sum_k w_k^2, from 1 to K.
 
     The predictive one is a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)]: the log

@@ -41,8 +41,9 @@ MODELS = [(kind, *guide) for kind in (SAMSVAE, CPAVAE) for guide in GUIDES] + [
 
 
 def small_model(kind=SAMSVAE, n_cells=(5, 3, 2), n_genes=6, n_latent=3, basal=True, effects=True,
-                alpha=0.2, beta=1.0, mask_a=1.0, mask_b=2.0, seed=0):
-    """A model with random parameters everywhere, so that no term is at its optimum by accident."""
+                alpha=0.2, beta=1.0, mask_a=1.0, mask_b=2.0, seed=0, turned=False):
+    """A model with random parameters everywhere, so that no term is at its optimum by accident, and
+    with random axes if turned."""
     torch.manual_seed(seed)
     model = kind(torch.tensor(n_cells), torch.zeros(n_genes), torch.ones(n_genes), n_latent,
                  n_hidden=8, effect_hidden=8, correlated_basal=basal, correlated_effects=effects,
@@ -50,6 +51,8 @@ def small_model(kind=SAMSVAE, n_cells=(5, 3, 2), n_genes=6, n_latent=3, basal=Tr
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
+        if turned:
+            model.axes.copy_(torch.linalg.qr(torch.randn(n_latent, n_latent))[0])
     return model
 
 
@@ -266,7 +269,9 @@ def test_axes_that_are_the_identity_change_no_bit_of_eq_1():
     d = torch.tensor([[0, NONE], [2, 1], [0, 2], [NONE, NONE]])
     offset = (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)
     assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), offset)
-    assert torch.equal(small_model().axes, torch.eye(3))
+    with torch.autocast("cpu", torch.bfloat16):  # --precision bf16
+        assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), offset)
+    assert torch.equal(SAMSVAE([1], [0.0], [1.0], 3).axes, torch.eye(3))
 
 
 @pytest.mark.parametrize("n_perturbations, n_latent, noise", [(60, 6, 0.0), (200, 20, 0.1)])
@@ -329,7 +334,12 @@ def test_the_mask_log_odds_are_the_posterior_of_a_gaussian_spike_and_slab():
     expected = (math.log(alpha / (1 - alpha)) + density(0, math.sqrt(beta + s2)).log_prob(y)
                 - density(0, math.sqrt(s2)).log_prob(y))
     torch.testing.assert_close(mask_log_odds(loc, var, alpha, beta, misfit=0), expected)
-    assert (mask_log_odds(loc, var, alpha, beta)[0, 3] < expected[0, 3]).all()
+    # What is small beside the largest entry has to be clearer than by its own variance.
+    loc, var = torch.tensor([[4.0, 0.3]]), torch.tensor([[1e-3, 1e-3]])
+    assert (mask_log_odds(loc, var, alpha, beta, misfit=0) > 0).all()
+    assert (mask_log_odds(loc, var, alpha, beta) > 0).tolist() == [[True, False]]
+    # ... but many large entries are no reason to doubt each other.
+    assert (mask_log_odds(torch.full((1, 50), 4.0), torch.full((1, 50), 0.02), 1e-3, 1) > 0).all()
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus])
@@ -349,6 +359,14 @@ def test_masks_begin_where_offsets_are_clear_and_perturbations_without_cells_say
     assert before > 1.5 and after == pytest.approx(1, abs=0.05) and not model.masks_of_one
     found = evaluate.mask_recovery(mask[:-1], model.mask_probability()[:-1].detach())
     assert found["mask_f1"] == 1
+
+
+def test_beta_bernoulli_masks_begin_with_the_least_kl_of_their_probability():
+    model = BetaBernoulliSAMSVAE([5] * 3, [0.0], [1.0], 1)
+    logits = torch.tensor([[-4.0], [0.0], [4.0]])
+    model.set_masks(logits)
+    torch.testing.assert_close(model.mask_probability(), torch.sigmoid(logits))
+    assert (model.sample_mask(torch.arange(3), 1)[1] < torch.tensor([2.5, 0.5, 60])).all()
 
 
 def test_f_emb_cannot_be_turned():
@@ -732,7 +750,7 @@ def test_joint_iwelbo_converges_to_the_exact_log_marginal_likelihood_of_all_cell
 
 @pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE, BetaBernoulliSAMSVAE])
 def test_joint_iwelbo_is_equation_6_and_7_of_the_same_draws(kind):
-    model, (x, d) = small_model(kind, n_cells=(5, 3, 0)), small_batch()
+    model, (x, d) = small_model(kind, n_cells=(5, 3, 0), turned=True), small_batch()
     torch.manual_seed(5)
     predictive, joint, ess = iwelbo(model, [(x, d)], 4)
     torch.manual_seed(5)
@@ -766,7 +784,7 @@ def test_joint_iwelbo_is_equation_6_and_7_of_the_same_draws(kind):
 
 @pytest.mark.parametrize("log_theta", [-1.5, 3.0])  # much and little noise in the counts
 def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(log_theta):
-    model = small_model(n_genes=5)
+    model = small_model(n_genes=5, turned=True)
     with torch.no_grad():
         model.log_theta += log_theta
         model.f_emb.last.bias[:3] += 2
@@ -782,7 +800,7 @@ def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(lo
 
         control = sample(torch.zeros(n, 3))
         for i, chosen in enumerate([[0], [1, 2]]):
-            treated = sample((mask * effect)[:, chosen].sum(1))
+            treated = sample((mask * effect)[:, chosen].sum(1) @ model.axes.T)
             difference = treated - control
             log2 = [torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
                     for x in (treated, control)]
@@ -1756,9 +1774,9 @@ def test_the_matching_of_latents_is_the_best_of_all():
 
 
 def test_masks_of_two_runs_agree_whatever_the_order_of_their_latents():
-    first, second = [[0], [1, 2], [], [2]], [[3], [0, 1], [], [1]]
+    first, second = ["0", "1 12", "", "12"], ["3", "0 1", "", "1"]
     assert evaluate.mask_agreement([first, second]) == [1.0]
-    assert evaluate.mask_agreement([first, second, [[0], [0], [], [0]]])[1:] == [4 / 7, 4 / 7]
+    assert evaluate.mask_agreement([first, second, ["0", "0", "", "0"]])[1:] == [4 / 7, 4 / 7]
     assert evaluate.mask_agreement([first]) == []
 
 
@@ -1934,6 +1952,18 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options,
         assert torch.equal(whole["model"]["axes"], torch.eye(4))
     for whole, parts in zip(*logs, strict=True):  # all but the time it took
         assert whole | {"cells_per_second": 0} == parts | {"cells_per_second": 0}
+
+
+def test_masks_begin_at_half_of_the_steps_that_a_resumed_run_is_given_if_they_have_not_yet(folder):
+    train_on_screen("run", "--steps", "2", "--axes", "sparsest")
+    state = evaluate.load_checkpoint("runs/run", "last.pt")
+    assert state["config"]["masks_from"] == 1
+    for step, steps, expected in ((0, 12, 6), (4, 6, 5), (0, 10, 5), (7, 20, 6)):
+        state["config"] |= {"steps": 12, "masks_from": 6}
+        state["step"] = step
+        evaluate.save_checkpoint(state, "runs/run", "last.pt")
+        args, given = train.parse_arguments(["--resume", "runs/run", "--steps", str(steps)])
+        assert train.resume_run(args, given)[2]["config"]["masks_from"] == expected
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -2173,7 +2203,8 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
     for arguments, words in (
             (["--model", "svae+", "--data", "x", "--correlated-basal"], "no correlated guide"),
             (["--model", "cpa-vae", "--axes", "sparsest"], "has no masks"),
-            (["--axes", "sparsest", "--correlated-effects"], "needs a free q(e)"),
+            (["--axes", "sparsest", "--correlated-effects"], "needs --axes learned"),
+            (["--axes", "learned", "--mask-lr", "0.1"], "--mask-lr needs --axes sparsest"),
             (["--preset", "norman-ood"], "needs --data"),
             (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"],
              "--train-combinations: must be a fraction"),
@@ -2230,13 +2261,16 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
             if line.startswith(("| sams-vae", "| cvae", "| svae+", "| additive", "| model"))]
     header, *rows = rows[-5:]
-    table = {row[0]: dict(zip(header, row)) for row in rows}
+    table = {row[0].removesuffix(", sparsest axes"): dict(zip(header, row)) for row in rows}
+    assert sum(row[0].endswith("vae, sparsest axes") for row in rows) == 1
     metrics = [json.load(open(f"runs/sams{seed}/metrics.json")) for seed in "01"]
     a, b = (m["iwelbo"] for m in metrics)
     assert table["sams-vae"]["test IWELBO"] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
     a, b = (m["effects"]["log_normalised"]["all"]["model"]["rmse"] for m in metrics)
     assert table["sams-vae"]["RMSE"] == f"{(a + b) / 2:.3f} ± {abs(a - b) / 2**0.5:.3f}"
     assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
+    agreement = evaluate.mask_agreement([m["mask"] for m in metrics])[0]
+    assert table["sams-vae"]["masks agree"] == f"{agreement:.3f}"
     assert table["cvae"]["mask F1"] == "-" and "±" not in table["svae+"]["test IWELBO"]
 
     evaluate.main(runs)  # without options: whatever is there
@@ -2293,7 +2327,7 @@ def test_one_damaged_run_does_not_keep_others_from_the_table(folder, capsys):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main(["runs/a", "runs/b", "runs/c", *FEW])
         out, errors = capsys.readouterr()
-        assert stopped.value.code == 2 and "error: runs/b" in errors and "| sams-vae " in out
+        assert stopped.value.code == 2 and "error: runs/b" in errors and "| sams-vae" in out
     os.remove("screen.h5ad")
     with pytest.raises(data.DataError, match="runs/a: its data.*--data"):
         evaluate.main(["runs/a", "--again"])
@@ -2403,7 +2437,7 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, fo
 
 
 def test_an_interval_holds_nine_of_ten_particles():
-    model = small_model(CPAVAE, n_cells=(5, 3))
+    model = small_model(CPAVAE, n_cells=(5, 3), turned=True)
     torch.manual_seed(0)
     low, high = evaluate.effect_interval(model, torch.tensor([[0, NONE], [0, 1]]), 4000)
     with torch.no_grad():

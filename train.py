@@ -43,7 +43,8 @@ POSITIVE = (1e-30, 2**32, "positive and below 2^32")
 # "Replogle" and "Norman" are the settings of the paper (A.4) and its code for its two data sets.
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
-    ("--correlated-effects", True, bool, "q(e | m) in place of q(e) (paper: best of Table 1)"),
+    ("--correlated-effects", True, bool, "q(e | m) in place of q(e) (paper: best of "
+     "Table 1); always off with --axes sparsest"),
     ("--n-latent", 100, AT_LEAST_1, "latent dimensions (Replogle; Norman 200)"),
     ("--n-hidden", 400, AT_LEAST_1, "width of encoder and decoder (paper)"),
     ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
@@ -58,14 +59,16 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
 OPTIONS = [
     ("--model", "sams-vae", list(MODELS), "sams-vae; the same with a Beta-Bernoulli prior of the "
      "mask; cpa-vae: every mask entry is 1; svae+; cvae: the conditional VAE"),
-    ("--axes", "sparsest", ["learned", "sparsest"], "of the masks: as training finds them (paper), "
-     "or the sparsest ones (ours: see sparsest_axes in sams_vae.py)"),
+    ("--axes", "sparsest", ["learned", "sparsest"], "of the masks: as training leaves them (paper) "
+     "or the sparsest, with masks from half of the steps on (ours: see begin_masks)"),
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
     ("--batch-size", 512, AT_LEAST_1, "cells per step (paper)"),
     ("--particles", 5, AT_LEAST_1, "Monte Carlo samples per step (paper)"),
     ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
+    ("--mask-lr", 0.03, POSITIVE, "that of masks with --axes sparsest: of logits, which have a "
+     "scale of their own (ours)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
     ("--clip", 0.0, AT_LEAST_0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
     ("--seed", 0, AT_LEAST_0, "of the weights and of training (paper: five seeds)"),
@@ -90,7 +93,7 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
     ("--simulated-seed", 0, AT_LEAST_0, "its seed; if not given, --seed"),
 ]
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
-# that its row says how to read the file.
+# that its row says how to read the file, and whose axes the masks have.
 NORMAN = dict(axes="learned", layer="counts", gene_column="highly_variable", n_latent=200,
               effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
 PRESETS = {
@@ -162,6 +165,9 @@ def main(arguments=None):
             masks_begin = step == config["masks_from"]
             if masks_begin:  # --axes sparsest: so far they were masks of one
                 touched = begin_masks(model)
+                for name, parameter in model.named_parameters():
+                    if name.startswith("effect_"):  # Adam's moments are in the old axes
+                        optimizer.state.pop(parameter, None)
             # Sums on the device: but for the order of cells, once per epoch, nothing has waited for
             # a GPU so far.
             log.add(terms, value)
@@ -292,6 +298,8 @@ def resume_run(args, given):
     config["data"] = os.path.abspath(args.data) if args.data else config["data"]
     if config["steps"] < state["step"]:
         raise DataError(f"{folder} is at step {state['step']:,} already: --steps must be larger")
+    if state["step"] < config["masks_from"]:
+        config["masks_from"] = max(state["step"] + 1, math.ceil(config["steps"] / 2))
     screen = evaluate.read_screen_of(config, state)
     print(screen.path, *screen.notes, sep="\n  ")
     write_config(folder, config)
@@ -309,16 +317,12 @@ def write_config(folder, config):
 # ============================================================================================
 
 
-MASK_LR = 0.03  # with --axes sparsest
-
-
 def new_optimizer(model, config):
-    """Adam (A.4). With --axes sparsest the masks have a learning rate of their own (ours): logits
-    have a scale of their own, and theirs is that of `begin_masks` whatever the networks need."""
+    """Adam (A.4); with --axes sparsest the masks have a learning rate of their own (ours)."""
     groups = {"networks": [], "masks": []}
     for name, parameter in model.named_parameters():
         groups["masks" if name.startswith("mask_") else "networks"].append(parameter)
-    mask_lr = MASK_LR if config["axes"] == "sparsest" else config["lr"]
+    mask_lr = config["mask_lr"] if config["axes"] == "sparsest" else config["lr"]
     return torch.optim.Adam([{"params": groups["networks"]},
                              {"params": groups["masks"], "lr": mask_lr}],
                             lr=config["lr"], weight_decay=config["weight_decay"], fused=True)
@@ -537,10 +541,12 @@ def configuration(args, given):
     config["masks_from"] = 0
     if config["axes"] == "sparsest":
         if given.get("correlated_effects"):
-            raise DataError("--axes sparsest needs a free q(e): leave out --correlated-effects, or "
-                            "say --axes learned")
+            raise DataError("--correlated-effects needs --axes learned: the sparsest axes, the "
+                            "default without a preset of the paper, take a free q(e)")
         config["correlated_effects"] = False
         config["masks_from"] = math.ceil(config["steps"] / 2)
+    elif "mask_lr" in given:
+        raise DataError("--mask-lr needs --axes sparsest: else masks learn as fast as the networks")
     # What is given takes the place of what a preset says of the same thing.
     if "split" in given and given.get("split_column"):
         raise DataError("--split and --split-column exclude each other")

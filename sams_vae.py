@@ -589,8 +589,8 @@ class SVAEPlus(SAMSVAE):
         return self.n_cells.new_tensor(1 / (1 + self.mask_b))
 
     def effect_posterior(self, mask, t):
-        """mu, and for want of a posterior the variance it had if z were observed, 1 / n_t: (U, L)
-        each."""
+        """mu, and, where a variance is asked for (`begin_masks`), the one that mu had if z were
+        observed, 1 / n_t: (U, L) each."""
         loc = torch.where(self.trained(t), self.effect_loc.index_select(0, t), 0.0)
         return loc, 1 / self.n_cells[t].clamp(min=1).unsqueeze(-1).expand_as(loc)
 

@@ -888,19 +888,30 @@ class NoControl(DataError):
 # ============================================================================================
 
 # How perturbation labels look in the files of others, tried in this order where no column is named.
-# A control's name may contain *. Only `condition` is known to join combinations, by "+": nothing
-# else is split unless asked for, since "_" joins combinations in one family and numbers the guides
-# of a single gene (ZAP70_1) in another. A column named by the user is read as its family would be.
+# Only `condition` is known to join combinations, by "+": nothing else is split unless asked for,
+# since "_" joins combinations in one family and numbers the guides of a single gene (ZAP70_1) in
+# another. A column named by the user is read as its family would be. In these lists * stands for
+# any characters, and capitals do not matter; in what the user writes they do.
+CONTROLS = ["control", "ctrl", "NT", "NTC", "non-targeting*", "non_targeting*", "non targeting*",
+            "nontargeting*", "negctrl*"]
 FAMILIES = [  # obs column (or prefix of one-hot columns), names of controls, separator
     ("sgID_AB", ["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
     ("guide_", [], None),  # Norman et al., the paper's file: 0/1 columns, one per guide
-    ("condition", ["ctrl", "control", "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
-    ("perturbation", ["control"], None),  # scPerturb
-    ("gene", ["non-targeting"], None),  # Replogle et al., original; Arc
-    ("target_gene", ["non-targeting"], None),  # Arc, Virtual Cell Challenge
-    ("gene_target", ["NT"], None),  # Mixscape
+    ("condition", [*CONTROLS, "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
+    ("perturbation", CONTROLS, None),  # scPerturb
+    ("gene", CONTROLS, None),  # Replogle et al., original; Arc
+    ("target_gene", CONTROLS, None),  # Arc, Virtual Cell Challenge
+    ("gene_target", CONTROLS, None),  # Mixscape
+    ("grna_target", CONTROLS, None),  # sceptre
+    ("target_gene_name", CONTROLS, None),  # Cell Ranger
 ]
 ONE_HOT = "guide_"
+
+# What guide callers and demultiplexers write where they have no label: it names no perturbation.
+# (--keep says that it does, in a file.)
+UNASSIGNED = ["nan", "none", "<na>", "na", "n/a", "null", "unassigned", "unknown", "undetermined",
+              "unmapped", "negative", "ambiguous", "doublet", "doublets", "multiplet", "multiplets",
+              "multiple", "multi", "no guide", "no_guide", "noguide"]
 
 
 @dataclasses.dataclass
@@ -914,7 +925,8 @@ class Screen:
     cell_names      (N,) str
     d               (N, P) int64, perturbations of each cell; NONE in free places and controls
     perturbations   the T names that d refers to, sorted
-    conditions      (N,) str: names of the cell's perturbations joined by "+", or "control"
+    conditions      (N,) str: names of the cell's perturbations with `joiner` between, or "control"
+    joiner          "+", or " + " where a perturbation's own name has a +
     split           (N,) str or None: what a column of the file says of each cell's split
     notes           lines that say what was chosen and what was dropped
     file            the H5ad it was read from
@@ -928,6 +940,7 @@ class Screen:
     d: np.ndarray
     perturbations: list
     conditions: np.ndarray
+    joiner: str
     split: np.ndarray | None
     notes: list
     file: H5ad
@@ -949,7 +962,8 @@ class Screen:
 
 
 def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
-                one_hot_prefix=None, layer=None, split_column=None, gene_column=None, subset=None):
+                one_hot_prefix=None, layer=None, split_column=None, gene_column=None, subset=None,
+                exclude=None, keep=None, min_cells=0):
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
@@ -963,40 +977,61 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     gene_column            var column that is true for the genes to keep; by default all are kept
     subset                 list of "COLUMN=VALUE", the cells to keep by their obs columns: of
                            several values of one column, any; of several columns, all
+    exclude                list of labels, or of parts of combinations, whose cells are left out;
+                           with "*" as in control
+    keep                   list of such labels that are perturbations though UNASSIGNED has them
+    min_cells              perturbations of fewer cells are left out, with all their cells
 
-    Cells outside of the subset, without a label, or without any count of the kept genes are
-    dropped; a note says how many. Raises DataError where the file, or the choice of column and
-    control, is wrong.
+    Cells outside of the subset, without a label or with one that is left out, or without any count
+    of the kept genes are dropped; a note says how many. Raises DataError where the file, or the
+    choice of column and control, is wrong.
     """
-    if one_hot_prefix is not None and (perturbation_column, control, combination_separator) != (
-            None, None, None):
-        raise DataError("--one-hot-prefix needs no --perturbation-column, no --control and no "
-                        "--combination-separator: leave them out")
+    if one_hot_prefix is not None and (perturbation_column, control, combination_separator,
+                                       exclude, keep) != (None,) * 5:
+        raise DataError("--one-hot-prefix needs no --perturbation-column, --control, "
+                        "--combination-separator, --exclude and --keep: leave them out")
 
     # Phase one: names and labels, which say what cells and genes are wanted.
     file = read_h5ad(path, layer)
     genes = _read_gene_column(file, gene_column)
     in_subset = _read_subset(file, subset or [])
     if perturbation_column is not None:
-        labels = _read_labels(file, perturbation_column, control, combination_separator)
+        labels = _read_labels(file, perturbation_column, control, combination_separator,
+                              exclude or [], keep or [])
     elif one_hot_prefix is not None:
         labels = _read_one_hot(file, one_hot_prefix)
     else:
-        labels = _find_family(file, control, combination_separator)
-    column, sets, labels_note = labels  # sets: of each cell's perturbations, None: no label
+        labels = _find_family(file, control, combination_separator, exclude or [], keep or [])
+    column, values, sets, label_notes = labels
+    for pattern in [*(exclude or []), *(keep or [])]:  # one that is nowhere is a misspelt one
+        if not any(_matches([f"*{pattern}*"], label) for label in set(values)):
+            raise DataError(f"{file.path}: no label in {column} is {pattern!r}, of --exclude or "
+                            f"--keep; the labels are {_commonest(values, 12)}")
     has_label = np.array([names is not None for names in sets])
+    # The cells of a rare perturbation may leave another one with too few: until nothing changes.
+    wanted, rare = in_subset & has_label, set()
+    while True:
+        n_cells = collections.Counter(name for i in np.flatnonzero(wanted) for name in sets[i])
+        few = {name for name, n in n_cells.items() if n < min_cells}
+        if not few:
+            break
+        rare |= few
+        wanted &= np.array([not (names and names & few) for names in sets])
     split = _read_split(file, split_column) if split_column else None
 
     # Phase two: their counts. A cell without any says nothing of frequencies; its l_i would be 0.
-    rows = np.flatnonzero(in_subset & has_label)
-    counts = file.counts(in_subset & has_label, genes)
+    counts, rows = file.counts(wanted, genes), np.flatnonzero(wanted)
     n_wanted, rows = len(rows), rows[counts.drop_empty_cells()]
 
-    notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", labels_note]
+    notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", *label_notes]
     if gene_column:
         notes.append(f"{counts.shape[1]:,} genes kept, true in var column {gene_column!r}")
+    without = in_subset & ~has_label
     for n, why in ((int((~in_subset).sum()), f"outside of {' '.join(subset or [])}"),
-                   (int((in_subset & ~has_label).sum()), f"without a label in {column}"),
+                   (int(without.sum()), f"without a perturbation's label in {column}"
+                    + (f": {_commonest(values[without], 8)}" if any(values[without]) else "")),
+                   (int((in_subset & has_label & ~wanted).sum()), f"of {len(rare):,} perturbations that have fewer than "
+                    f"{min_cells} (--min-cells)"),
                    (n_wanted - len(rows), "without any count")):
         notes += [f"dropped {n:,} cells {why}"] if n else []
     if split is not None:
@@ -1008,8 +1043,9 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     sets = [sets[i] for i in rows]
     perturbations = sorted(set().union(*sets))
     pairs = len({names for names in sets if len(names) > 1})
+    joiner = " + " if any("+" in name for name in perturbations) else "+"
     for name in perturbations:  # the names of conditions, below, must tell them apart
-        if name == "control" or (pairs and "+" in name):
+        if name == "control" or joiner in name:
             raise DataError(f"{path}: a perturbation is called {name!r}, which cannot be told from "
                             "the control or from a combination: check --control and "
                             "--combination-separator, or rename it")
@@ -1017,7 +1053,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     d = np.full((len(rows), max(map(len, sets), default=0)), NONE)
     for i, names in enumerate(sets):
         d[i, :len(names)] = [index[name] for name in sorted(names)]  # A+B and B+A are the same
-    conditions = np.array(["+".join(sorted(s)) or "control" for s in sets], dtype=object)
+    conditions = np.array([joiner.join(sorted(s)) or "control" for s in sets], dtype=object)
 
     controls = int((d == NONE).all(1).sum())
     if not controls or controls == len(rows):
@@ -1029,7 +1065,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
     notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
     return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
-                  perturbations, conditions, None if split is None else split[1][rows], notes, file)
+                  perturbations, conditions, joiner, None if split is None else split[1][rows], notes, file)
 
 
 def one_label_per_cell(screen):
@@ -1076,30 +1112,59 @@ def _read_subset(file, subset):
     return chosen
 
 
-# The next three return the column's name, each cell's set of perturbation names (None: no label,
-# empty: a control), and a line on what was read.
+# The next three return the column's name, what it says of each cell, each cell's set of perturbation
+# names (None: no label, empty: a control), and lines on what was read.
 
 
-def _read_labels(file, column, control, separator):
+def _read_labels(file, column, control, separator, exclude, keep):
     """The sets from a column of labels. Raises NoControl where none of them is a control."""
     # v != v: NaN, the missing value of a column of numbers.
     values = ["" if v is None or v != v else str(v).strip() for v in file.obs(column).tolist()]
     # What is not said is as in the column's family; in a column of no family, any family's names
-    # of controls will do, as long as only one of them occurs.
+    # of controls will do.
     families = {name: family for name, *family in FAMILIES}
     everyone = list(dict.fromkeys(c for controls, _ in families.values() for c in controls))
     known, family_separator = families.get(column, (everyone, None))
-    controls = known if control is None else [control.strip()]
     separator = family_separator if separator is None else separator  # "" splits nothing
-    # There are far fewer labels than cells: parse each once.
-    parsed = {label: _parse(file.path, label, controls, separator)
-              for label in dict.fromkeys(values)}
+
+    def is_control(label, wildcards=True):
+        """Whether it is the name of a control."""
+        names = [c for c in (known if control is None else [control.strip()])
+                 if wildcards or "*" not in c]
+        return _matches(names, label, re.IGNORECASE if control is None else 0)
+
+    def parts_of(label):
+        """The names that a label joins."""
+        return [part.strip() for part in label.split(separator)] if separator else [label]
+
+    def parse(label):
+        """A label -> the set of its perturbations: None if missing, empty if it is a control."""
+        parts = parts_of(label)
+        if label == "" or _matches(exclude, label):
+            return None
+        # Before what is unassigned, since a user may call the controls "None". In a combination *
+        # must not reach beyond a part: with nt_*, nt_1|CCNE2_2 is perturbed.
+        if is_control(label, wildcards=len(parts) == 1):
+            return frozenset()
+        if not all(parts):
+            raise DataError(f"{file.path}: the label {label!r}, split at {separator!r}, has an "
+                            "empty part: another --combination-separator, or '' to split nothing")
+        for part in parts:
+            if _matches(exclude, part) or (part.lower() in UNASSIGNED and not is_control(part)
+                                           and not _matches(keep, part)):
+                return None
+        return frozenset(part for part in parts if not is_control(part))  # GENE+ctrl is GENE
+
+    n_cells = collections.Counter(values)  # far fewer labels than cells: parse each once
+    parsed = {label: parse(label) for label in n_cells}
     found = [label for label, names in parsed.items() if names == frozenset()]
     if not found:
         raise NoControl(f"{file.path}: no control cell in obs column {column!r}, looked for "
-                        f"{' or '.join(map(repr, controls))}: name it with --control; "
-                        f"its labels are {_commonest(values, 12)}")
-    if len(found) > 1 and control is None and column not in families:
+                        f"{' or '.join(known if control is None else [control])}: name it with "
+                        f"--control; its labels are {_commonest(values, 12)}")
+    if control is None and not any(  # one name, with its *, should be that of all
+            all(_matches([c], part, re.IGNORECASE) for label in found for part in parts_of(label))
+            for c in known):
         raise DataError(f"{file.path}: obs column {column!r} holds several names of controls, "
                         f"{', '.join(found[:5])}: name the one to use with --control")
     note = f"labels in obs column {column!r}; control: {', '.join(found[:3])}"
@@ -1113,25 +1178,24 @@ def _read_labels(file, column, control, separator):
     elif joined:
         note += (f"; some contain {' and '.join(map(repr, joined))}, nothing was split "
                  "(--combination-separator would, if it joins combinations)")
-    return column, [parsed[value] for value in values], note
+    notes = [note]
+    for c in "+|,;&" if not separator else "":
+        mixed = [label for label in parsed if parsed[label] is not None
+                 and len({is_control(part.strip()) for part in label.split(c)}) == 2]
+        if mixed:
+            as_control = [label for label in mixed if not parsed[label]]
+            notes.append(
+                f"warning: {sum(n_cells[label] for label in mixed):,} cells have labels such as "
+                f"{mixed[0]!r}, a control's name beside another; "
+                f"{sum(n_cells[label] for label in as_control):,} of them count as controls: if "
+                f"{c!r} joins combinations, use --combination-separator '{c}'")
+    return column, np.array(values, dtype=object), [parsed[value] for value in values], notes
 
 
-def _parse(path, label, controls, separator):
-    """A label -> the set of its perturbations: None if missing, empty if it is a control."""
-    def is_control(part):
-        """Whether it is the name of a control; * in a name stands for any characters."""
-        return any(re.fullmatch(".*".join(map(re.escape, c.split("*"))), part) for c in controls)
-
-    if label == "":
-        return None
-    if is_control(label):  # before the next line, since a user may call the controls "None"
-        return frozenset()
-    if label in ("nan", "NaN", "None", "<NA>"):  # what others have written for a missing label
-        return None
-    parts = [part.strip() for part in label.split(separator)] if separator else [label]
-    if not all(parts):
-        raise DataError(f"{path}: the label {label!r}, split at {separator!r}, has an empty part")
-    return frozenset(part for part in parts if not is_control(part))  # GENE+ctrl is GENE
+def _matches(patterns, text, flags=0):
+    """Whether one of the patterns, in which * stands for any characters, is the whole text."""
+    return any(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, flags)
+               for pattern in patterns)
 
 
 def _read_one_hot(file, prefix):
@@ -1154,23 +1218,24 @@ def _read_one_hot(file, prefix):
     if frozenset() not in sets:
         raise NoControl(f"{file.path}: every cell has a 1 in one of the columns {prefix}*, and so "
                         "none is a control")
-    return f"{prefix}*", sets, f"{len(names)} one-hot columns {prefix}*; control: cells with none"
+    note = f"{len(names)} one-hot columns {prefix}*; control: cells with none"
+    return f"{prefix}*", np.full(len(sets), "", dtype=object), sets, [note]
 
 
-def _find_family(file, control, separator):
+def _find_family(file, control, separator, exclude, keep):
     """The sets of the first of FAMILIES that fits; DataError where they disagree or none does."""
     fits = []
     for column, *_ in FAMILIES:
         # Another meaning of the same name, say `gene`, has no controls: that is no error, yet.
         with contextlib.suppress(NoControl):
-            if column == ONE_HOT and control is None:
+            if column == ONE_HOT and control is None and not exclude + keep:
                 fits.append(_read_one_hot(file, column))
             elif column in file.obs_columns:
-                fits.append(_read_labels(file, column, control, separator))
+                fits.append(_read_labels(file, column, control, separator, exclude, keep))
     # Columns that agree on the control cells describe the same screen, at most in other detail
     # (guide or gene): the first is taken. If they disagree, guessing would be gambling.
     for other in fits[1:]:
-        if any((a == frozenset()) != (b == frozenset()) for a, b in zip(fits[0][1], other[1])):
+        if any((a == frozenset()) != (b == frozenset()) for a, b in zip(fits[0][2], other[2])):
             raise DataError(f"{file.path}: obs columns {fits[0][0]!r} and {other[0]!r} both look "
                             "like perturbation labels but disagree on the control cells: choose "
                             f"with --perturbation-column; {_describe_obs(file)}")
@@ -1396,6 +1461,22 @@ def training_statistics(batches, cells):
     return mean.float(), (square / len(cells)).sqrt().float()
 
 
+def gene_moments(batches, cells):
+    """Log frequency f and log inverse dispersion theta of each gene over the given cells, (G,) each.
+
+    By the likelihood of 2.2 without latents, x ~ NB(mean l f, theta): f is the gene's part of all
+    counts (half a count is added to each gene), and theta the one by which what x varies more than
+    a Poisson count adds up, sum (x - l f)^2 - l f = sum (l f)^2 / theta. Between exp(-8) and exp(6).
+    """
+    total = sum(x.double().sum(0) for x, _ in batches.in_order(cells)) + 0.5
+    frequency, excess, square = total / total.sum(), 0.0, 0.0
+    for x, _ in batches.in_order(cells):
+        mean = x.double().sum(-1, keepdim=True) * frequency
+        excess, square = excess + ((x - mean) ** 2 - mean).sum(0), square + (mean**2).sum(0)
+    log_theta = (square / excess.clamp(min=1e-9)).log().clamp(-8, 6)
+    return frequency.log().float(), log_theta.float()
+
+
 # ============================================================================================
 # A simulated screen with known masks and effects
 # ============================================================================================
@@ -1525,7 +1606,11 @@ def read_pathways(path):
 
 
 SCREEN_OPTIONS = ("perturbation_column", "control", "combination_separator", "one_hot_prefix",
-                  "layer", "split_column", "gene_column", "subset")  # the arguments of read_screen
+                  "layer", "split_column", "gene_column", "subset", "exclude", "keep",
+                  "min_cells")  # the arguments of read_screen
+
+
+MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
 
 
 def add_screen_options(parser):
@@ -1548,6 +1633,14 @@ def add_screen_options(parser):
                        help="var column that is true for the genes to keep (default: all are kept)")
     group.add_argument("--subset", metavar="COLUMN=VALUE", action="append",
                        help="keep cells with this value in this obs column; may be repeated")
+    group.add_argument("--exclude", metavar="LABEL", action="append",
+                       help="leave out cells with this label; * as in --control; may be repeated")
+    group.add_argument("--keep", metavar="LABEL", action="append",
+                       help="a label such as negative or unknown that does name a perturbation; "
+                            "may be repeated")
+    group.add_argument("--min-cells", metavar="N", type=int,
+                       help=f"leave out perturbations of fewer cells (default: {MIN_CELLS}; with a "
+                            "preset of the paper none)")
 
 
 def run(main):
@@ -1568,7 +1661,9 @@ def main():
     parser.add_argument("file")
     add_screen_options(parser)
     args = parser.parse_args()
-    screen = read_screen(args.file, **{name: getattr(args, name) for name in SCREEN_OPTIONS})
+    options = {name: getattr(args, name) for name in SCREEN_OPTIONS}
+    options["min_cells"] = MIN_CELLS if args.min_cells is None else args.min_cells
+    screen = read_screen(args.file, **options)
     print(f"{screen.path}")
     for note in screen.notes:
         print(f"  {note}")

@@ -328,7 +328,7 @@ def load_checkpoint(folder, name):
         raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "axes" not in checkpoint.get("config", {}):
+    if not isinstance(checkpoint, dict) or "min_cells" not in checkpoint.get("config", {}):
         raise DataError(f"{path}: is no checkpoint of this version of train.py")
     return checkpoint
 
@@ -804,7 +804,8 @@ def dosages_of(run, conditions):
     known, rows, spelled = run.screen.perturbations, [], []
     index = {name: t for t, name in enumerate(run.model_screen.perturbations)}
     for condition in conditions:
-        names = [condition] if condition in known else [n.strip() for n in condition.split("+")]
+        names = [condition] if condition in known else [
+            name.strip() for name in condition.split(run.screen.joiner)]
         names = sorted(name for name in names if name != "control")
         for name in names:
             if name not in known:
@@ -814,7 +815,7 @@ def dosages_of(run, conditions):
                                 "called control)")
         if len(set(names)) < len(names):
             raise DataError(f"{condition!r} names a perturbation twice")
-        spelled.append("+".join(names) or "control")
+        spelled.append(run.screen.joiner.join(names) or "control")
         if not run.model.adds_effects:  # one label per cell, and none for what it has not seen
             names = [spelled[-1]] if names else []
             if not set(names) <= index.keys():

@@ -254,6 +254,16 @@ class SAMSVAE(nn.Module):
         parts = [n_genes, self.n_latent] if self.correlated_basal else [n_genes]
         self.encoder = MLP(parts, n_hidden, n_layers, 2 * self.n_latent)
 
+    @torch.no_grad()
+    def start_from(self, log_frequency, log_theta):
+        """Let training start from these (G,): the decoder's output near them, and the dispersion.
+
+        (Ours. Else rho starts from 1 / G and theta from 1, and where that is far off, as for
+        shallow counts, the first thousands of steps explain by latents what these two should.)
+        """
+        self.decoder.last.bias.copy_(log_frequency)
+        self.log_theta.copy_(log_theta)
+
     # The masks m_t.
 
     def init_mask(self, n_perturbations):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 import warnings
 
 import h5py
@@ -1454,12 +1455,64 @@ def test_a_perturbation_that_could_be_taken_for_something_else_is_refused(tmp_pa
     path = write_obs(tmp_path / "x.h5ad", mine=["NT", "control", "A"])
     with pytest.raises(data.DataError, match="a perturbation is called 'control'"):
         data.read_screen(path, perturbation_column="mine", control="NT")
-    path = write_obs(tmp_path / "y.h5ad", mine=["NT", "A+B", "A_B"])
-    with pytest.raises(data.DataError, match="a perturbation is called 'A\\+B'"):
+    path = write_obs(tmp_path / "y.h5ad", mine=["NT", "A + B", "A_B"])
+    with pytest.raises(data.DataError, match="a perturbation is called 'A \\+ B'"):
         data.read_screen(path, perturbation_column="mine", control="NT", combination_separator="_")
     path = write_obs(tmp_path / "z.h5ad", condition=["ctrl", "A+"])
     with pytest.raises(data.DataError, match="'A\\+', split at '\\+', has an empty part"):
         data.read_screen(path)
+
+
+def test_combinations_of_names_with_a_plus_are_joined_by_one_between_spaces(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", mine=["NT", "CD4+", "CD4+|B", "B"])
+    screen = data.read_screen(path, perturbation_column="mine", combination_separator="|")
+    assert list(screen.conditions) == ["control", "CD4+", "B + CD4+", "B"]
+    run = types.SimpleNamespace(screen=screen, model_screen=screen, device="cpu",
+                                model=types.SimpleNamespace(adds_effects=True))
+    asked = ["CD4+ + B", "B", "CD4+", "control"]
+    d, spelled = evaluate.dosages_of(run, asked)
+    assert spelled == ["B + CD4+", "B", "CD4+", "control"]
+    assert d.tolist() == [[0, 1], [0, -1], [1, -1], [-1, -1]]
+
+
+def test_a_wildcard_of_the_control_does_not_reach_beyond_a_part_of_a_combination(tmp_path):
+    labels = ["nt_1", "nt_1|nt_2", "nt_1|A", "B|nt_2", "A|B"]
+    path = write_obs(tmp_path / "x.h5ad", mine=labels)
+    options = dict(perturbation_column="mine", control="nt_*")
+    assert conditions(path, **options, combination_separator="|") == ["control", "control", "A",
+                                                                      "B", "A+B"]
+    # Nothing was said of a separator: as before, with a warning.
+    screen = data.read_screen(path, **options)
+    assert list(screen.conditions) == ["control", "control", "control", "B|nt_2", "A|B"]
+    assert any("warning: 2 cells have labels such as 'nt_1|A'" in note and "1 of them count as "
+               "controls" in note and "--combination-separator '|'" in note
+               for note in screen.notes)
+    path = write_obs(tmp_path / "y.h5ad", mine=["neg+ctrl", "A+ctrl", "A+neg+ctrl"])
+    assert conditions(path, perturbation_column="mine", control="neg+ctrl",
+                      combination_separator="+") == ["control", "A+ctrl", "A+ctrl+neg"]
+
+
+def test_labels_that_name_no_perturbation_are_left_out_unless_they_are_kept(tmp_path):
+    labels = ["control", "Multiplet", "unassigned", "A", "negative", "A+negative", "A+B", "B", "B2"]
+    path = write_obs(tmp_path / "x.h5ad", condition=labels)
+    screen = data.read_screen(path)
+    assert list(screen.conditions) == ["control", "A", "A+B", "B", "B2"]
+    assert ("dropped 4 cells without a perturbation's label in condition: A+negative (1), Multiplet "
+            "(1), negative (1), unassigned (1)") in screen.notes
+    assert conditions(path, keep=["negative"], exclude=["B*"]) == ["control", "A", "negative",
+                                                                  "A+negative"]
+    with pytest.raises(data.DataError, match="no label in condition is 'C'"):
+        data.read_screen(path, exclude=["C"])
+    path = write_obs(tmp_path / "y.h5ad", mine=["None", "A", "nan"])
+    assert conditions(path, perturbation_column="mine", control="None") == ["control", "A"]
+
+
+def test_perturbations_of_few_cells_are_left_out_where_asked(tmp_path):
+    # Once the cells of B and D are gone, A has too few, too.
+    labels = ["ctrl", "A", "A+B", "C", "B", "A+C", "C+D", "C", "C"]
+    screen = data.read_screen(write_obs(tmp_path / "x.h5ad", condition=labels), min_cells=3)
+    assert list(screen.conditions) == ["control", "C", "C", "C"]
+    assert "dropped 5 cells of 3 perturbations that have fewer than 3 (--min-cells)" in screen.notes
 
 
 def test_one_hot_columns_hold_0_and_1_and_a_missing_value_is_a_missing_label(tmp_path):
@@ -1487,7 +1540,10 @@ def test_a_damaged_label_column_is_an_error_and_not_passed_over_for_another(tmp_
     (dict(condition=["Vehicle", "A"]), ["control", "A"]),
     (dict(gene=["non-targeting", "A"]), ["control", "A"]),
     (dict(target_gene=["non-targeting", "A"]), ["control", "A"]),
-    (dict(gene_target=["NT", "A"]), ["control", "A"])])
+    (dict(gene_target=["NT", "A"]), ["control", "A"]),
+    (dict(grna_target=["non-targeting", "A"]), ["control", "A"]),
+    (dict(gene=["NonTargetingControlGuideForHuman_0001", "A", "NonTargetingControlGuideForHuman_2"]),
+     ["control", "A", "control"])])
 def test_the_label_families_are_recognised(columns, expected, tmp_path):
     assert conditions(write_obs(tmp_path / "x.h5ad", **columns)) == expected
 
@@ -1517,7 +1573,7 @@ def test_cells_without_counts_or_label_are_dropped_and_counted(tmp_path):
     assert screen.rows.tolist() == [0, 1, 4]
     assert list(screen.cell_names) == ["cell0", "cell1", "cell4"]
     assert "dropped 1 cells without any count" in screen.notes
-    assert "dropped 1 cells without a label in condition" in screen.notes
+    assert "dropped 1 cells without a perturbation's label in condition" in screen.notes
     path = write_obs(tmp_path / "y.h5ad", mine=[0.0, np.nan, 1.0, np.nan])
     assert conditions(path, perturbation_column="mine", control="0.0") == ["control", "1.0"]
 
@@ -1733,6 +1789,35 @@ def test_training_statistics_are_those_of_log1p_over_the_training_cells(tmp_path
     x = np.log1p(MATRIX[[0, 4]])
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(std, x.std(0), rtol=1e-6, atol=1e-7)
+
+
+def test_gene_moments_find_the_frequencies_and_dispersions_of_negative_binomial_counts():
+    rng = np.random.default_rng(0)
+    # A few genes among many, so that the library does not depend on the counts of one.
+    frequency = np.array([0.002, 0.004, 0.004, 0.0] + [0.99 / 60] * 60)
+    theta = np.array([0.02, 0.5, 3.0] + [100.0] * 61)
+    mean = rng.lognormal(7, 0.5, (40_000, 1)) * frequency
+    x = rng.poisson(mean * rng.gamma(theta, 1 / theta, mean.shape))
+    x[::2] = 0  # of cells that are not asked for
+    batches = data.Batches(types.SimpleNamespace(
+        counts=data.Counts(x.shape, x.astype(np.uint16)), d=np.zeros((len(x), 1), int)))
+    log_frequency, log_theta = data.gene_moments(batches, np.arange(1, len(x), 2))
+    np.testing.assert_allclose(log_frequency.exp()[[0, 1, 2, 4]], frequency[[0, 1, 2, 4]], rtol=0.1)
+    np.testing.assert_allclose(log_theta.exp()[:3], theta[:3], rtol=0.2)
+    assert log_frequency[3] < -15 and log_theta[3] == 6  # never seen: Poisson, and finite
+
+
+def test_training_starts_from_the_training_cells_unless_a_preset_of_the_paper_says_otherwise(folder):
+    train_on_screen("run", "--steps", "1", "--lr", "1e-9", "--weight-decay", "0")
+    run = evaluate.load_checkpoint("runs/run", "last.pt")
+    batches = data.Batches(data.read_screen("screen.h5ad"))
+    log_frequency, log_theta = data.gene_moments(batches, run["split"]["train"].numpy())
+    torch.testing.assert_close(run["model"]["decoder.last.bias"], log_frequency)
+    torch.testing.assert_close(run["model"]["log_theta"], log_theta)
+    train_on_screen("zero", "--steps", "1", "--lr", "1e-9", "--start", "zero")
+    assert evaluate.load_checkpoint("runs/zero", "last.pt")["model"]["log_theta"].abs().max() < 1e-6
+    for preset in train.PRESETS:
+        assert train.PRESETS[preset]["start"] == "zero"
 
 
 def test_the_simulated_screen_is_what_it_says(tmp_path):
@@ -2003,13 +2088,26 @@ def test_options_reach_the_model_and_the_optimizer(folder):
     assert (model.alpha, model.beta) == (0.3, 2.5)
     assert len(model.encoder.residual) == len(model.decoder.residual) == 2
     assert len(model.f_emb.residual) == 3
-    group = run["optimizer"]["param_groups"][0]
-    assert (group["lr"], group["weight_decay"]) == (0.125, 0.5)
+    networks, masks = run["optimizer"]["param_groups"]
+    assert networks["lr"] == masks["lr"] == 0.125
+    assert networks["weight_decay"] == masks["weight_decay"] == 0.5
     # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
     for clip, moves in (("0", True), ("1e-12", False)):
         train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0")
         weights = evaluate.load_checkpoint(f"runs/clip{clip}", "last.pt")["model"]["log_theta"]
         assert (weights.abs().max() > 1e-5) == moves
+
+
+def test_masks_have_their_learning_rate_and_turned_effects_new_moments_in_the_sparsest_axes(folder):
+    train_on_screen("run", "--steps", "2", "--lr", "0.125", "--mask-lr", "0.5")  # they turn after 1
+    run = evaluate.load_checkpoint("runs/run", "last.pt")
+    assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5]
+    model = evaluate.build_model(run)
+    names = [name for name, _ in model.named_parameters() if not name.startswith("mask_")]
+    names += [name for name, _ in model.named_parameters() if name.startswith("mask_")]
+    steps = {name: int(run["optimizer"]["state"][i]["step"]) for i, name in enumerate(names)}
+    assert steps.pop("effect_loc") == steps.pop("effect_log_var") == steps.pop("mask_logits") == 1
+    assert set(steps.values()) == {2}
 
 
 def test_runs_that_start_at_the_same_time_have_folders_of_their_own(folder, monkeypatch):
@@ -2166,7 +2264,7 @@ def configuration(*arguments):
 
 def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
     common = dict(lr=3e-4, weight_decay=1e-6, batch_size=512, particles=5, n_layers=1, n_hidden=400,
-                  mask_b=2.0, correlated_basal=True, correlated_effects=True)
+                  mask_b=2.0, axes="learned", start="zero", min_cells=0, correlated_basal=True, correlated_effects=True)
     replogle = common | dict(steps=150_000, clip=0.0, n_latent=100, effect_layers=2,
                              effect_hidden=200, alpha=0.001, split="random", split_seed=0,
                              perturbation_column="sgID_AB", control="*non-targeting*")

@@ -70,6 +70,8 @@ OPTIONS = [
     ("--mask-lr", 0.03, POSITIVE, "that of masks with --axes sparsest: of logits, which have a "
      "scale of their own (ours)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
+    ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
+     "training cells (ours: see gene_moments in data.py), or zero (paper)"),
     ("--clip", 0.0, AT_LEAST_0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
     ("--seed", 0, AT_LEAST_0, "of the weights and of training (paper: five seeds)"),
     # the split (4.1, 4.2)
@@ -94,16 +96,17 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
 ]
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
 # that its row says how to read the file, and whose axes the masks have.
-NORMAN = dict(axes="learned", layer="counts", gene_column="highly_variable", n_latent=200,
+PAPER = dict(axes="learned", start="zero", min_cells=0)
+NORMAN = PAPER | dict(layer="counts", gene_column="highly_variable", n_latent=200,
               effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
 PRESETS = {
-    "replogle": dict(axes="learned", perturbation_column="sgID_AB", control="*non-targeting*"),
+    "replogle": PAPER | dict(perturbation_column="sgID_AB", control="*non-targeting*"),
     "norman-ood": NORMAN | dict(split="norman-ood"),
     "norman-data-efficiency": NORMAN | dict(split="norman-data-efficiency"),
     # Where there is no --data. A small screen needs a small model, and minutes allow few steps:
     # hence the higher learning rate.
     "simulated": dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
-                      batch_size=256, lr=1e-2, split_column="split"),
+                      batch_size=256, lr=1e-2, start="zero", min_cells=0, split_column="split"),
 }
 
 
@@ -266,7 +269,8 @@ def first_state(config, device):
 
     # What the model knows of the training cells (n_t of A.1; the encoder's standardisation), and
     # its first weights.
-    x_mean, x_std = data.training_statistics(data.Batches(screen, device), split["train"])
+    batches = data.Batches(screen, device)
+    x_mean, x_std = data.training_statistics(batches, split["train"])
     d = screen.d[split["train"]]
     n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}
@@ -274,6 +278,8 @@ def first_state(config, device):
                   "x_std": x_std.cpu()}
     torch.manual_seed(config["seed"])
     model = MODELS[config["model"]](**arguments)
+    if config["start"] == "data":
+        model.start_from(*data.gene_moments(batches, split["train"]))
     return screen, {
         "config": config, "fingerprint": fingerprint, "gene_names": list(screen.gene_names),
         "perturbations": screen.perturbations, "model_arguments": arguments,
@@ -521,7 +527,7 @@ def configuration(args, given):
     config = {"data": args.data and os.path.abspath(args.data),
               "preset": args.preset if args.data or args.preset or args.benchmark else "simulated"}
     rows = OPTIONS + (SIMULATION_OPTIONS if args.data is None else [])
-    config |= dict.fromkeys(data.SCREEN_OPTIONS)
+    config |= dict.fromkeys(data.SCREEN_OPTIONS) | {"min_cells": data.MIN_CELLS}
     config |= {option_name(flag): default for flag, default, *_ in rows}
     config |= PRESETS.get(config["preset"], {}) | given
     if args.data is None and "simulated_seed" not in given:

@@ -926,6 +926,8 @@ class Screen:
     d               (N, P) int64, perturbations of each cell; NONE in free places and controls
     perturbations   the T names that d refers to, sorted
     conditions      (N,) str: names of the cell's perturbations with `joiner` between, or "control"
+    c               (N, columns) int64, or None: covariates of each cell, as positions in
+    covariates      the names of all their values, such as "donor=A"
     joiner          "+", or " + " where a perturbation's own name has a +
     split           (N,) str or None: what a column of the file says of each cell's split
     notes           lines that say what was chosen and what was dropped
@@ -939,6 +941,8 @@ class Screen:
     cell_names: np.ndarray
     d: np.ndarray
     perturbations: list
+    c: np.ndarray | None
+    covariates: list
     conditions: np.ndarray
     joiner: str
     split: np.ndarray | None
@@ -955,15 +959,18 @@ class Screen:
         A trained model belongs to one: its parameters are in the order of genes and perturbations,
         and its splits are positions of cells.
         """
-        names = "\n".join([*self.gene_names, *self.cell_names, *self.perturbations])
+        names = "\n".join([*self.gene_names, *self.cell_names, *self.perturbations,
+                           *self.covariates])
         digest = hashlib.sha256(names.encode("utf-8", "replace"))
         digest.update(self.d.tobytes() + self.counts.library().tobytes())
+        if self.c is not None:
+            digest.update(self.c.tobytes())
         return digest.hexdigest()
 
 
 def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
                 one_hot_prefix=None, layer=None, split_column=None, gene_column=None, subset=None,
-                exclude=None, keep=None, min_cells=0):
+                exclude=None, keep=None, min_cells=0, covariate=None):
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
@@ -981,6 +988,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
                            with "*" as in control
     keep                   list of such labels that are perturbations though UNASSIGNED has them
     min_cells              perturbations of fewer cells are left out, with all their cells
+    covariate              list of obs columns, such as a donor or a batch, for c
 
     Cells outside of the subset, without a label or with one that is left out, or without any count
     of the kept genes are dropped; a note says how many. Raises DataError where the file, or the
@@ -1030,8 +1038,8 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     for n, why in ((int((~in_subset).sum()), f"outside of {' '.join(subset or [])}"),
                    (int(without.sum()), f"without a perturbation's label in {column}"
                     + (f": {_commonest(values[without], 8)}" if any(values[without]) else "")),
-                   (int((in_subset & has_label & ~wanted).sum()), f"of {len(rare):,} perturbations that have fewer than "
-                    f"{min_cells} (--min-cells)"),
+                   (int((in_subset & has_label & ~wanted).sum()), f"of {len(rare):,} perturbations "
+                    f"that have fewer than {min_cells} (--min-cells)"),
                    (n_wanted - len(rows), "without any count")):
         notes += [f"dropped {n:,} cells {why}"] if n else []
     if split is not None:
@@ -1064,8 +1072,12 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
                  f"perturbations, {pairs:,} combinations; commonest: {_commonest(conditions, 5)}")
     few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
     notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
+    c, names_of_values = _read_covariates(file, covariate or [], rows)
+    notes += [f"covariates: {', '.join(names_of_values)}"] if covariate else []
+    notes += _unbalanced(file, rows, (d == NONE).all(1), [column, split_column, *(covariate or [])])
     return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
-                  perturbations, conditions, joiner, None if split is None else split[1][rows], notes, file)
+                  perturbations, c, names_of_values, conditions, joiner,
+                  None if split is None else split[1][rows], notes, file)
 
 
 def one_label_per_cell(screen):
@@ -1077,6 +1089,51 @@ def one_label_per_cell(screen):
     index = {name: t for t, name in enumerate(names)} | {"control": NONE}
     d = np.array([[index[name]] for name in screen.conditions])
     return dataclasses.replace(screen, d=d, perturbations=names)
+
+
+def _read_covariates(file, columns, rows):
+    """(cells, columns) positions in the names of all values, NONE where a cell has none; the names.
+    None and [] if there are no columns."""
+    c, names = np.full((len(rows), len(columns)), NONE), []
+    for j, column in enumerate(columns):
+        found = file.obs(column)[rows]
+        missing = np.array([v is None or v != v or v == "" for v in found.tolist()])
+        values, c[~missing, j] = np.unique(found[~missing].astype(str), return_inverse=True)
+        if not 2 <= len(values) <= max(2, len(rows) / 10):
+            raise DataError(f"{file.path}: --covariate {column!r} has {len(values):,} values for "
+                            f"{len(rows):,} cells: a column of at least two, each with many cells, "
+                            "is needed")
+        c[~missing, j] += len(names)
+        names += [f"{column}={value}" for value in values]
+    return (c, names) if columns else (None, [])
+
+
+def _unbalanced(file, rows, is_control, not_these):
+    """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
+    unlike: what differs between batches would be taken for what perturbations do.
+
+    Columns are looked at in which most perturbed cells have a value that controls have, too: not
+    those that describe the perturbation. Unlike means a total variation distance above 0.1 that
+    is four standard errors above none.
+    """
+    notes = []
+    for column in file.obs_columns:
+        with contextlib.suppress(DataError):
+            values, v = np.unique(file.obs(column)[rows].astype(str), return_inverse=True)
+            if column in not_these or not 2 <= len(values) <= 50:
+                continue
+            n = np.stack([np.bincount(v[chosen], minlength=len(values))
+                          for chosen in (is_control, ~is_control)])  # (2, values)
+            p = n / n.sum(1, keepdims=True)
+            expected = n.sum(0) * n.sum(1, keepdims=True) / n.sum()
+            chi2, df = ((n - expected) ** 2 / expected).sum(), len(values) - 1
+            if (p[1, n[0] > 0].sum() > 0.5 and np.abs(p[0] - p[1]).sum() / 2 > 0.1
+                    and chi2 > df + 4 * math.sqrt(2 * df)):
+                most = np.argmax(np.abs(p[0] - p[1]))
+                notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of "
+                             f"the perturbed cells have {column}={values[most]}: --covariate "
+                             f"{column} would compare like with like")
+    return notes
 
 
 def _read_gene_column(file, column):
@@ -1112,8 +1169,8 @@ def _read_subset(file, subset):
     return chosen
 
 
-# The next three return the column's name, what it says of each cell, each cell's set of perturbation
-# names (None: no label, empty: a control), and lines on what was read.
+# The next three return the column's name, what it says of each cell, each cell's set of names of
+# perturbations (None: no label, empty: a control), and lines on what was read.
 
 
 def _read_labels(file, column, control, separator, exclude, keep):
@@ -1383,17 +1440,19 @@ def _tensor(array, device):
 
 
 class Batches:
-    """A screen that lies on the device. batches(cells) -> counts x (B, G) floats, dosages d (B, P).
+    """A screen that lies on the device. batches(cells) -> counts x (B, G) floats, dosages d (B, P),
+    and covariates c (B, C) if the screen has some.
 
-    Of the screen, its counts (N, G) and d (N, P) are used. `cells` are positions 0..N-1, a tensor
-    on the device. Counts stay in their integer type, sparse ones sparse: what becomes floats and
-    dense is a batch at a time.
+    Of the screen, its counts (N, G), d (N, P) and c (N, C) are used. `cells` are positions 0..N-1,
+    a tensor on the device. Counts stay in their integer type, sparse ones sparse: what becomes
+    floats and dense is a batch at a time.
     """
 
     def __init__(self, screen, device="cpu"):
         counts = screen.counts
         self.device, self.n_genes = torch.device(device), counts.shape[1]
-        self.d = torch.from_numpy(screen.d).to(device)
+        self.labels = [torch.from_numpy(labels).to(device) for labels in (screen.d, screen.c)
+                       if labels is not None]
         self.values = _tensor(counts.values, device)
         self.sparse = counts.indptr is not None
         if self.sparse:
@@ -1403,7 +1462,7 @@ class Batches:
 
     def __call__(self, cells):
         if not self.sparse:
-            return self.values[cells].float(), self.d[cells]
+            return self.values[cells].float(), *(v[cells] for v in self.labels)
         # Every row is read as if it were the longest one, and what is too much goes to a column
         # that is cut off: fixed shapes, so that a GPU need not tell the host how many there are.
         start, end = self.indptr[cells, None], self.indptr[cells + 1, None]  # (B, 1)
@@ -1413,7 +1472,7 @@ class Batches:
         column = torch.where(inside, self.columns[entry].long(), self.n_genes)
         x = torch.zeros(len(cells), self.n_genes + 1, device=self.device)
         x.scatter_(1, column, self.values[entry].float())
-        return x[:, :-1].contiguous(), self.d[cells]
+        return x[:, :-1].contiguous(), *(v[cells] for v in self.labels)
 
     def in_order(self, cells, size=512):
         """All the given cells (a numpy array of positions) once, in batches of at most `size`."""
@@ -1456,21 +1515,21 @@ def training_statistics(batches, cells):
 
     Two passes in double precision: a mean of squares minus a squared mean would lose digits.
     """
-    mean = sum(torch.log1p(x).double().sum(0) for x, _ in batches.in_order(cells)) / len(cells)
-    square = sum(((torch.log1p(x).double() - mean) ** 2).sum(0) for x, _ in batches.in_order(cells))
+    mean = sum(torch.log1p(x).double().sum(0) for x, *_ in batches.in_order(cells)) / len(cells)
+    square = sum(((torch.log1p(x).double() - mean)**2).sum(0) for x, *_ in batches.in_order(cells))
     return mean.float(), (square / len(cells)).sqrt().float()
 
 
 def gene_moments(batches, cells):
-    """Log frequency f and log inverse dispersion theta of each gene over the given cells, (G,) each.
+    """Log frequency f and log inverse dispersion theta of each gene over these cells, (G,) each.
 
     By the likelihood of 2.2 without latents, x ~ NB(mean l f, theta): f is the gene's part of all
     counts (half a count is added to each gene), and theta the one by which what x varies more than
-    a Poisson count adds up, sum (x - l f)^2 - l f = sum (l f)^2 / theta. Between exp(-8) and exp(6).
+    a Poisson count adds up, sum (x - l f)^2 - l f = sum (l f)^2 / theta, from exp(-8) to exp(6).
     """
-    total = sum(x.double().sum(0) for x, _ in batches.in_order(cells)) + 0.5
+    total = sum(x.double().sum(0) for x, *_ in batches.in_order(cells)) + 0.5
     frequency, excess, square = total / total.sum(), 0.0, 0.0
-    for x, _ in batches.in_order(cells):
+    for x, *_ in batches.in_order(cells):
         mean = x.double().sum(-1, keepdim=True) * frequency
         excess, square = excess + ((x - mean) ** 2 - mean).sum(0), square + (mean**2).sum(0)
     log_theta = (square / excess.clamp(min=1e-9)).log().clamp(-8, 6)
@@ -1483,7 +1542,7 @@ def gene_moments(batches, cells):
 
 
 def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_size=4.0,
-             n_latent=6, n_genes=200, n_pairs=60, n_controls=100):
+             n_latent=6, n_genes=200, n_pairs=60, n_controls=100, batch_effect=0.0):
     """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
 
     Each perturbation alone and n_pairs random pairs, cells_per_condition cells each, and n_controls
@@ -1492,6 +1551,9 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     dispersion 10, library sizes log-normal around 5,000. Half of the pairs are held out: all their
     cells are in `split` test, the others 64/16/20 in train, validation and test. The default screen
     has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls.
+
+    With a batch_effect there are two batches, obs `batch`: the second, of three in four controls
+    and of half of the perturbed cells, adds N(0, batch_effect^2) to the log frequency of each gene.
 
     Written beside the counts: obs `condition` and `split`; uns `simulation` with the perturbations'
     names and the true `mask` and `effect` (T, L); uns `pathways`, where a pathway is ten or more
@@ -1531,6 +1593,10 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     hidden = z @ rng.normal(0, 1.5 / np.sqrt(n_latent), (n_latent, 64)) + rng.normal(size=64)
     hidden = np.where(hidden > 0, hidden, 0.2 * hidden)  # leaky ReLU
     logits = hidden @ rng.normal(0, 0.6 / np.sqrt(64), (64, n_genes)) + rng.normal(size=n_genes)
+    batch = np.zeros((n, 1), int)
+    if batch_effect:
+        batch = rng.random((n, 1)) < np.where(d == NONE, 0.75, 0.5).min(axis=1, keepdims=True)
+        logits = logits + batch * rng.normal(0, batch_effect, n_genes)
     rho = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax
     rho /= rho.sum(axis=1, keepdims=True)
     library = rng.lognormal(np.log(5000), 0.3, (n, 1))
@@ -1550,7 +1616,8 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
         path, X=x.astype(np.uint16),
         obs={"cell": [f"cell{i}" for i in range(n)],
              "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
-             "split": split.astype(object)},
+             "split": split.astype(object)}
+        | ({"batch": batch[:, 0].astype(int)} if batch_effect else {}),
         var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
         uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect},
              "pathways": pathways})
@@ -1607,7 +1674,7 @@ def read_pathways(path):
 
 SCREEN_OPTIONS = ("perturbation_column", "control", "combination_separator", "one_hot_prefix",
                   "layer", "split_column", "gene_column", "subset", "exclude", "keep",
-                  "min_cells")  # the arguments of read_screen
+                  "min_cells", "covariate")  # the arguments of read_screen
 
 
 MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
@@ -1641,6 +1708,9 @@ def add_screen_options(parser):
     group.add_argument("--min-cells", metavar="N", type=int,
                        help=f"leave out perturbations of fewer cells (default: {MIN_CELLS}; with a "
                             "preset of the paper none)")
+    group.add_argument("--covariate", metavar="COLUMN", action="append",
+                       help="obs column, such as a donor or a batch, that the networks see; may be "
+                            "repeated (ours)")
 
 
 def run(main):

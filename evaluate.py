@@ -41,8 +41,7 @@ import torch
 
 import data
 from data import DataError
-from sams_vae import (MODELS, average_treatment_effects, draws_for, expected_expression, iwelbo,
-                      sum_effects)
+from sams_vae import MODELS, draws_for, expected_expression, iwelbo, sum_effects
 
 FORMAT = 3  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
@@ -235,6 +234,16 @@ def conditions_of(screen):
     return names[1:], first[1:], np.where(group == 0, len(names) - 1, group - 1)  # "" sorts first
 
 
+def strata_of(screen):
+    """The S sets of covariate values that occur among the cells, (S, columns), and that of every
+    cell, (N,): one set, of nothing, where there are no covariates."""
+    c = np.zeros((len(screen.d), 0), int) if screen.c is None else screen.c
+    if not c.shape[1]:
+        return c[:1], np.zeros(len(c), int)
+    strata, stratum = np.unique(c, axis=0, return_inverse=True)
+    return strata, stratum.reshape(-1)
+
+
 def mean_expression(batches, cells, group, n_groups):
     """Mean expression of groups of cells, on both scales, for cells of a library of 10,000.
 
@@ -247,7 +256,7 @@ def mean_expression(batches, cells, group, n_groups):
     total = {scale: torch.zeros(n_groups, batches.n_genes, dtype=torch.float64,
                                 device=batches.device) for scale in SCALES}
     parts = torch.from_numpy(group).to(batches.device).split(512)
-    for (x, _), part in zip(batches.in_order(cells), parts):
+    for (x, *_), part in zip(batches.in_order(cells), parts):
         per_10k = 1e4 * x / x.sum(-1, keepdim=True)  # (512, G)
         total["counts"].index_add_(0, part, per_10k.double())
         total["log_normalised"].index_add_(0, part, torch.log2(1 + per_10k).double())
@@ -255,47 +264,58 @@ def mean_expression(batches, cells, group, n_groups):
         return {scale: t.cpu().numpy() / n_cells[:, None] for scale, t in total.items()}, n_cells
 
 
-def baseline_effects(mean, n_cells, dosages):
-    """Effects that need no model, from training means of one scale (three baselines).
+def within_strata(mean, n_cells):
+    """Means of conditions, and of the control cells that each is compared with.
 
-    mean (C + 1, G), n_cells (C + 1,): training cells by condition, the control last (c below).
-    dosages (C, P). Returns name -> (C, G):
-
-        no_change       0: the prediction is c
-        perturbed_mean  the mean over training conditions p of (mu_p - c), for every condition
-        additive        sum over the condition's perturbations g of (mu_g - c), where mu_g is the
-                        mean of cells with g alone; 0 for a g that no training cell has alone
+    mean (C + 1, S, G), n_cells (C + 1, S), by condition, the control last, and covariates. A
+    condition is compared with control cells of the same covariates: averages over the S sets of
+    values that have both, weighted by the condition's cells. Returns both, (C, G) each, and the
+    weights (C, S). NaN for a condition that can be compared nowhere, whose weights are zero.
     """
-    control, mean = mean[-1], mean[:-1]
-    seen = n_cells[:-1] > 0
-    shift = np.where(seen[:, None], mean - control, 0.0)
-    n_perturbations = int(dosages.max()) + 1
-    alone = np.zeros((n_perturbations + 1, mean.shape[1]))  # the last row: NONE adds nothing
+    n = n_cells[:-1] * (n_cells[-1] > 0)
+    total = n.sum(1, keepdims=True)
+    weight = n / np.maximum(total, 1)
+    condition = np.einsum("cs,csg->cg", weight, np.nan_to_num(mean[:-1]))
+    control = weight @ np.nan_to_num(mean[-1])
+    nowhere = np.where(total > 0, 0.0, np.nan)
+    return condition + nowhere, control + nowhere, weight
+
+
+def baseline_effects(effect, dosages):
+    """Effects that need no model, from those of training cells on one scale (three baselines).
+
+    effect (C, G), NaN for conditions without training cells; dosages (C, P). Returns a dict of
+    (C, G):
+
+        no_change       0: the prediction is the control
+        perturbed_mean  the mean over training conditions of their effects, for every condition
+        additive        sum over the condition's perturbations g of the effect of cells with g
+                        alone; 0 for a g that no training cell has alone
+    """
+    seen = np.isfinite(effect).all(1)
+    effect = np.where(seen[:, None], effect, 0.0)
+    alone = np.zeros((int(dosages.max()) + 2, effect.shape[1]))  # the last row: NONE adds nothing
     is_single = (dosages != data.NONE).sum(1) == 1
-    alone[dosages[is_single].max(1)] = shift[is_single]
-    perturbed_mean = shift[seen].mean(0) if seen.any() else np.zeros_like(control)
-    return {"no_change": np.zeros_like(shift),
-            "perturbed_mean": np.broadcast_to(perturbed_mean, shift.shape),
+    alone[dosages[is_single].max(1)] = effect[is_single]
+    perturbed_mean = effect[seen].mean(0) if seen.any() else np.zeros(effect.shape[1])
+    return {"no_change": np.zeros_like(effect),
+            "perturbed_mean": np.broadcast_to(perturbed_mean, effect.shape),
             "additive": alone[dosages].sum(1)}
 
 
-def split_half_means(batches, cells, controls, group, n_conditions, seed=0):
-    """Means of one random half of the cells of each condition, and of the other half ("ceiling").
+def split_halves(cells, group, seed=0):
+    """One random half of the cells of each group, and the other half ("ceiling").
 
     How well do the effects of so many cells agree with those of as many others? A prediction is no
     worse for exceeding that: both halves are noisy here, and only one side is where a prediction
-    is compared. cells and controls (n,) positions, group (N,) conditions of all cells, where C
-    stands for the control. Returns {scale: (C + 1, G)} twice, as `mean_expression`, each half with
-    a half of the controls; NaN for conditions with fewer than two cells.
+    is compared. cells (n,) positions, group (N,) of all cells.
     """
-    perturbed = cells[group[cells] != n_conditions]
-    chosen = np.random.default_rng(seed).permutation(np.concatenate([perturbed, controls]))
+    chosen = np.random.default_rng(seed).permutation(cells)
     chosen = chosen[np.argsort(group[chosen], kind="stable")]
-    # The cells of a condition stand together now, in random order: every other one.
+    # The cells of a group stand together now, in random order: every other one.
     _, start, n = np.unique(group[chosen], return_index=True, return_counts=True)
-    number = np.arange(len(chosen)) - np.repeat(start, n)  # 0, 1, ... within the condition
-    return [mean_expression(batches, half, group[half], n_conditions + 1)[0]
-            for half in (chosen[number % 2 == 0], chosen[number % 2 == 1])]
+    number = np.arange(len(chosen)) - np.repeat(start, n)  # 0, 1, ... within the group
+    return chosen[number % 2 == 0], chosen[number % 2 == 1]
 
 
 # ============================================================================================
@@ -461,28 +481,39 @@ def effects(run, n_particles, library, effects_from):
     screen, split = run.screen, run.split
     names, first, group = conditions_of(screen)
     n_conditions, dosages = len(names), screen.d[first]  # (C, P)
+    strata, stratum = strata_of(screen)
+    # Cells by condition, the last being the control, and covariates.
+    shape, group_of_cell = (n_conditions + 1, len(strata)), group * len(strata) + stratum
 
-    # By the data. The control is the last group. The Norman splits have no controls among their
-    # test cells: then all controls are taken.
-    test_controls = split["test"][group[split["test"]] == n_conditions]
-    if len(test_controls) < 2:
-        test_controls = np.flatnonzero(group == n_conditions)
-    cells = np.arange(len(group)) if effects_from == "all" else np.union1d(split["test"],
-                                                                           test_controls)
-    observed, n_cells = mean_expression(run.batches, cells, group[cells], n_conditions + 1)
-    trained, n_train = mean_expression(run.batches, split["train"], group[split["train"]],
-                                       n_conditions + 1)
-    halves = split_half_means(run.batches, split["test"], test_controls, group, n_conditions)
+    def means(cells):
+        """{scale: mean expression of these cells (C + 1, S, G)}, and their number (C + 1, S)."""
+        mean, n = mean_expression(run.batches, cells, group_of_cell[cells], math.prod(shape))
+        return {scale: m.reshape(*shape, -1) for scale, m in mean.items()}, n.reshape(shape)
+
+    # By the data. The Norman splits have no controls among their test cells: then all controls
+    # are taken.
+    test = split["test"]
+    controls = test[group[test] == n_conditions]
+    if len(controls) < 2:
+        controls = np.flatnonzero(group == n_conditions)
+    test = np.union1d(test, controls)
+    observed, n_cells = means(np.arange(len(group)) if effects_from == "all" else test)
+    trained, n_train = means(split["train"])
+    halves = [means(half) for half in split_halves(test, group_of_cell)]
 
     # By the model, which has its own dosages of a condition (SVAE+ knows labels).
-    d = torch.from_numpy(run.model_screen.d[first]).to(run.device)
-    by_model = average_treatment_effects(run.model, d, n_particles, library)
-    by_model["counts"] *= 1e4 / library  # in the unit of the data's
+    _, _, weight = within_strata(observed["counts"], n_cells)
+    of_all_cells = np.bincount(group_of_cell, minlength=math.prod(shape)).reshape(shape)[:-1]
+    of_all_cells = of_all_cells / of_all_cells.sum(1, keepdims=True)
+    of_conditions, of_controls = expected_of_conditions(
+        run, torch.from_numpy(run.model_screen.d[first]),
+        np.where(weight.any(1, keepdims=True), weight, of_all_cells), n_particles, library)
 
     # Groups of conditions. Those without cells to take data effects from are in none.
-    known, n_perturbed = n_cells[:-1] > 0, (dosages != data.NONE).sum(1)
+    known, n_perturbed = weight.any(1), (dosages != data.NONE).sum(1)
+    n_cells_of, n_train_of = n_cells[:-1].sum(1), n_train[:-1].sum(1)
     groups = {"all": known, "pairs": known & (n_perturbed == 2),
-              "held_out": known & (n_train[:-1] == 0)}
+              "held_out": known & (n_train_of == 0)}
     for part, part_cells in split.items():
         groups[part] = known & np.isin(np.arange(n_conditions), group[part_cells])
 
@@ -490,19 +521,23 @@ def effects(run, n_particles, library, effects_from):
                "effects": {}}
     layers = {}
     for scale in SCALES:
-        effects_of_data = observed[scale][:-1] - observed[scale][-1]
-        predictions = {"model": by_model[scale].cpu().numpy()}
-        predictions |= baseline_effects(trained[scale], n_train, dosages)
+        mean_of_data, control_of_data, _ = within_strata(observed[scale], n_cells)
+        effects_of_data = mean_of_data - control_of_data
+        in_unit = 1e4 / library if scale == "counts" else 1  # the unit of the data's
+        predictions = {"model": in_unit * (of_conditions[scale] - of_controls[scale])}
+        mean_of_training, control_of_training, _ = within_strata(trained[scale], n_train)
+        predictions |= baseline_effects(mean_of_training - control_of_training, dosages)
         layers |= {f"model_{scale}": predictions["model"], f"data_{scale}": effects_of_data}
         # The other reference: not the control, but what training conditions have in common.
         shared = predictions["perturbed_mean"]
-        reference = trained[scale][-1] + shared
+        reference = shared + weight @ np.nan_to_num(np.where(
+            n_train[-1, :, None] > 0, trained[scale][-1], observed[scale][-1]))
         scores = {name: scores_by_group(groups, run.device, predicted, effects_of_data,
-                                        predicted - shared, observed[scale][:-1] - reference)
+                                        predicted - shared, mean_of_data - reference)
                   for name, predicted in predictions.items()}
-        a, b = (half[scale] for half in halves)
-        scores["ceiling"] = scores_by_group(groups, run.device, a[:-1] - a[-1], b[:-1] - b[-1],
-                                            a[:-1] - reference, b[:-1] - reference)
+        (a, control_a, _), (b, control_b, _) = (within_strata(half[scale], n) for half, n in halves)
+        scores["ceiling"] = scores_by_group(groups, run.device, a - control_a, b - control_b,
+                                            a - reference, b - reference)
         metrics["effects"][scale] = {name: {row: scores[row][name] for row in scores}
                                      for name in groups}
         # The most wanted of these once more, under flat names.
@@ -511,12 +546,37 @@ def effects(run, n_particles, library, effects_from):
                 prefix = "" if row == "model" else f"{row}_"
                 metrics[f"{prefix}ate_pearson_{scale}{suffix}"] = of_groups[name]["pearson"]
     run.write("effects.h5ad", X=layers["model_log_normalised"].astype(np.float32),
-              obs={"condition": names.astype(object), "n_cells": n_cells[:-1],
-                   "n_training_cells": n_train[:-1], "n_perturbations": n_perturbed},
+              obs={"condition": names.astype(object), "n_cells": n_cells_of,
+                   "n_training_cells": n_train_of, "n_perturbations": n_perturbed},
               var={"gene": screen.gene_names},
               layers={k: v.astype(np.float32) for k, v in layers.items()},
               uns={"effects_from": effects_from, "library": library})
     return metrics
+
+
+def expected_of_conditions(run, dosages, weight, n_particles, library):
+    """Expected expression of conditions and of control cells, by the model: {scale: (C, G)} twice.
+
+    dosages (C, P). Where there are covariates, averages over the S sets of their values with the
+    weights (C, S) of each condition, for condition and control alike.
+    """
+    strata, _ = strata_of(run.screen)
+    condition, stratum = np.nonzero(weight)
+    rows = np.concatenate([np.arange(len(strata)), stratum])  # an arm's covariates
+    dosages = dosages.to(run.device)
+    arms = torch.cat([torch.full_like(dosages[:1], data.NONE).expand(len(strata), -1),
+                      dosages[condition]])  # the controls first
+    c = None if run.screen.c is None else torch.from_numpy(strata[rows]).to(run.device)
+    expected = expected_expression(run.model, arms, n_particles, library, c=c)
+    results = []
+    for arm in (len(strata) + np.arange(len(condition)), stratum):
+        results.append({})
+        for scale in SCALES:
+            y = expected[scale].cpu().numpy()[arm] * weight[condition, stratum, None]
+            total = np.zeros((len(dosages), y.shape[1]))
+            np.add.at(total, condition, y)
+            results[-1][scale] = total
+    return results
 
 
 def scores_by_group(groups, device, predicted, observed, *from_mean):
@@ -830,8 +890,9 @@ def dosages_of(run, conditions):
 
 
 @torch.no_grad()
-def effect_interval(model, dosages, n_particles=1000, library=1e4):
+def effect_interval(model, dosages, n_particles=1000, library=1e4, c=None):
     """5 % and 95 % quantiles over particles of the effects on expected counts, (C, G) each.
+    c (n_particles, columns) are the particles' covariates.
 
     A particle is a basal state and a draw of (M, E): the interval holds the effect on nine of ten
     cells of the population, by what the model knows of the effects. It is no standard error.
@@ -839,12 +900,13 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4):
     t, drawn = draws_for(dosages, len(model.n_cells), shared=True)
     mask, effect = model.sample_many_globals(t, n_particles)
     z_basal = torch.randn(n_particles, model.n_latent, device=dosages.device)
-    control = model.log_rho(z_basal, torch.full_like(dosages[0], data.NONE)).exp()
+    c = None if c is None else c.to(dosages.device)
+    control = model.log_rho(z_basal, torch.full_like(dosages[0], data.NONE), c).exp()
     quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
     low_and_high = []
     for d, row in zip(dosages, drawn):
         z = z_basal + sum_effects(mask, effect, row[None], model.axes)[:, 0]  # eq. 1: (K, L)
-        difference = library * (model.log_rho(z, d).exp() - control)  # (K, G)
+        difference = library * (model.log_rho(z, d, c).exp() - control)  # (K, G)
         low_and_high.append(torch.quantile(difference, quantiles, dim=0))
     low, high = torch.stack(low_and_high, dim=1)
     return low, high
@@ -859,15 +921,20 @@ def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed
     """
     dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
-    arms = torch.cat([torch.full_like(dosages[:1], data.NONE), dosages])  # the control first
-    expected = expected_expression(run.model, arms, ate_particles, library)
+    # Covariates as they are in the screen as a whole.
+    strata, stratum = strata_of(run.screen)
+    share = np.bincount(stratum, minlength=len(strata)) / len(stratum)
+    of_conditions, of_controls = expected_of_conditions(
+        run, dosages, np.tile(share, (len(dosages), 1)), ate_particles, library)
     layers = {}
     for scale in SCALES:
-        layers[f"expected_{scale}"] = expected[scale][1:]
-        layers[f"effect_{scale}"] = expected[scale][1:] - expected[scale][0]
-    layers["effect_counts_low"], layers["effect_counts_high"] = effect_interval(
-        run.model, dosages, library=library)
-    layers = {name: value.cpu().numpy().astype(np.float32) for name, value in layers.items()}
+        layers[f"expected_{scale}"] = of_conditions[scale]
+        layers[f"effect_{scale}"] = of_conditions[scale] - of_controls[scale]
+    c = None if run.screen.c is None else torch.from_numpy(
+        run.screen.c[np.random.default_rng(evaluation_seed).integers(len(stratum), size=1000)])
+    layers["effect_counts_low"], layers["effect_counts_high"] = (
+        v.cpu().numpy() for v in effect_interval(run.model, dosages, library=library, c=c))
+    layers = {name: value.astype(np.float32) for name, value in layers.items()}
     trained_on = run.screen.conditions[run.split["train"]]
     n_cells = np.array([int((trained_on == name).sum()) for name in spelled])
     run.write("predictions.h5ad", X=layers["expected_log_normalised"],
@@ -902,9 +969,9 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     torch.manual_seed(evaluation_seed)
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
     basal, total = [], []
-    for x, d in run.batches.in_order(np.arange(len(screen.d))):
+    for x, d, *c in run.batches.in_order(np.arange(len(screen.d))):
         z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
-        loc, _ = model.encode(x, z_pert, d)
+        loc, _ = model.encode(x, z_pert, d, *c)
         basal.append((loc.expand_as(z_pert).mean(0) @ model.axes).cpu())
         total.append(((loc + z_pert).mean(0) @ model.axes).cpu())
 

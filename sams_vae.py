@@ -23,6 +23,8 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
     l_i      library     (B, 1)     total counts of the cell over the G genes
     d_i      d           (B, P)     dosages in index form: the perturbations of each cell, filled up
                                     with NONE = -1; a control cell is a row of NONE
+             c           (B, C)     covariates in index form, such as a donor or a batch, which
+                                    networks see beside their other input (ours; C = 0 in the paper)
     z^b      z_basal     (K, B, L)  basal state
     m_t      mask        (K, U, L)  0 or 1, for U perturbations named by an index tensor t (U,)
     e_t      effect      (K, U, L)
@@ -138,7 +140,8 @@ class MLP(nn.Module):
     [a, b] is W_a a + W_b b, so each part is multiplied in its own shape and the products are
     broadcast. What every particle shares, such as x (B, G) beside z_pert (K, B, L), thus costs one
     product and not K. A part that holds integers is dosages in index form, (..., P), and stands for
-    the vector with a one in each of these places: it selects columns of W, and sums them.
+    the vector with a one in each of these places: it selects columns of W, and sums them. A part
+    that is None is nothing.
     """
 
     def __init__(self, part_sizes, n_hidden, n_layers, n_out):
@@ -152,6 +155,8 @@ class MLP(nn.Module):
         """Parts of shapes (..., size) or, of integers, (..., P), that broadcast -> (..., n_out)."""
         h = self.first.bias
         for part, weight in zip(parts, self.first.weight.split(self.part_sizes, dim=1)):
+            if part is None:
+                continue
             if part.is_floating_point():
                 h = h + F.linear(part, weight)
             else:
@@ -209,6 +214,9 @@ class SAMSVAE(nn.Module):
     correlated_effects q(e_t | m_t) = N(f_emb(m_t, t)) rather than free ("correlated embeddings")
     alpha, beta        the priors m ~ Bern(alpha), e ~ N(0, beta I)
     mask_a, mask_b     of the models below whose mask probabilities have a prior Beta(a, b)
+    n_covariates       values that all covariates have together: c (B, C) holds positions in these,
+                       or NONE. Encoder and decoder see them; z_basal and effects have no part in
+                       them, so that a perturbation moves the latent state alike in all
 
     The models that follow are this one with other versions of a few of its methods. What their
     callers must know of the difference stands in the lines below: none asks for the class.
@@ -222,13 +230,14 @@ class SAMSVAE(nn.Module):
 
     def __init__(self, n_cells, x_mean, x_std, n_latent=100, n_hidden=400, n_layers=1,
                  effect_hidden=200, effect_layers=2, correlated_basal=True,
-                 correlated_effects=True, alpha=0.001, beta=1.0, mask_a=1.0, mask_b=2.0):
+                 correlated_effects=True, alpha=0.001, beta=1.0, mask_a=1.0, mask_b=2.0,
+                 n_covariates=0):
         super().__init__()
         n_perturbations, n_genes = len(n_cells), len(x_mean)
         self.correlated_basal = correlated_basal and self.has_correlated_guide
         self.correlated_effects = correlated_effects and self.has_correlated_guide
         self.alpha, self.beta, self.mask_a, self.mask_b = alpha, beta, mask_a, mask_b
-        self.n_latent = n_latent
+        self.n_latent, self.n_covariates = n_latent, n_covariates
         self.widest = max(n_latent, effect_hidden)  # numbers per drawn (m_t, e_t), to choose chunks
         self.register_buffer("axes", torch.eye(n_latent))  # R of eq. 1
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
@@ -246,12 +255,13 @@ class SAMSVAE(nn.Module):
         self.init_encoder(n_perturbations, n_hidden, n_layers, n_genes)
 
     def init_decoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """f_theta: z (L) -> logits of rho (G)."""
-        self.decoder = MLP([self.n_latent], n_hidden, n_layers, n_genes)
+        """f_theta: z (L), and covariates -> logits of rho (G)."""
+        self.decoder = MLP([self.n_latent, self.n_covariates], n_hidden, n_layers, n_genes)
 
     def init_encoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """f_enc: x (G), and z_pert (L) if correlated -> mean and log variance of z_basal (2 L)."""
-        parts = [n_genes, self.n_latent] if self.correlated_basal else [n_genes]
+        """f_enc: x (G), covariates, and z_pert (L) if correlated -> mean and log variance of
+        z_basal (2 L)."""
+        parts = [n_genes, self.n_covariates] + [self.n_latent] * self.correlated_basal
         self.encoder = MLP(parts, n_hidden, n_layers, 2 * self.n_latent)
 
     @torch.no_grad()
@@ -378,25 +388,26 @@ class SAMSVAE(nn.Module):
 
     # The cells.
 
-    def encode(self, x, z_pert, d=None):
+    def encode(self, x, z_pert, d=None, c=None):
         """Mean and variance of q(z_basal | x, z_pert): (K, B, L), or (B, L) if it sees x alone."""
-        parts = (self.standardise(x), z_pert) if self.correlated_basal else (self.standardise(x),)
+        parts = (self.standardise(x), c) + (z_pert,) * self.correlated_basal
         return loc_and_variance(self.encoder(*parts))
 
     def standardise(self, x):
         """What the encoder sees of counts x: log(1 + x), standardised per gene."""
         return (torch.log1p(x) - self.x_mean) / self.x_std
 
-    def log_rho(self, z, d=None):
+    def log_rho(self, z, d=None, c=None):
         """Log expected transcript frequencies (..., G) of latent states z (..., L).
 
-        d (..., P) dosages, of use to the conditional VAE alone (also in encode)."""
-        return F.log_softmax(self.decoder(z), dim=-1)
+        d (..., P) dosages, of use to the conditional VAE alone (also in encode); c (..., C)
+        covariates."""
+        return F.log_softmax(self.decoder(z, c), dim=-1)
 
-    def log_likelihood(self, x, z, d=None):
+    def log_likelihood(self, x, z, d=None, c=None):
         """log p(x | z), (K, B), of counts x (B, G) with their observed library size (2.2)."""
         library = x.sum(-1, keepdim=True)
-        return nb_log_likelihood(x, self.log_rho(z, d), self.log_theta, library.log())
+        return nb_log_likelihood(x, self.log_rho(z, d, c), self.log_theta, library.log())
 
 
 class BetaBernoulliSAMSVAE(SAMSVAE):
@@ -634,9 +645,9 @@ class SVAEPlus(SAMSVAE):
         """Zero, (K,): mu and p are parameters, and given p, p and q of the mask are the same."""
         return mask.new_zeros(len(mask), dtype=torch.float64)
 
-    def encode(self, x, z_pert, d=None):
+    def encode(self, x, z_pert, d=None, c=None):
         """q(z | x) = N(loc, var) is q(z_basal | x, z_pert) = N(loc - z_pert, var), (K, B, L)."""
-        loc, var = super().encode(x, z_pert)
+        loc, var = super().encode(x, z_pert, d, c)
         return loc - z_pert, var
 
 
@@ -651,12 +662,14 @@ class ConditionalVAE(SAMSVAE):
     has_correlated_guide = False
 
     def init_decoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """z (L) and d (T) -> logits of rho (G)."""
-        self.decoder = MLP([self.n_latent, n_perturbations], n_hidden, n_layers, n_genes)
+        """z (L), covariates and d (T) -> logits of rho (G)."""
+        self.decoder = MLP([self.n_latent, self.n_covariates, n_perturbations], n_hidden, n_layers,
+                           n_genes)
 
     def init_encoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """x (G) and d (T) -> mean and log variance of z (2 L)."""
-        self.encoder = MLP([n_genes, n_perturbations], n_hidden, n_layers, 2 * self.n_latent)
+        """x (G), covariates and d (T) -> mean and log variance of z (2 L)."""
+        self.encoder = MLP([n_genes, self.n_covariates, n_perturbations], n_hidden, n_layers,
+                           2 * self.n_latent)
 
     def init_mask(self, n_perturbations):
         """There are no masks."""
@@ -677,13 +690,13 @@ class ConditionalVAE(SAMSVAE):
         """Zero, (K,): there are no global latent variables."""
         return mask.new_zeros(len(mask), dtype=torch.float64)
 
-    def encode(self, x, z_pert, d):
+    def encode(self, x, z_pert, d, c=None):
         """Mean and variance of q(z | x, d), (B, L)."""
-        return loc_and_variance(self.encoder(self.standardise(x), self._trained_only(d)))
+        return loc_and_variance(self.encoder(self.standardise(x), c, self._trained_only(d)))
 
-    def log_rho(self, z, d):
+    def log_rho(self, z, d, c=None):
         """Log expected transcript frequencies (..., G) of states z (..., L), dosages d (..., P)."""
-        return F.log_softmax(self.decoder(z, self._trained_only(d)), dim=-1)
+        return F.log_softmax(self.decoder(z, c, self._trained_only(d)), dim=-1)
 
     def _trained_only(self, d):
         # n_cells[NONE] is that of the last perturbation: the result is NONE either way.
@@ -717,11 +730,12 @@ def draws_for(d, n_perturbations, shared=False):
     return t, torch.where(d == NONE, NONE, position)
 
 
-def elbo(model, x, d, n_particles=5):
+def elbo(model, x, d, n_particles=5, c=None):
     """Unbiased estimate, from a minibatch, of ELBO / N of the N training cells (eq. 3; A.1).
 
     (Its gradient is not unbiased: that of the masks is the straight-through one.)
-    x (B, G) counts, no row all zero; d (B, P) dosages. With KL_t = KL(q(m_t) q(e_t|m_t) || p),
+    x (B, G) counts, no row all zero; d (B, P) dosages; c (B, C) covariates, if there are some. With
+    KL_t = KL(q(m_t) q(e_t|m_t) || p),
 
         1/B sum_i [ log p(x_i | z_i) - KL(q(z_i^b) || p) - sum_{t in d_i} KL_t / n_t ].
 
@@ -732,7 +746,7 @@ def elbo(model, x, d, n_particles=5):
     mask, effect, kl_mask, kl_effect = model.sample_globals(t, n_particles)  # (K, U, L), .. (K, U)
 
     z_pert = sum_effects(mask, effect, drawn, model.axes)  # eq. 1: (K, B, L)
-    loc, var = model.encode(x, z_pert, d)
+    loc, var = model.encode(x, z_pert, d, c)
     z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
     z = z_basal + z_pert  # (K, B, L)
 
@@ -748,7 +762,7 @@ def elbo(model, x, d, n_particles=5):
         return per_dosage((share * kl).unsqueeze(-1), drawn).sum((-2, -1))
 
     terms = {
-        "log_likelihood": model.log_likelihood(x, z, d).mean(),
+        "log_likelihood": model.log_likelihood(x, z, d, c).mean(),
         "kl_basal": kl_normal(loc, var).sum(-1).mean(),
         "kl_mask": paid(kl_mask).mean(),
         "kl_effect": paid(kl_effect).mean(),
@@ -762,20 +776,20 @@ def elbo(model, x, d, n_particles=5):
 # ============================================================================================
 
 
-def log_weights(model, x, d, mask, effect):
+def log_weights(model, x, d, mask, effect, c=None):
     """The factor of each cell in eq. 7, for one draw of its z_basal per particle: (K, B).
 
         log w_ik = log [ p(x_i | z_ik^b, M_k, E_k) p(z_ik^b) / q(z_ik^b | x_i, M_k, E_k) ]
 
-    x (B, G), d (B, P); mask, effect (K, T, L) are (M_k, E_k) ~ q of all perturbations.
+    x (B, G), d (B, P), c (B, C); mask, effect (K, T, L) are (M_k, E_k) ~ q of all perturbations.
     """
     z_pert = sum_effects(mask, effect, d, model.axes)  # (K, B, L)
-    loc, var = model.encode(x, z_pert, d)
+    loc, var = model.encode(x, z_pert, d, c)
     noise = torch.randn_like(z_pert)
     z_basal = loc + var.sqrt() * noise
     # log N(z_basal; 0, I) - log N(z_basal; loc, var); the factors (2 pi)^(-L/2) cancel.
     log_p_over_q = 0.5 * (noise**2 + var.log() - z_basal**2).sum(-1)
-    return model.log_likelihood(x, z_basal + z_pert, d) + log_p_over_q
+    return model.log_likelihood(x, z_basal + z_pert, d, c) + log_p_over_q
 
 
 @torch.no_grad()
@@ -798,21 +812,22 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     not enter. Its mean over cells is what the authors' code computes where the paper reports test
     IWELBO.
 
-    batches yields (x (B, G), d (B, P)). Returns predictive (N,), joint (a float, the total), and
-    effective_sample_size (a float). At most about `chunk` numbers per temporary array: memory grows
-    with neither K nor N, except for the draws of (M, E) themselves, (K, T, L).
+    batches yields x (B, G), d (B, P) and, if there are covariates, c (B, C). Returns predictive
+    (N,), joint (a float, the total), and effective_sample_size (a float). At most about `chunk`
+    numbers per temporary array: memory grows with neither K nor N, except for the draws of (M, E)
+    themselves, (K, T, L).
     """
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_particles, chunk)
     n_chunk = max(1, chunk // (model.widest * mask.shape[1]))
     log_w_joint = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
         mask.split(n_chunk), effect.split(n_chunk))])  # (K,)
     predictive = []
-    for batch_x, batch_d in batches:
+    for batch in batches:
         # Few cells with all their particles at a time: what particles share is computed once.
-        few = max(1, chunk // (n_particles * batch_x.shape[1]))
-        for x, d in zip(batch_x.split(few), batch_d.split(few)):
+        few = max(1, chunk // (n_particles * batch[0].shape[1]))
+        for x, d, *c in zip(*(part.split(few) for part in batch)):
             n_chunk = max(1, chunk // x.numel())
-            log_w = torch.cat([log_weights(model, x, d, m, e) for m, e in zip(
+            log_w = torch.cat([log_weights(model, x, d, m, e, *c) for m, e in zip(
                 mask.split(n_chunk), effect.split(n_chunk))])  # (K, B)
             predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
             log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7: the product over cells
@@ -827,8 +842,9 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
 
 
 @torch.no_grad()
-def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24):
-    """Mean expression of cells that receive each row of dosages, arms (C, P).
+def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24, c=None):
+    """Mean expression of cells that receive each row of dosages, arms (C, P); their covariates are
+    the rows of c.
 
     E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of two functions
     of the counts x of a cell with the given library size:
@@ -854,7 +870,7 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24)
         z = z_basal + sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
         log_normalised.next_particles(len(k))
         for arm in range(len(arms)):
-            log_rho = model.log_rho(z[:, arm], arms[arm])  # (K, G)
+            log_rho = model.log_rho(z[:, arm], arms[arm], None if c is None else c[arm])  # (K, G)
             log_normalised.add(arm, log_rho)  # in place of averaging y of sampled counts
             counts[arm] += log_rho.exp().sum(0, dtype=torch.float64)
     return {"counts": library * counts / n_particles, "log_normalised": log_normalised.result()}

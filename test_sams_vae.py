@@ -30,9 +30,10 @@ import data
 import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, begin_masks, elbo, iwelbo, kl_bernoulli, kl_normal,
-                      mask_log_odds, mean_log_of_poisson, nb_log_likelihood, per_dosage,
-                      sparsest_axes, straight_through_bernoulli, sum_effects)
+                      average_treatment_effects, begin_masks, elbo, expected_expression, iwelbo,
+                      kl_bernoulli, kl_normal, mask_log_odds, mean_log_of_poisson,
+                      nb_log_likelihood, per_dosage, sparsest_axes, straight_through_bernoulli,
+                      sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -42,13 +43,14 @@ MODELS = [(kind, *guide) for kind in (SAMSVAE, CPAVAE) for guide in GUIDES] + [
 
 
 def small_model(kind=SAMSVAE, n_cells=(5, 3, 2), n_genes=6, n_latent=3, basal=True, effects=True,
-                alpha=0.2, beta=1.0, mask_a=1.0, mask_b=2.0, seed=0, turned=False):
+                alpha=0.2, beta=1.0, mask_a=1.0, mask_b=2.0, seed=0, turned=False,
+                n_covariates=0):
     """A model with random parameters everywhere, so that no term is at its optimum by accident, and
     with random axes if turned."""
     torch.manual_seed(seed)
     model = kind(torch.tensor(n_cells), torch.zeros(n_genes), torch.ones(n_genes), n_latent,
                  n_hidden=8, effect_hidden=8, correlated_basal=basal, correlated_effects=effects,
-                 alpha=alpha, beta=beta, mask_a=mask_a, mask_b=mask_b)
+                 alpha=alpha, beta=beta, mask_a=mask_a, mask_b=mask_b, n_covariates=n_covariates)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -500,6 +502,29 @@ def test_a_label_that_svae_plus_has_not_seen_predicts_exactly_the_control():
     model = small_model(SVAEPlus, n_cells=(5, 0, 2))
     effects = average_treatment_effects(model, torch.tensor([[1], [0]]), 20)
     assert (effects["counts"][0] == 0).all() and (effects["counts"][1] != 0).any()
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_covariates_shift_the_first_bias_of_encoder_and_decoder_and_nothing_else(kind, basal,
+                                                                                 effects):
+    x, d = small_batch()
+    model = small_model(kind, basal=basal, effects=effects, n_covariates=4)
+    for values in ([0, 2], [1, NONE]):
+        c = torch.tensor([values]).expand(len(x), 2)
+        shifted = copy.deepcopy(model)
+        with torch.no_grad():
+            for network in (shifted.encoder, shifted.decoder):
+                n = network.part_sizes[0]  # covariates come second
+                for value in values:
+                    if value != NONE:
+                        network.first.bias += network.first.weight[:, n + value]
+        results = []
+        for m, covariates in ((model, c), (shifted, None)):
+            torch.manual_seed(0)
+            predictive, joint, _ = iwelbo(m, [(x, d) if covariates is None else (x, d, c)], 20)
+            results.append([elbo(m, x, d, 5, covariates)[0], predictive, torch.tensor(joint)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
 
 
 def test_the_dosages_of_the_conditional_vae_enter_both_networks():
@@ -1497,8 +1522,8 @@ def test_labels_that_name_no_perturbation_are_left_out_unless_they_are_kept(tmp_
     path = write_obs(tmp_path / "x.h5ad", condition=labels)
     screen = data.read_screen(path)
     assert list(screen.conditions) == ["control", "A", "A+B", "B", "B2"]
-    assert ("dropped 4 cells without a perturbation's label in condition: A+negative (1), Multiplet "
-            "(1), negative (1), unassigned (1)") in screen.notes
+    assert ("dropped 4 cells without a perturbation's label in condition: A+negative (1), "
+            "Multiplet (1), negative (1), unassigned (1)") in screen.notes
     assert conditions(path, keep=["negative"], exclude=["B*"]) == ["control", "A", "negative",
                                                                   "A+negative"]
     with pytest.raises(data.DataError, match="no label in condition is 'C'"):
@@ -1542,7 +1567,7 @@ def test_a_damaged_label_column_is_an_error_and_not_passed_over_for_another(tmp_
     (dict(target_gene=["non-targeting", "A"]), ["control", "A"]),
     (dict(gene_target=["NT", "A"]), ["control", "A"]),
     (dict(grna_target=["non-targeting", "A"]), ["control", "A"]),
-    (dict(gene=["NonTargetingControlGuideForHuman_0001", "A", "NonTargetingControlGuideForHuman_2"]),
+    (dict(gene=["NonTargetingControlGuideForHuman_1", "A", "NonTargetingControlGuideForHuman_2"]),
      ["control", "A", "control"])])
 def test_the_label_families_are_recognised(columns, expected, tmp_path):
     assert conditions(write_obs(tmp_path / "x.h5ad", **columns)) == expected
@@ -1690,8 +1715,10 @@ def test_a_screen_and_its_batches_hold_the_counts_of_kept_cells_alone(write, tmp
 
     path = write_modern(tmp_path / "x.h5ad", with_line)
     for subset, kept, notes in (
-            (None, [0, 1, 4], ["without a label in condition", "without any count"]),
-            (["line=k"], [0, 1], ["outside of line=k", "without a label in condition",
+            (None, [0, 1, 4], ["without a perturbation's label in condition",
+                               "without any count"]),
+            (["line=k"], [0, 1], ["outside of line=k",
+                                  "without a perturbation's label in condition",
                                   "without any count"])):
         screen = data.read_screen(path, "condition", subset=subset)
         assert screen.rows.tolist() == kept and screen.d.shape[0] == len(kept)
@@ -1700,7 +1727,7 @@ def test_a_screen_and_its_batches_hold_the_counts_of_kept_cells_alone(write, tmp
             f"dropped 1 cells {why}" for why in notes]
         batches = data.Batches(screen)
         held = len(batches.indptr) - 1 if batches.sparse else len(batches.values)
-        assert held == len(batches.d) == len(kept)
+        assert held == len(batches.labels[0]) == len(kept)
         x, _ = batches(torch.tensor([1, 0]))
         assert x.tolist() == MATRIX[kept][[1, 0]].tolist()
 
@@ -1724,6 +1751,37 @@ def test_genes_are_kept_where_a_var_column_is_true(sparse, tmp_path):
             file["var/chosen"][:] = "False"
         with pytest.raises(data.DataError, match=match):
             data.read_screen(path, gene_column=column)
+
+
+def test_covariates_are_positions_among_all_values_and_a_missing_one_is_none(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "A", "ctrl", "A"] * 10,
+                     donor=["b", "a", "a", ""] * 10, day=[1, 1, 2, 2] * 10, barcode=np.arange(40))
+    screen = data.read_screen(path, covariate=["donor", "day"])
+    assert screen.covariates == ["donor=a", "donor=b", "day=1", "day=2"]
+    assert screen.c[:4].tolist() == [[1, 2], [0, 2], [0, 3], [NONE, 3]]
+    x, d, c = data.Batches(screen)(torch.tensor([3, 0]))
+    assert c.tolist() == [[NONE, 3], [1, 2]] and d.tolist() == [[0], [NONE]]
+    plain = data.read_screen(path)
+    assert plain.c is None and len(data.Batches(plain)(torch.tensor([0]))) == 2
+    assert plain.fingerprint() != screen.fingerprint()
+    with pytest.raises(data.DataError, match="--covariate 'barcode' has 40 values for 40 cells"):
+        data.read_screen(path, covariate=["barcode"])
+
+
+def test_a_column_over_which_controls_and_perturbed_cells_are_spread_unlike_is_named(tmp_path):
+    def warned(**columns):
+        rng = np.random.default_rng(0)
+        is_control = np.arange(1000) < 200
+        path = write_obs(tmp_path / "x.h5ad", condition=list(np.where(is_control, "ctrl", "A")),
+                         **{name: list(f(is_control, rng)) for name, f in columns.items()})
+        return [note for note in data.read_screen(path).notes if "warning" in note]
+
+    by_chance = {"batch": lambda c, rng: rng.choice(["x", "y", "z"], len(c))}
+    of_the_label = {"nperts": lambda c, rng: np.where(c, 0, 1)}
+    unlike = {"donor": lambda c, rng: rng.binomial(1, np.where(c, 0.7, 0.5))}
+    assert warned(**by_chance, **of_the_label) == []
+    assert len(warned(**unlike, **by_chance)) == 1
+    assert "of the controls" in warned(**unlike)[0] and "donor=" in warned(**unlike)[0]
 
 
 def test_svae_plus_sees_every_combination_as_a_label_of_its_own(tmp_path):
@@ -1800,14 +1858,14 @@ def test_gene_moments_find_the_frequencies_and_dispersions_of_negative_binomial_
     x = rng.poisson(mean * rng.gamma(theta, 1 / theta, mean.shape))
     x[::2] = 0  # of cells that are not asked for
     batches = data.Batches(types.SimpleNamespace(
-        counts=data.Counts(x.shape, x.astype(np.uint16)), d=np.zeros((len(x), 1), int)))
+        counts=data.Counts(x.shape, x.astype(np.uint16)), d=np.zeros((len(x), 1), int), c=None))
     log_frequency, log_theta = data.gene_moments(batches, np.arange(1, len(x), 2))
     np.testing.assert_allclose(log_frequency.exp()[[0, 1, 2, 4]], frequency[[0, 1, 2, 4]], rtol=0.1)
     np.testing.assert_allclose(log_theta.exp()[:3], theta[:3], rtol=0.2)
     assert log_frequency[3] < -15 and log_theta[3] == 6  # never seen: Poisson, and finite
 
 
-def test_training_starts_from_the_training_cells_unless_a_preset_of_the_paper_says_otherwise(folder):
+def test_training_starts_from_the_training_cells_unless_a_preset_says_otherwise(folder):
     train_on_screen("run", "--steps", "1", "--lr", "1e-9", "--weight-decay", "0")
     run = evaluate.load_checkpoint("runs/run", "last.pt")
     batches = data.Batches(data.read_screen("screen.h5ad"))
@@ -1942,12 +2000,9 @@ def test_masks_that_determine_the_pathway_predict_it_and_others_are_at_chance():
     assert abs(mean - 0.25) < 0.1 and 0 < sd < 0.2
 
 
-def test_the_two_halves_of_the_ceiling_share_no_cell_and_split_every_condition(monkeypatch):
-    group = np.array([0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3])  # 3 is the control
-    halves = []
-    monkeypatch.setattr(evaluate, "mean_expression", lambda batches, cells, g, n: (
-        halves.append(cells), ({scale: np.zeros((n, 2)) for scale in evaluate.SCALES}, None))[1])
-    evaluate.split_half_means(None, np.arange(8), np.arange(8, 12), group, 3)
+def test_the_two_halves_of_the_ceiling_share_no_cell_and_split_every_condition():
+    group = np.array([0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3])
+    halves = evaluate.split_halves(np.arange(12), group)
     assert sorted(np.concatenate(halves)) == list(range(12))
     n = [np.bincount(group[half], minlength=4).tolist() for half in halves]
     assert n == [[2, 2, 1, 2], [1, 2, 0, 2]]
@@ -1955,11 +2010,24 @@ def test_the_two_halves_of_the_ceiling_share_no_cell_and_split_every_condition(m
 
 def test_baseline_effects_by_hand():
     dosages = np.array([[0, -1], [1, -1], [0, 1], [0, 2]])
-    mean = np.array([[3.0, 1], [1, 2], [9, 9], [np.nan, np.nan], [1, 1]])  # the control last
-    effects = evaluate.baseline_effects(mean, np.array([5, 5, 5, 0, 5]), dosages)
+    effect = np.array([[2.0, 0], [0, 1], [8, 8], [np.nan, np.nan]])
+    effects = evaluate.baseline_effects(effect, dosages)
     assert (effects["no_change"] == 0).all()
     assert effects["perturbed_mean"].tolist() == [[10 / 3, 3]] * 4
     assert effects["additive"].tolist() == [[2, 0], [0, 1], [2, 1], [2, 0]]
+
+
+def test_conditions_are_compared_with_controls_of_the_same_covariates_by_hand():
+    # Two conditions and the control, by two batches. The second has no controls in batch 1 and is
+    # compared in batch 0 alone; there are as many cells as n says.
+    mean = np.array([[[4.0], [10.0]], [[5.0], [99.0]], [[1.0], [np.nan]]])
+    condition, control, weight = evaluate.within_strata(mean, np.array([[3, 1], [2, 2], [5, 0]]))
+    assert condition.tolist() == [[4.0], [5.0]] and control.tolist() == [[1.0], [1.0]]
+    assert weight.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    mean[2, 1] = 6.0
+    condition, control, weight = evaluate.within_strata(mean, np.array([[3, 1], [0, 0], [5, 2]]))
+    assert condition[0] == 0.75 * 4 + 0.25 * 10 and control[0] == 0.75 * 1 + 0.25 * 6
+    assert np.isnan(condition[1]) and np.isnan(control[1]) and weight[1].tolist() == [0, 0]
 
 
 def test_mean_expression_by_hand(tmp_path):
@@ -2093,7 +2161,8 @@ def test_options_reach_the_model_and_the_optimizer(folder):
     assert networks["weight_decay"] == masks["weight_decay"] == 0.5
     # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
     for clip, moves in (("0", True), ("1e-12", False)):
-        train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0")
+        train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0",
+                        "--start", "zero")
         weights = evaluate.load_checkpoint(f"runs/clip{clip}", "last.pt")["model"]["log_theta"]
         assert (weights.abs().max() > 1e-5) == moves
 
@@ -2180,17 +2249,15 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
     y = {"counts": 1e4 * x / x.sum(1, keepdims=True)}
     y["log_normalised"] = np.log2(1 + y["counts"])
 
-    def of_the_data(model, dosages, *arguments, **options):
-        effects = {scale: np.zeros((len(dosages), 40)) for scale in y}
-        for scale, values in y.items():
-            control = values[chosen & (screen.d == NONE).all(1)].mean(0)
-            for i, d in enumerate(dosages.numpy()):
-                has = chosen & (screen.d == d).all(1)
-                if has.any():
-                    effects[scale][i] = values[has].mean(0) - control
-        return {scale: torch.from_numpy(e) for scale, e in effects.items()}
+    def of_the_data(model, arms, *arguments, **options):
+        expected = {scale: np.zeros((len(arms), 40)) for scale in y}
+        for i, d in enumerate(arms.numpy()):
+            has = chosen & (screen.d == d).all(1)
+            for scale, values in y.items():
+                expected[scale][i] = values[has].mean(0) if has.any() else 0
+        return {scale: torch.from_numpy(e) for scale, e in expected.items()}
 
-    monkeypatch.setattr(evaluate, "average_treatment_effects", of_the_data)
+    monkeypatch.setattr(evaluate, "expected_expression", of_the_data)
     metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2, effects_from=effects_from)
     for scale, part in itertools.product(y, ("all", "pairs", "held_out", "test")):
         scores = metrics["effects"][scale][part]
@@ -2264,7 +2331,8 @@ def configuration(*arguments):
 
 def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
     common = dict(lr=3e-4, weight_decay=1e-6, batch_size=512, particles=5, n_layers=1, n_hidden=400,
-                  mask_b=2.0, axes="learned", start="zero", min_cells=0, correlated_basal=True, correlated_effects=True)
+                  mask_b=2.0, axes="learned", start="zero", min_cells=0, correlated_basal=True,
+                  correlated_effects=True)
     replogle = common | dict(steps=150_000, clip=0.0, n_latent=100, effect_layers=2,
                              effect_hidden=200, alpha=0.001, split="random", split_seed=0,
                              perturbation_column="sgID_AB", control="*non-targeting*")
@@ -2548,6 +2616,30 @@ def test_an_interval_holds_nine_of_ten_particles():
 
 
 @pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
+def test_a_run_with_covariates_trains_evaluates_and_predicts_as_they_are_in_the_screen(
+        model, folder, capsys):
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40,
+                  batch_effect=1.0)
+    train_on_screen("run", "--steps", "4", "--model", model, "--covariate", "batch", "--axes",
+                    "learned")
+    assert "warning" not in capsys.readouterr().out
+    evaluate.main(["runs/run", "--ate-particles", "10", "--iwelbo-particles", "3"])
+    evaluate.main(["runs/run", "--predict", "P001+P002", "control", "--latents"])
+    run = evaluate.Run("runs/run")
+    assert run.model.n_covariates == 2 and run.screen.covariates == ["batch=0", "batch=1"]
+    layers = data.read_layers("runs/run/predictions.h5ad")
+    assert np.isfinite(layers["effect_counts_low"]).all()
+    assert (layers["effect_counts"][1] == 0).all() and (layers["effect_counts_low"][1] == 0).all()
+    # The expected counts of controls are a mean over batches, as often as the screen has them.
+    share = run.screen.c.mean()
+    plain = [expected_expression(run.model, torch.full((1, 2), NONE), 2500,
+                                 c=torch.tensor([[batch]]))["counts"][0] for batch in (0, 1)]
+    mean = (1 - share) * plain[0] + share * plain[1]
+    np.testing.assert_allclose(layers["expected_counts"][1], mean, rtol=0.1)
+    train.main(["--resume", "runs/run", "--steps", "6"])
+
+
+@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
 def test_latents_are_written_for_every_cell_with_its_name_and_labels(model, folder):
     train_on_screen("run", "--steps", "4", "--model", model)
     evaluate.main(["runs/run", "--latents"])
@@ -2651,7 +2743,7 @@ def test_a_compiled_objective_trains_as_the_plain_one(folder, monkeypatch, capsy
 def test_a_compiled_objective_is_tried_on_a_batch_of_the_size_that_training_uses(
         folder, monkeypatch):
     sizes = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda model, x, d, n: (
+    monkeypatch.setattr(torch, "compile", lambda function: lambda model, x, *labels: (
         sizes.append(len(x)), function(model, x, d, n))[1])
     train_on_screen("large", "--steps", "2", "--batch-size", "300", "--compile")
     assert sizes == [300] * 3

@@ -92,6 +92,8 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
     ("--simulated-cells", 25, AT_LEAST_1, "its cells per perturbation and pair"),
     ("--simulated-pairs", 60, AT_LEAST_0, "its pairs; half of them are held out of training"),
     ("--simulated-effect", 4.0, AT_LEAST_0, "size of its effects, in sd of the basal state"),
+    ("--simulated-batch", 0.0, AT_LEAST_0, "sd of what its second batch (obs column batch) adds to "
+     "log frequencies, 0 for one batch"),
     ("--simulated-seed", 0, AT_LEAST_0, "its seed; if not given, --seed"),
 ]
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
@@ -157,8 +159,8 @@ def main(arguments=None):
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
         while step < config["steps"] and not stop:
-            x, d = batches(next(shuffle))
-            value, terms = objective(model, x, d, config["particles"])  # the ELBO: eq. 3, A.1
+            x, d, *c = batches(next(shuffle))
+            value, terms = objective(model, x, d, config["particles"], *c)  # the ELBO: eq. 3, A.1
             optimizer.zero_grad(set_to_none=True)
             (-value).backward()
             if config["clip"]:
@@ -222,7 +224,8 @@ def new_run(name, config, device):
         try:
             data.simulate(config["data"], config["simulated_seed"],
                           config["simulated_perturbations"], config["simulated_cells"],
-                          config["simulated_effect"], n_pairs=config["simulated_pairs"])
+                          config["simulated_effect"], n_pairs=config["simulated_pairs"],
+                          batch_effect=config["simulated_batch"])
             screen, state = first_state(config, device)
         except BaseException:
             shutil.rmtree(folder)
@@ -275,7 +278,7 @@ def first_state(config, device):
     n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}
     arguments |= {"n_cells": torch.from_numpy(n_cells), "x_mean": x_mean.cpu(),
-                  "x_std": x_std.cpu()}
+                  "x_std": x_std.cpu(), "n_covariates": len(screen.covariates)}
     torch.manual_seed(config["seed"])
     model = MODELS[config["model"]](**arguments)
     if config["start"] == "data":
@@ -334,10 +337,10 @@ def new_optimizer(model, config):
                             lr=config["lr"], weight_decay=config["weight_decay"], fused=True)
 
 
-def choose_objective(config, model, x, d):
+def choose_objective(config, model, x, d, c=None):
     """The ELBO of eq. 3 in the precision that is wanted, and compiled if that is wanted.
 
-    A compiled one is tried on the batch x, d: raises DataError where it fails."""
+    A compiled one is tried on the batch x, d, c: raises DataError where it fails."""
     torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
     # Parameters stay in single precision, and so does nearly everything that is no product:
     # torch.autocast lowers linear layers alone, and MLP makes its output float32 again.
@@ -349,7 +352,7 @@ def choose_objective(config, model, x, d):
     objective = torch.compile(objective)
     try:
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            objective(model, x, d, config["particles"])[0].backward()
+            objective(model, x, d, config["particles"], c)[0].backward()
     except Exception as error:  # no compiler, or whatever goes wrong in one
         raise DataError(f"--compile: torch.compile fails on this machine ({type(error).__name__}): "
                         "leave it out, or --no-compile with --resume") from None
@@ -368,8 +371,8 @@ def validation_loss(model, batches, cells, n_particles):
     total = 0.0  # then a tensor: the loop below does not wait for a GPU either
     with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):
         torch.manual_seed(0)
-        for x, d in batches.in_order(cells):
-            total = total - elbo(model, x, d, n_particles)[0].double() * len(x)
+        for x, d, *c in batches.in_order(cells):
+            total = total - elbo(model, x, d, n_particles, *c)[0].double() * len(x)
     loss = float(total) / len(cells)
     if not math.isfinite(loss):
         sys.exit("error: the validation loss was not finite: start a new run with a lower --lr, or "
@@ -567,7 +570,7 @@ def configuration(args, given):
     if "train_combinations" in given and config["split"] == "random":
         raise DataError("--train-combinations needs --split norman-ood or norman-data-efficiency")
     of_a_file = [option for option in data.SCREEN_OPTIONS if option in given]
-    if args.data is None and set(of_a_file) - {"split_column"}:
+    if args.data is None and set(of_a_file) - {"split_column", "min_cells", "covariate"}:
         raise DataError(f"--{of_a_file[0].replace('_', '-')} says how to read a file: it needs "
                         "--data")
     if args.data and any(option.startswith("simulated") for option in given):
@@ -595,7 +598,7 @@ def benchmark(config, device):
     rng, cells = np.random.default_rng(0), np.arange(n_cells)
     counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
     d = rng.integers(0, n_perturbations, (n_cells, most))
-    batches = data.Batches(types.SimpleNamespace(counts=counts, d=d), device)
+    batches = data.Batches(types.SimpleNamespace(counts=counts, d=d, c=None), device)
     shuffle = data.Shuffle(cells, config["batch_size"], 0, device)
     model = MODELS[config["model"]](
         np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),

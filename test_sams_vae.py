@@ -2744,7 +2744,7 @@ def test_a_compiled_objective_is_tried_on_a_batch_of_the_size_that_training_uses
         folder, monkeypatch):
     sizes = []
     monkeypatch.setattr(torch, "compile", lambda function: lambda model, x, *labels: (
-        sizes.append(len(x)), function(model, x, d, n))[1])
+        sizes.append(len(x)), function(model, x, *labels))[1])
     train_on_screen("large", "--steps", "2", "--batch-size", "300", "--compile")
     assert sizes == [300] * 3
 

@@ -43,7 +43,7 @@ import data
 from data import DataError
 from sams_vae import MODELS, draws_for, expected_expression, iwelbo, sum_effects
 
-FORMAT = 3  # of metrics.json; a file of another format is not read
+FORMAT = 4  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive"}
 
@@ -403,7 +403,7 @@ class Run:
     def __init__(self, folder, device=None, data_path=None):
         self.folder, self.device = folder, choose_device(device)
         self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
-        self.last_step = last["step"]
+        self.last_step, self.done = last["step"], last["done"]
         self.config = last["config"] | ({"data": data_path} if data_path else {})
         if not os.path.exists(self.config["data"]):
             raise DataError(f"{folder}: its data, {self.config['data']}, are not there; --data "
@@ -428,27 +428,30 @@ AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 OPTIONS = [  # name, default, what is allowed, what it is and where the default comes from
     ("--iwelbo-particles", 100, AT_LEAST_1, "K of 3.1 (paper: 100, for Norman)"),
     ("--ate-particles", 2500, AT_LEAST_1, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
-    ("--library", 10_000, AT_LEAST_1, "total counts of simulated cells (authors' code: 10,000)"),
+    ("--library", 10_000, AT_LEAST_1, "total counts of simulated cells (authors' code: 10,000; for "
+     "a file without --preset, the median of its training cells)"),
     ("--effects-from", "all", ["all", "test"], "cells that data effects are taken from (the paper "
-     "does not say; authors' code for Table 1: all)"),
+     "does not say; authors' code for Table 1: all; for a file without --preset: test)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
 
 
-def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
-             effects_from="all", evaluation_seed=0, pathways=None):
+def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None,
+             effects_from=None, evaluation_seed=0, pathways=None):
     """Evaluate a Run: write metrics.json and effects.h5ad, return the metrics.
 
     The arguments are OPTIONS; pathways is a file for data.read_pathways, by default the data. NaN
     is written as null.
     """
+    library = library or library_of(run)
+    effects_from = effects_from or ("test" if run.config["preset"] is None else "all")
     options = {"iwelbo_particles": iwelbo_particles, "ate_particles": ate_particles,
                "library": library, "effects_from": effects_from,
                "evaluation_seed": evaluation_seed, "pathways": pathways}
     known_pathways = load_pathways(run, pathways)  # before the long part: the file may be wrong
     torch.manual_seed(evaluation_seed)
     metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.checkpoint["fingerprint"],
-               "step": run.checkpoint["step"], "last_step": run.last_step,
+               "step": run.checkpoint["step"], "last_step": run.last_step, "done": run.done,
                "validation_loss": run.checkpoint["best"], "options": options}
     metrics |= likelihood(run, iwelbo_particles)
     metrics |= effects(run, ate_particles, library, effects_from)
@@ -457,6 +460,14 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=10_000,
     with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
         json.dump(metrics, file, indent=2)
     return metrics
+
+
+def library_of(run):
+    """Total counts of simulated cells: 10,000, as in the authors' code, or for a file without a
+    preset the median of its training cells, so that logarithms of model and data are alike."""
+    if run.config["preset"] is not None:
+        return 10_000
+    return int(np.median(run.screen.counts.library()[run.split["train"]]))
 
 
 def likelihood(run, n_particles):
@@ -737,11 +748,12 @@ def settings(metrics, without=()):
     config = metrics["config"]
     # How the file was read is in the fingerprint, but for the split; seeds may simulate screens.
     covered = {*NO_MATTER, *data.SCREEN_OPTIONS, *without} - {"split_column"}
-    if config["masks_from"] in (0, math.ceil(metrics["last_step"] / 2)):
+    steps = config["steps"] if metrics["done"] else metrics["last_step"]
+    if config["patience"] or config["masks_from"] in (0, math.ceil(steps / 2)):
         covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
     screen = "simulated" if config.get("simulated") else metrics["fingerprint"]
     return {k: v for k, v in config.items() if k not in covered} | {
-        "steps": metrics["last_step"], "data": screen} | metrics["options"]
+        "steps": steps, "data": screen} | metrics["options"]
 
 
 def key(metrics, without=()):
@@ -840,7 +852,7 @@ def table_of_runs(runs, scale="log_normalised"):
         of_table = settings(members[0], SEEDS + ROW)
         differing = [f"{k} {v if k != 'data' else config['data']}" for k, v in of_table.items()
                      if k != "split" and any(s.get(k) != v for s in all_settings)]
-        if members[0]["last_step"] < config["steps"]:
+        if not members[0]["done"]:
             differing.append(f"stopped before step {config['steps']:,}")
         tables.append("\n".join([
             f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
@@ -912,13 +924,14 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4, c=None):
     return low, high
 
 
-def predict(run, conditions, ate_particles=2500, library=10_000, evaluation_seed=0):
+def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0):
     """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
 
     X and the layer expected_log_normalised, expected_counts; effect_log_normalised and
     effect_counts, differences from control cells; effect_counts_low and _high, see effect_interval.
     Returns a table of the ten strongest effects of each.
     """
+    library = library or library_of(run)
     dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
     # Covariates as they are in the screen as a whole.

@@ -2075,7 +2075,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options,
 
     def interrupting(*arguments):  # Ctrl-C between two validations
         calls.append(torch.is_grad_enabled())
-        if calls[-1] and calls.count(True) == interrupted:  # steps, not validations
+        if calls[-1] and calls.count(True) == 3 + interrupted:  # no validations, and 3 for the time
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*arguments)
 
@@ -2147,16 +2147,44 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss_since_there_are_ma
     assert (best["step"], best["best"], last["step"], last["best"]) == (10, 1.0, 15, 1.0)
 
 
+@pytest.mark.parametrize("axes", ["learned", "sparsest"])
+def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_does_not_improve(
+        folder, monkeypatch, axes):
+    # Of validations every 5 steps. With masks of one: the best is at step 10, and 10 steps later
+    # masks begin, at step 21, after which the best is at step 25.
+    warm, losses = [5.0, 3.0, 4.0, 3.5], [9.0, 2.0, 6.0, 7.0]
+    values = iter(warm + losses if axes == "sparsest" else [9.0, 2.0, 6.0, 7.0])
+    weights = []
+    plain = train.begin_masks
+    monkeypatch.setattr(train, "begin_masks", lambda model: (
+        weights.append(copy.deepcopy(model.state_dict())), plain(model))[1])
+    monkeypatch.setattr(train, "validation_loss", lambda model, *arguments: (
+        weights.append(copy.deepcopy(model.state_dict())), next(values))[1])
+    train_on_screen("run", "--steps", "80", "--axes", axes, "--patience", "10")
+    best, last = (evaluate.load_checkpoint("runs/run", name) for name in ("best.pt", "last.pt"))
+    assert (best["best"], last["best"], last["done"], next(values, None)) == (2.0, 2.0, True, None)
+    assert not os.path.exists("runs/run/warm.pt")
+    if axes == "sparsest":
+        assert (best["step"], last["step"], last["config"]["masks_from"]) == (25, 35, 21)
+        started = weights[4]  # after four validations
+        assert all(torch.equal(weights[1][name], started[name]) for name in started)
+    else:
+        assert (best["step"], last["step"]) == (10, 20)
+    # A run that has ended by patience is as complete as one that made all of its steps.
+    metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2)
+    assert metrics["done"] and evaluate.settings(metrics)["steps"] == 80
+
+
 def test_options_reach_the_model_and_the_optimizer(folder):
     train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
                     "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4", "--axes",
-                    "learned")
+                    "learned", "--correlated-effects")
     run = evaluate.load_checkpoint("runs/run", "last.pt")
     model = evaluate.build_model(run)
     assert (model.alpha, model.beta) == (0.3, 2.5)
     assert len(model.encoder.residual) == len(model.decoder.residual) == 2
     assert len(model.f_emb.residual) == 3
-    networks, masks = run["optimizer"]["param_groups"]
+    networks, masks, _ = run["optimizer"]["param_groups"]
     assert networks["lr"] == masks["lr"] == 0.125
     assert networks["weight_decay"] == masks["weight_decay"] == 0.5
     # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
@@ -2170,10 +2198,9 @@ def test_options_reach_the_model_and_the_optimizer(folder):
 def test_masks_have_their_learning_rate_and_turned_effects_new_moments_in_the_sparsest_axes(folder):
     train_on_screen("run", "--steps", "2", "--lr", "0.125", "--mask-lr", "0.5")  # they turn after 1
     run = evaluate.load_checkpoint("runs/run", "last.pt")
-    assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5]
-    model = evaluate.build_model(run)
-    names = [name for name, _ in model.named_parameters() if not name.startswith("mask_")]
-    names += [name for name, _ in model.named_parameters() if name.startswith("mask_")]
+    assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5, 0.03]
+    names = [name for name, _ in evaluate.build_model(run).named_parameters()]
+    names.sort(key=lambda name: 1 * name.startswith("mask_") + 2 * name.startswith("effect_"))
     steps = {name: int(run["optimizer"]["state"][i]["step"]) for i, name in enumerate(names)}
     assert steps.pop("effect_loc") == steps.pop("effect_log_var") == steps.pop("mask_logits") == 1
     assert set(steps.values()) == {2}
@@ -2394,15 +2421,17 @@ def test_masks_are_in_the_sparsest_axes_unless_the_paper_or_the_user_says_otherw
     def chosen(*arguments):
         """What such a run would do."""
         config = configuration(*arguments)
-        return config["axes"], config["masks_from"], config["correlated_effects"]
+        return config["axes"], config["correlated_effects"]
 
-    assert chosen("--steps", "9") == chosen("--data", "x", "--steps", "9") == ("sparsest", 5, False)
-    assert chosen("--axes", "learned") == ("learned", 0, True)
+    assert chosen() == chosen("--data", "x") == ("sparsest", False)
+    assert chosen("--axes", "learned") == ("learned", True)
     for preset in ("replogle", "norman-ood", "norman-data-efficiency"):
-        assert chosen("--data", "x", "--preset", preset) == ("learned", 0, True)
-    assert chosen("--model", "cpa-vae") == ("learned", 0, True)
-    assert chosen("--data", "x", "--preset", "replogle", "--axes", "sparsest", "--steps", "1") == (
-        "sparsest", 1, False)
+        assert chosen("--data", "x", "--preset", preset) == ("learned", True)
+    assert chosen("--model", "cpa-vae") == ("learned", True)
+    assert chosen("--data", "x", "--preset", "replogle", "--axes", "sparsest") == (
+        "sparsest", False)
+    assert chosen("--data", "x", "--axes", "learned") == ("learned", None)  # `own_settings`: False
+    assert chosen("--data", "x", "--axes", "learned", "--correlated-effects") == ("learned", True)
 
 
 FEW = ["--iwelbo-particles", "5", "--ate-particles", "20"]
@@ -2473,7 +2502,7 @@ def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folde
     # Neither over runs that were stopped early, nor over other ways to evaluate.
     metrics = [json.load(open(f"{run}/metrics.json")) for run in runs if run != "runs/same"]
     assert all(f"data {m['config']['data']}" in out for m in metrics)  # two files of one name
-    metrics[2]["last_step"] = 2
+    metrics[2] |= {"last_step": 2, "done": False}
     tables = evaluate.table_of_runs(metrics)
     assert tables.count("| model ") == 4
     assert tables.count("; steps 2") == tables.count("; stopped before step 4") == 1
@@ -2746,7 +2775,7 @@ def test_a_compiled_objective_is_tried_on_a_batch_of_the_size_that_training_uses
     monkeypatch.setattr(torch, "compile", lambda function: lambda model, x, *labels: (
         sizes.append(len(x)), function(model, x, *labels))[1])
     train_on_screen("large", "--steps", "2", "--batch-size", "300", "--compile")
-    assert sizes == [300] * 3
+    assert sizes == [300] * 6  # once to try, three times for the time of a step, and two steps
 
 
 def test_a_machine_without_a_compiler_refuses_compile_in_one_sentence(folder, monkeypatch):

@@ -69,9 +69,13 @@ OPTIONS = [
     ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
     ("--mask-lr", 0.03, POSITIVE, "that of masks with --axes sparsest: of logits, which have a "
      "scale of their own (ours)"),
+    ("--effect-lr", 0.0, AT_LEAST_0, "that of a free q(e), which few cells of a batch move; 0 for "
+     "that of the networks (paper; ours 0.03)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
     ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
      "training cells (ours: see gene_moments in data.py), or zero (paper)"),
+    ("--patience", 0, AT_LEAST_0, "steps without a lower validation loss after which masks begin, "
+     "from the best weights so far, or training ends; 0 for never (paper; ours by the screen)"),
     ("--clip", 0.0, AT_LEAST_0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
     ("--seed", 0, AT_LEAST_0, "of the weights and of training (paper: five seeds)"),
     # the split (4.1, 4.2)
@@ -96,8 +100,25 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
      "log frequencies, 0 for one batch"),
     ("--simulated-seed", 0, AT_LEAST_0, "its seed; if not given, --seed"),
 ]
+
+
+def own_settings(n_cells, n_perturbations):
+    """Settings of a file without --preset, by its training cells and perturbations (ours).
+
+    A flag overrides each. WHATWASMEASURED
+    """
+    epoch = math.ceil(n_cells / 256)  # steps
+    large = n_cells > 50_000
+    return dict(
+        correlated_effects=False, alpha=0.01,
+        n_latent=30 if n_perturbations <= 300 else 100, n_hidden=400 if large else 100,
+        batch_size=256, particles=1, lr=1e-3 if large else 3e-3, effect_lr=0.03, clip=100.0,
+        steps=min(max(3000, 100 * epoch), 50_000), validate_every=min(max(50, epoch), 500),
+        patience=max(500, 20 * epoch))
+
+
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
-# that its row says how to read the file, and whose axes the masks have.
+# that its row says how to read the file, and what of ours is not the paper's.
 PAPER = dict(axes="learned", start="zero", min_cells=0)
 NORMAN = PAPER | dict(layer="counts", gene_column="highly_variable", n_latent=200,
               effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
@@ -127,7 +148,7 @@ def main(arguments=None):
     folder, screen, state = (resume_run(args, given) if args.resume is not None else
                              new_run(args.name, configuration(args, given), device))
     config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
-    step, best = state["step"], state["best"]
+    step, best, best_step = state["step"], state["best"], state["best_step"]
     print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
 
     with signals_remembered() as stop:  # Ctrl-C ends the loop after the step that is running
@@ -142,23 +163,26 @@ def main(arguments=None):
         # Any batch of the right size, to try --compile on; the shuffle does not move.
         cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
         objective = choose_objective(config, model, *batches(cells))
+        seconds = seconds_per_step(objective, model, config["particles"], *batches(cells))
         log = Log(folder, config, state)
         # Last of all, since what was built above has drawn random numbers of its own.
         set_random_state(state["rng"], config["seed"], device)
 
         def save(name):
             """Write best.pt or last.pt: everything that is needed to go on."""
-            state.update(step=step, best=best, model=model.state_dict(), log=log.state(),
+            state.update(step=step, best=best, best_step=best_step, done=done, model=model.state_dict(), log=log.state(),
                          optimizer=optimizer.state_dict(), rng=random_state(device),
                          shuffle={"epoch": shuffle.epoch, "position": shuffle.position})
             evaluate.save_checkpoint(state, folder, name)
 
         print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {len(split['train']):,} training cells, steps {step:,} to "
-              f"{config['steps']:,} on {device}")
+              f"{config['steps']:,} on {device}, at most about "
+              f"{clock((config['steps'] - step) * seconds)}")
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
-        while step < config["steps"] and not stop:
+        done = step >= config["steps"]
+        while not done and not stop:
             x, d, *c = batches(next(shuffle))
             value, terms = objective(model, x, d, config["particles"], *c)  # the ELBO: eq. 3, A.1
             optimizer.zero_grad(set_to_none=True)
@@ -169,6 +193,11 @@ def main(arguments=None):
             step += 1
             masks_begin = step == config["masks_from"]
             if masks_begin:  # --axes sparsest: so far they were masks of one
+                if config["patience"] and best < math.inf:  # their best weights
+                    warm = evaluate.load_checkpoint(folder, "warm.pt")
+                    model.load_state_dict(warm["model"])
+                    optimizer.load_state_dict(warm["optimizer"])
+                best, best_step = math.inf, step
                 touched = begin_masks(model)
                 for name, parameter in model.named_parameters():
                     if name.startswith("effect_"):  # Adam's moments are in the old axes
@@ -186,19 +215,29 @@ def main(arguments=None):
                 if validate:
                     loss = validation_loss(model, batches, split["validation"], config["particles"])
                     line["validation_loss"] = round(loss, 4)
-                    if loss < best and step >= config["masks_from"]:
-                        best = loss
-                        save("best.pt")
-                log.write(line, best)
+                    has_masks = step >= config["masks_from"]
+                    if loss < best:
+                        best, best_step = loss, step
+                        save("best.pt" if has_masks else "warm.pt")
+                    if config["patience"] and step - best_step >= config["patience"]:
+                        if has_masks:
+                            done = True
+                        else:
+                            config["masks_from"] = min(config["masks_from"], step + 1)
+                done = done or step == config["steps"]
+                log.write(line, best, done)
                 if validate:
                     save("last.pt")  # after the line: what stands beyond last.pt is written again
+                if masks_begin:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(folder, "warm.pt"))
         if stop:
             log.check_finite(step)
             save("last.pt")
             print(f"\nstopped at step {step:,}; to go on: python train.py --resume {folder}")
             sys.exit(128 + stop[0])
     print(f"{log.steps_here:,} steps in {time.time() - log.started:.0f} s; lowest validation loss "
-          f"{best:.2f}")
+          f"{best:.2f}, at step {best_step:,}")
     if config.get("simulated"):
         torch.set_float32_matmul_precision("highest")
         evaluate.main([folder, "--device", str(device)])
@@ -274,6 +313,10 @@ def first_state(config, device):
     # its first weights.
     batches = data.Batches(screen, device)
     x_mean, x_std = data.training_statistics(batches, split["train"])
+    by_screen = own_settings(len(split["train"]), len(screen.perturbations))
+    config |= {option: by_screen[option] for option in by_screen if config[option] is None}
+    if config["axes"] == "sparsest":
+        config["masks_from"] = math.ceil(config["steps"] / 2)
     d = screen.d[split["train"]]
     n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}
@@ -288,7 +331,7 @@ def first_state(config, device):
         "perturbations": screen.perturbations, "model_arguments": arguments,
         "split": {k: torch.from_numpy(v) for k, v in split.items()},
         # ... and what moves:
-        "step": 0, "best": math.inf, "model": model.state_dict(), "log": ({}, 0, 0.0),
+        "step": 0, "best": math.inf, "best_step": 0, "done": False, "model": model.state_dict(), "log": ({}, 0, 0.0),
         "optimizer": new_optimizer(model, config).state_dict(),
         "rng": {"cpu": torch.get_rng_state()}, "shuffle": {"epoch": 0, "position": 0}}
 
@@ -327,14 +370,15 @@ def write_config(folder, config):
 
 
 def new_optimizer(model, config):
-    """Adam (A.4); with --axes sparsest the masks have a learning rate of their own (ours)."""
-    groups = {"networks": [], "masks": []}
+    """Adam (A.4); masks and effects may have learning rates of their own (ours)."""
+    lr = {"mask": config["mask_lr"] if config["axes"] == "sparsest" else config["lr"],
+          "effect": config["effect_lr"] or config["lr"], "": config["lr"]}
+    groups = {kind: [] for kind in ("", "mask", "effect")}
     for name, parameter in model.named_parameters():
-        groups["masks" if name.startswith("mask_") else "networks"].append(parameter)
-    mask_lr = config["mask_lr"] if config["axes"] == "sparsest" else config["lr"]
-    return torch.optim.Adam([{"params": groups["networks"]},
-                             {"params": groups["masks"], "lr": mask_lr}],
-                            lr=config["lr"], weight_decay=config["weight_decay"], fused=True)
+        kind = name.split("_")[0]
+        groups[kind if kind in groups else ""].append(parameter)
+    return torch.optim.Adam([{"params": groups[kind], "lr": lr[kind]} for kind in groups],
+                            weight_decay=config["weight_decay"], fused=True)
 
 
 def choose_objective(config, model, x, d, c=None):
@@ -360,6 +404,21 @@ def choose_objective(config, model, x, d, c=None):
     return objective
 
 
+def seconds_per_step(objective, model, n_particles, x, d, c=None):
+    """How long a step will take, about: of three, the fastest. Trains nothing, draws no random
+    numbers that training would."""
+    seconds = []
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        for _ in range(3):
+            start = time.perf_counter()
+            value, _ = objective(model, x, d, n_particles, c)
+            value.backward()
+            model.zero_grad(set_to_none=True)
+            value.item()  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 @torch.no_grad()
 def validation_loss(model, batches, cells, n_particles):
     """Mean over the validation cells of what `elbo` says of each, negated. Stops if not finite.
@@ -378,6 +437,11 @@ def validation_loss(model, batches, cells, n_particles):
         sys.exit("error: the validation loss was not finite: start a new run with a lower --lr, or "
                  "with --clip 100")
     return loss
+
+
+def clock(seconds):
+    """90 -> 1:30."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
 class Log:
@@ -431,13 +495,12 @@ class Log:
         self.totals, self.n_steps, self.since = {}, 0, time.time()
         return line
 
-    def write(self, line, best):
+    def write(self, line, best, done):
         """Write the line, and say it: on a terminal in place, elsewhere at each validation."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         self.since = time.time()  # validation is no training time
         left = (self.config["steps"] - line["step"]) * (self.since - self.started)
-        left = round(left / self.steps_here)  # seconds
         text = (f"step {line['step']:,}  loss {line['loss']:.2f} = data "
                 f"{-line['log_likelihood']:.2f} + basal {line['kl_basal']:.2f} + mask "
                 f"{line['kl_mask']:.3f} + effect {line['kl_effect']:.3f}  ")
@@ -448,10 +511,10 @@ class Log:
             text += f"axes turned: {before:.1f} -> {after:.1f} latents per perturbation  "
         if best < math.inf:
             text += f"best validation {best:.2f}  "
-        text += f"{line['cells_per_second']:,} cells/s  {left // 60}:{left % 60:02} left"
+        text += f"{line['cells_per_second']:,} cells/s  {clock(left / self.steps_here)} left"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a longer line would not be overwritten
-            end = "\n" if line["step"] == self.config["steps"] else ""
+            end = "\n" if done else ""
             print("\r" + text[:width].ljust(width), end=end, flush=True)
         elif "validation_loss" in line:
             print(text, flush=True)
@@ -532,6 +595,8 @@ def configuration(args, given):
     rows = OPTIONS + (SIMULATION_OPTIONS if args.data is None else [])
     config |= dict.fromkeys(data.SCREEN_OPTIONS) | {"min_cells": data.MIN_CELLS}
     config |= {option_name(flag): default for flag, default, *_ in rows}
+    if args.data and not args.preset:  # what this leaves open, `first_state` knows
+        config |= dict.fromkeys(own_settings(1, 1))
     config |= PRESETS.get(config["preset"], {}) | given
     if args.data is None and "simulated_seed" not in given:
         config["simulated_seed"] = config["seed"]
@@ -547,13 +612,12 @@ def configuration(args, given):
         if given.get("axes") == "sparsest":
             raise DataError(f"--model {config['model']} has no masks: leave out --axes")
         config["axes"] = "learned"
-    config["masks_from"] = 0
+    config["masks_from"] = 0  # with --axes sparsest, `first_state` sets it
     if config["axes"] == "sparsest":
         if given.get("correlated_effects"):
             raise DataError("--correlated-effects needs --axes learned: the sparsest axes, the "
                             "default without a preset of the paper, take a free q(e)")
         config["correlated_effects"] = False
-        config["masks_from"] = math.ceil(config["steps"] / 2)
     elif "mask_lr" in given:
         raise DataError("--mask-lr needs --axes sparsest: else masks learn as fast as the networks")
     # What is given takes the place of what a preset says of the same thing.

@@ -1542,15 +1542,16 @@ def gene_moments(batches, cells):
 
 
 def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_size=4.0,
-             n_latent=6, n_genes=200, n_pairs=60, n_controls=100, batch_effect=0.0):
+             n_latent=6, n_genes=200, n_pairs=60, n_controls=100, batch_effect=0.0, library=5000):
     """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
 
     Each perturbation alone and n_pairs random pairs, cells_per_condition cells each, and n_controls
     controls. Every perturbation touches one latent dimension, and each further one with probability
     0.05; effects are +-N(effect_size, 0.5). Two-layer decoder, Gamma-Poisson counts with inverse
-    dispersion 10, library sizes log-normal around 5,000. Half of the pairs are held out: all their
+    dispersion 10, library sizes log-normal around `library`. Half of the pairs are held out: all their
     cells are in `split` test, the others 64/16/20 in train, validation and test. The default screen
-    has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls.
+    has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls. Numbers of
+    cells and sizes of effects may differ: arrays (n_perturbations + n_pairs,), (n_perturbations,).
 
     With a batch_effect there are two batches, obs `batch`: the second, of three in four controls
     and of half of the perturbed cells, adds N(0, batch_effect^2) to the log frequency of each gene.
@@ -1571,7 +1572,8 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     # m_t and e_t, (T, L) each. The second line gives every perturbation its one sure dimension.
     mask = rng.random((n_perturbations, n_latent)) < 0.05
     mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
-    effect = rng.choice([-1, 1], mask.shape) * rng.normal(effect_size, 0.5, mask.shape)
+    size = np.broadcast_to(effect_size, n_perturbations)[:, None]
+    effect = rng.choice([-1, 1], mask.shape) * rng.normal(size, 0.5, mask.shape)
 
     # Conditions, then the dosages of all cells: two places a cell, and a zero row for NONE.
     all_pairs = np.stack(np.triu_indices(n_perturbations, 1), axis=1)
@@ -1599,7 +1601,7 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
         logits = logits + batch * rng.normal(0, batch_effect, n_genes)
     rho = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax
     rho /= rho.sum(axis=1, keepdims=True)
-    library = rng.lognormal(np.log(5000), 0.3, (n, 1))
+    library = rng.lognormal(np.log(library), 0.3, (n, 1))
     # Gamma noise of mean 1 and shape theta = 10 makes the Poisson counts negative binomial ones.
     x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
 

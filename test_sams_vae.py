@@ -2198,7 +2198,7 @@ def test_options_reach_the_model_and_the_optimizer(folder):
 def test_masks_have_their_learning_rate_and_turned_effects_new_moments_in_the_sparsest_axes(folder):
     train_on_screen("run", "--steps", "2", "--lr", "0.125", "--mask-lr", "0.5")  # they turn after 1
     run = evaluate.load_checkpoint("runs/run", "last.pt")
-    assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5, 0.03]
+    assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5, 0.01]
     names = [name for name, _ in evaluate.build_model(run).named_parameters()]
     names.sort(key=lambda name: 1 * name.startswith("mask_") + 2 * name.startswith("effect_"))
     steps = {name: int(run["optimizer"]["state"][i]["step"]) for i, name in enumerate(names)}

@@ -70,7 +70,7 @@ OPTIONS = [
     ("--mask-lr", 0.03, POSITIVE, "that of masks with --axes sparsest: of logits, which have a "
      "scale of their own (ours)"),
     ("--effect-lr", 0.0, AT_LEAST_0, "that of a free q(e), which few cells of a batch move; 0 for "
-     "that of the networks (paper; ours 0.03)"),
+     "that of the networks (paper; ours 0.01)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
     ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
      "training cells (ours: see gene_moments in data.py), or zero (paper)"),
@@ -108,11 +108,11 @@ def own_settings(n_cells, n_perturbations):
     A flag overrides each. WHATWASMEASURED
     """
     epoch = math.ceil(n_cells / 256)  # steps
-    large = n_cells > 50_000
+    large, n_latent = n_cells > 50_000, 30 if n_perturbations <= 300 else 100
     return dict(
-        correlated_effects=False, alpha=0.01,
-        n_latent=30 if n_perturbations <= 300 else 100, n_hidden=400 if large else 100,
-        batch_size=256, particles=1, lr=1e-3 if large else 3e-3, effect_lr=0.03, clip=100.0,
+        correlated_effects=False, n_latent=n_latent, alpha=3 / n_latent,
+        n_hidden=400 if large else 100,
+        batch_size=256, particles=1, lr=1e-3 if large else 3e-3, effect_lr=0.01, clip=100.0,
         steps=min(max(3000, 100 * epoch), 50_000), validate_every=min(max(50, epoch), 500),
         patience=max(500, 20 * epoch))
 

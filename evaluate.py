@@ -904,7 +904,7 @@ def dosages_of(run, conditions):
 @torch.no_grad()
 def effect_interval(model, dosages, n_particles=1000, library=1e4, c=None):
     """5 % and 95 % quantiles over particles of the effects on expected counts, (C, G) each.
-    c (n_particles, columns) are the particles' covariates.
+    c (C, n_particles, columns) are the particles' covariates.
 
     A particle is a basal state and a draw of (M, E): the interval holds the effect on nine of ten
     cells of the population, by what the model knows of the effects. It is no standard error.
@@ -912,13 +912,14 @@ def effect_interval(model, dosages, n_particles=1000, library=1e4, c=None):
     t, drawn = draws_for(dosages, len(model.n_cells), shared=True)
     mask, effect = model.sample_many_globals(t, n_particles)
     z_basal = torch.randn(n_particles, model.n_latent, device=dosages.device)
-    c = None if c is None else c.to(dosages.device)
-    control = model.log_rho(z_basal, torch.full_like(dosages[0], data.NONE), c).exp()
+    nothing, c = torch.full_like(dosages[0], data.NONE), [None] * len(dosages) if c is None else c
     quantiles = torch.tensor([0.05, 0.95], device=dosages.device)
     low_and_high = []
-    for d, row in zip(dosages, drawn):
+    for d, row, c_of_d in zip(dosages, drawn, c):
+        c_of_d = None if c_of_d is None else c_of_d.to(dosages.device)
+        control = model.log_rho(z_basal, nothing, c_of_d).exp()
         z = z_basal + sum_effects(mask, effect, row[None], model.axes)[:, 0]  # eq. 1: (K, L)
-        difference = library * (model.log_rho(z, d, c).exp() - control)  # (K, G)
+        difference = library * (model.log_rho(z, d, c_of_d).exp() - control)  # (K, G)
         low_and_high.append(torch.quantile(difference, quantiles, dim=0))
     low, high = torch.stack(low_and_high, dim=1)
     return low, high
@@ -934,17 +935,21 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
     library = library or library_of(run)
     dosages, spelled = dosages_of(run, conditions)
     torch.manual_seed(evaluation_seed)
-    # Covariates as they are in the screen as a whole.
+    # Covariates as the cells have them that received one of the perturbations.
     strata, stratum = strata_of(run.screen)
-    share = np.bincount(stratum, minlength=len(strata)) / len(stratum)
-    of_conditions, of_controls = expected_of_conditions(
-        run, dosages, np.tile(share, (len(dosages), 1)), ate_particles, library)
+    received = [np.isin(run.model_screen.d, d[d != data.NONE]).any(1) for d in dosages.cpu().numpy()]
+    cells = [np.flatnonzero(chosen if chosen.any() else ~chosen) for chosen in received]
+    weight = np.stack([np.bincount(stratum[chosen], minlength=len(strata)) / len(chosen)
+                       for chosen in cells])
+    of_conditions, of_controls = expected_of_conditions(run, dosages, weight, ate_particles,
+                                                        library)
     layers = {}
     for scale in SCALES:
         layers[f"expected_{scale}"] = of_conditions[scale]
         layers[f"effect_{scale}"] = of_conditions[scale] - of_controls[scale]
+    rng = np.random.default_rng(evaluation_seed)
     c = None if run.screen.c is None else torch.from_numpy(
-        run.screen.c[np.random.default_rng(evaluation_seed).integers(len(stratum), size=1000)])
+        np.stack([run.screen.c[rng.choice(chosen, 1000)] for chosen in cells]))
     layers["effect_counts_low"], layers["effect_counts_high"] = (
         v.cpu().numpy() for v in effect_interval(run.model, dosages, library=library, c=c))
     layers = {name: value.astype(np.float32) for name, value in layers.items()}

@@ -2605,7 +2605,8 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, fo
     assert ("no effect" in out) == (model == "svae+")  # three at once are no label of the data
     assert (predicted["effect_counts"][2] == 0).all() == (model == "svae+")
     torch.manual_seed(0)
-    trusted = average_treatment_effects(run.model, evaluate.dosages_of(run, names)[0], 200)
+    trusted = average_treatment_effects(run.model, evaluate.dosages_of(run, names)[0], 200,
+                                        evaluate.library_of(run))
     for scale in evaluate.SCALES:
         effect = predicted[f"effect_{scale}"]
         np.testing.assert_allclose(effect, trusted[scale].numpy(), rtol=1e-4, atol=1e-4)
@@ -2659,9 +2660,10 @@ def test_a_run_with_covariates_trains_evaluates_and_predicts_as_they_are_in_the_
     layers = data.read_layers("runs/run/predictions.h5ad")
     assert np.isfinite(layers["effect_counts_low"]).all()
     assert (layers["effect_counts"][1] == 0).all() and (layers["effect_counts_low"][1] == 0).all()
+    assert evaluate.library_of(run) == pytest.approx(5000, rel=0.1)
     # The expected counts of controls are a mean over batches, as often as the screen has them.
     share = run.screen.c.mean()
-    plain = [expected_expression(run.model, torch.full((1, 2), NONE), 2500,
+    plain = [expected_expression(run.model, torch.full((1, 2), NONE), 2500, evaluate.library_of(run),
                                  c=torch.tensor([[batch]]))["counts"][0] for batch in (0, 1)]
     mean = (1 - share) * plain[0] + share * plain[1]
     np.testing.assert_allclose(layers["expected_counts"][1], mean, rtol=0.1)

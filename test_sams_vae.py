@@ -2285,7 +2285,7 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         return {scale: torch.from_numpy(e) for scale, e in expected.items()}
 
     monkeypatch.setattr(evaluate, "expected_expression", of_the_data)
-    metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2, effects_from=effects_from)
+    metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2, 10_000, effects_from)
     for scale, part in itertools.product(y, ("all", "pairs", "held_out", "test")):
         scores = metrics["effects"][scale][part]
         for name in ("pearson", "pearson_per_condition_top20", "r_squared", "discrimination"):
@@ -2302,7 +2302,7 @@ def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
     train_on_screen("run", "--steps", "12")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["5", "6", "10", "12"]
-    assert ["loss" in line and "best validation" in line for line in lines] == [False] + 3 * [True]
+    assert all("loss" in line and "best validation" in line for line in lines)
     assert ["axes turned: " in line for line in lines] == [False, True, False, False]
     assert not any("\r" in line for line in lines)
 

@@ -1011,10 +1011,6 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     else:
         labels = _find_family(file, control, combination_separator, exclude or [], keep or [])
     column, values, sets, label_notes = labels
-    for pattern in [*(exclude or []), *(keep or [])]:  # one that is nowhere is a misspelt one
-        if not any(_matches([f"*{pattern}*"], label) for label in set(values)):
-            raise DataError(f"{file.path}: no label in {column} is {pattern!r}, of --exclude or "
-                            f"--keep; the labels are {_commonest(values, 12)}")
     has_label = np.array([names is not None for names in sets])
     # The cells of a rare perturbation may leave another one with too few: until nothing changes.
     wanted, rare = in_subset & has_label, set()
@@ -1053,7 +1049,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     pairs = len({names for names in sets if len(names) > 1})
     joiner = " + " if any("+" in name for name in perturbations) else "+"
     for name in perturbations:  # the names of conditions, below, must tell them apart
-        if name == "control" or joiner in name:
+        if name == "control" or (pairs and joiner in name):
             raise DataError(f"{path}: a perturbation is called {name!r}, which cannot be told from "
                             "the control or from a combination: check --control and "
                             "--combination-separator, or rename it")
@@ -1067,14 +1063,26 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     if not controls or controls == len(rows):
         raise DataError(f"{path}: {'all' if controls else 'none'} of the {len(rows):,} cells with "
                         f"counts and a label in {column} are controls; training needs controls "
-                        "and perturbed cells")
+                        "and perturbed cells" + (f" ({len(rare):,} perturbations have fewer than "
+                                                 f"{min_cells}: --min-cells)" if rare else ""))
     notes.append(f"{len(rows):,} cells kept, {controls:,} of them controls; {len(perturbations):,} "
                  f"perturbations, {pairs:,} combinations; commonest: {_commonest(conditions, 5)}")
     few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
     notes += [f"{few:,} conditions have fewer than 10 cells; they are kept"] if few else []
     c, names_of_values = _read_covariates(file, covariate or [], rows)
-    notes += [f"covariates: {', '.join(names_of_values)}"] if covariate else []
-    notes += _unbalanced(file, rows, (d == NONE).all(1), [column, split_column, *(covariate or [])])
+    if covariate:
+        notes.append(f"covariates: {', '.join(names_of_values)}")
+        of_controls = {tuple(row) for row in c[(d == NONE).all(1)].tolist()}
+        alone = set(conditions) - {"control"} - {
+            condition for condition, row in zip(conditions, c.tolist())
+            if tuple(row) in of_controls}
+        if len(alone) == len(set(conditions)) - 1:
+            raise DataError(f"{path}: no perturbed cell has the covariates of a control cell: "
+                            f"leave out --covariate {' --covariate '.join(covariate)}")
+        notes += [f"{len(alone):,} conditions have no control cell of the same covariates: trained "
+                  "on, but without effects by the data"] if alone else []
+    notes += _unbalanced(file, rows, (d == NONE).all(1), column,
+                         [column, split_column, *(covariate or [])])
     return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
                   perturbations, c, names_of_values, conditions, joiner,
                   None if split is None else split[1][rows], notes, file)
@@ -1095,32 +1103,42 @@ def _read_covariates(file, columns, rows):
     """(cells, columns) positions in the names of all values, NONE where a cell has none; the names.
     None and [] if there are no columns."""
     c, names = np.full((len(rows), len(columns)), NONE), []
+    if len(set(columns)) < len(columns):
+        raise DataError(f"--covariate {' --covariate '.join(columns)}: one column twice")
     for j, column in enumerate(columns):
         found = file.obs(column)[rows]
         missing = np.array([v is None or v != v or v == "" for v in found.tolist()])
         values, c[~missing, j] = np.unique(found[~missing].astype(str), return_inverse=True)
-        if not 2 <= len(values) <= max(2, len(rows) / 10):
+        if not 2 <= len(values) <= min(50, max(2, len(rows) / 10)):
             raise DataError(f"{file.path}: --covariate {column!r} has {len(values):,} values for "
-                            f"{len(rows):,} cells: a column of at least two, each with many cells, "
-                            "is needed")
+                            f"{len(rows):,} cells: a column of 2 to 50, each with many cells, is "
+                            "needed")
         c[~missing, j] += len(names)
         names += [f"{column}={value}" for value in values]
+    if columns and len(np.unique(c, axis=0)) > 200:
+        raise DataError(f"{file.path}: the covariates have more than 200 combinations of values: "
+                        "cells are compared within each, so that few would be left in most")
     return (c, names) if columns else (None, [])
 
 
-def _unbalanced(file, rows, is_control, not_these):
+def _unbalanced(file, rows, is_control, labels, not_these):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do.
 
-    Columns are looked at in which most perturbed cells have a value that controls have, too: not
-    those that describe the perturbation. Unlike means a total variation distance above 0.1 that
-    is four standard errors above none.
+    Columns are looked at in which most perturbed cells have a value that controls have, too: others
+    describe the perturbation. Unlike means a total variation distance above 0.1, with a chi-squared
+    statistic four standard deviations above its mean by chance.
     """
     notes = []
     for column in file.obs_columns:
+        if column in not_these or (labels.endswith("*") and column.startswith(labels[:-1])):
+            continue
         with contextlib.suppress(DataError):
-            values, v = np.unique(file.obs(column)[rows].astype(str), return_inverse=True)
-            if column in not_these or not 2 <= len(values) <= 50:
+            found = file.obs(column)[rows]
+            if found.dtype.kind == "f":  # a measurement
+                continue
+            values, v = np.unique(found.astype(str), return_inverse=True)
+            if not 2 <= len(values) <= 50:
                 continue
             n = np.stack([np.bincount(v[chosen], minlength=len(values))
                           for chosen in (is_control, ~is_control)])  # (2, values)
@@ -1131,8 +1149,9 @@ def _unbalanced(file, rows, is_control, not_these):
                     and chi2 > df + 4 * math.sqrt(2 * df)):
                 most = np.argmax(np.abs(p[0] - p[1]))
                 notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of "
-                             f"the perturbed cells have {column}={values[most]}: --covariate "
-                             f"{column} would compare like with like")
+                             f"the perturbed cells have {column}={values[most]}: if that is no "
+                             f"result of perturbations, --covariate {column} compares like with "
+                             "like")
     return notes
 
 
@@ -1219,6 +1238,12 @@ def _read_labels(file, column, control, separator, exclude, keep):
         raise NoControl(f"{file.path}: no control cell in obs column {column!r}, looked for "
                         f"{' or '.join(known if control is None else [control])}: name it with "
                         f"--control; its labels are {_commonest(values, 12)}")
+    for pattern in exclude + keep:  # one that is nowhere is a misspelt one
+        if not any(_matches([pattern], part) for label in parsed
+                   for part in [label, *parts_of(label)]):
+            raise DataError(f"{file.path}: no label in obs column {column!r} is {pattern!r}, of "
+                            "--exclude or --keep, where * stands for any characters; its labels "
+                            f"are {_commonest(values, 12)}")
     if control is None and not any(  # one name, with its *, should be that of all
             all(_matches([c], part, re.IGNORECASE) for label in found for part in parts_of(label))
             for c in known):
@@ -1548,10 +1573,11 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     Each perturbation alone and n_pairs random pairs, cells_per_condition cells each, and n_controls
     controls. Every perturbation touches one latent dimension, and each further one with probability
     0.05; effects are +-N(effect_size, 0.5). Two-layer decoder, Gamma-Poisson counts with inverse
-    dispersion 10, library sizes log-normal around `library`. Half of the pairs are held out: all their
-    cells are in `split` test, the others 64/16/20 in train, validation and test. The default screen
-    has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls. Numbers of
-    cells and sizes of effects may differ: arrays (n_perturbations + n_pairs,), (n_perturbations,).
+    dispersion 10, library sizes log-normal around `library`. Half of the pairs are held out: all
+    their cells are in `split` test, the others 64/16/20 in train, validation and test. The default
+    screen has 14,100 cells: 500 perturbations and 60 pairs, 25 cells each, and 100 controls.
+    Numbers of cells and sizes of effects may differ: arrays (n_perturbations + n_pairs,) and
+    (n_perturbations,).
 
     With a batch_effect there are two batches, obs `batch`: the second, of three in four controls
     and of half of the perturbed cells, adds N(0, batch_effect^2) to the log frequency of each gene.

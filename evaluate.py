@@ -339,7 +339,7 @@ def load_checkpoint(folder, name):
     except FileNotFoundError:
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
             raise DataError(f"{folder} has no best.pt yet, which validations write (with --axes "
-                            "sparsest, from half of the steps on): go on with python train.py "
+                            "sparsest, once there are masks): go on with python train.py "
                             f"--resume {folder}, or start a new run if its loss was not finite"
                             ) from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
@@ -429,7 +429,7 @@ OPTIONS = [  # name, default, what is allowed, what it is and where the default 
     ("--iwelbo-particles", 100, AT_LEAST_1, "K of 3.1 (paper: 100, for Norman)"),
     ("--ate-particles", 2500, AT_LEAST_1, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
     ("--library", 10_000, AT_LEAST_1, "total counts of simulated cells (authors' code: 10,000; for "
-     "a file without --preset, the median of its training cells)"),
+     "a file without --preset, the median of its cells)"),
     ("--effects-from", "all", ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1: all; for a file without --preset: test)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
@@ -464,10 +464,10 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None,
 
 def library_of(run):
     """Total counts of simulated cells: 10,000, as in the authors' code, or for a file without a
-    preset the median of its training cells, so that logarithms of model and data are alike."""
+    preset the median of its cells, so that logarithms of model and data are alike."""
     if run.config["preset"] is not None:
         return 10_000
-    return int(np.median(run.screen.counts.library()[run.split["train"]]))
+    return int(np.median(run.screen.counts.library()))
 
 
 def likelihood(run, n_particles):
@@ -746,8 +746,9 @@ def settings(metrics, without=()):
     """All that numbers of two runs must agree in to be comparable, as a dict: the data, the options
     of training but for some, the steps that were made, and the options of the evaluation."""
     config = metrics["config"]
-    # How the file was read is in the fingerprint, but for the split; seeds may simulate screens.
-    covered = {*NO_MATTER, *data.SCREEN_OPTIONS, *without} - {"split_column"}
+    # How a file was read is in the fingerprint, but for the split; seeds may simulate screens.
+    covered = {*NO_MATTER, *data.SCREEN_OPTIONS, *without} - {"split_column", "covariate",
+                                                              "min_cells"}
     steps = config["steps"] if metrics["done"] else metrics["last_step"]
     if config["patience"] or config["masks_from"] in (0, math.ceil(steps / 2)):
         covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
@@ -937,7 +938,8 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
     torch.manual_seed(evaluation_seed)
     # Covariates as the cells have them that received one of the perturbations.
     strata, stratum = strata_of(run.screen)
-    received = [np.isin(run.model_screen.d, d[d != data.NONE]).any(1) for d in dosages.cpu().numpy()]
+    received = [np.isin(run.model_screen.d, d[d != data.NONE]).any(1)
+                for d in dosages.cpu().numpy()]
     cells = [np.flatnonzero(chosen if chosen.any() else ~chosen) for chosen in received]
     weight = np.stack([np.bincount(stratum[chosen], minlength=len(strata)) / len(chosen)
                        for chosen in cells])

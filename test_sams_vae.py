@@ -1526,7 +1526,7 @@ def test_labels_that_name_no_perturbation_are_left_out_unless_they_are_kept(tmp_
             "Multiplet (1), negative (1), unassigned (1)") in screen.notes
     assert conditions(path, keep=["negative"], exclude=["B*"]) == ["control", "A", "negative",
                                                                   "A+negative"]
-    with pytest.raises(data.DataError, match="no label in condition is 'C'"):
+    with pytest.raises(data.DataError, match="no label in obs column 'condition' is 'C'"):
         data.read_screen(path, exclude=["C"])
     path = write_obs(tmp_path / "y.h5ad", mine=["None", "A", "nan"])
     assert conditions(path, perturbation_column="mine", control="None") == ["control", "A"]
@@ -1754,8 +1754,9 @@ def test_genes_are_kept_where_a_var_column_is_true(sparse, tmp_path):
 
 
 def test_covariates_are_positions_among_all_values_and_a_missing_one_is_none(tmp_path):
-    path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "A", "ctrl", "A"] * 10,
-                     donor=["b", "a", "a", ""] * 10, day=[1, 1, 2, 2] * 10, barcode=np.arange(40))
+    path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "A", "ctrl", "A", "ctrl"] * 8,
+                     donor=["b", "a", "a", "", "a"] * 8, day=[1, 1, 2, 2, 1] * 8,
+                     barcode=np.arange(40))
     screen = data.read_screen(path, covariate=["donor", "day"])
     assert screen.covariates == ["donor=a", "donor=b", "day=1", "day=2"]
     assert screen.c[:4].tolist() == [[1, 2], [0, 2], [0, 3], [NONE, 3]]
@@ -1766,6 +1767,18 @@ def test_covariates_are_positions_among_all_values_and_a_missing_one_is_none(tmp
     assert plain.fingerprint() != screen.fingerprint()
     with pytest.raises(data.DataError, match="--covariate 'barcode' has 40 values for 40 cells"):
         data.read_screen(path, covariate=["barcode"])
+
+
+def test_covariates_that_leave_nothing_to_compare_are_refused_or_named(tmp_path):
+    columns = dict(condition=["ctrl", "A", "B", "A"] * 10, day=[1, 1, 2, 1] * 10,
+                   other=[1, 2, 2, 2] * 10)
+    path = write_obs(tmp_path / "x.h5ad", **columns)
+    notes = data.read_screen(path, covariate=["day"]).notes
+    assert any(note.startswith("1 conditions have no control cell") for note in notes)
+    for covariate, match in ((["other"], "no perturbed cell has the covariates of a control"),
+                             (["day", "day"], "one column twice")):
+        with pytest.raises(data.DataError, match=match):
+            data.read_screen(path, covariate=covariate)
 
 
 def test_a_column_over_which_controls_and_perturbed_cells_are_spread_unlike_is_named(tmp_path):
@@ -2173,6 +2186,33 @@ def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_do
     # A run that has ended by patience is as complete as one that made all of its steps.
     metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2)
     assert metrics["done"] and evaluate.settings(metrics)["steps"] == 80
+
+
+def test_a_run_killed_just_before_its_masks_begin_and_one_that_is_done_go_on_as_they_were(
+        folder, monkeypatch):
+    options = ["--steps", "60", "--patience", "10"]
+    plain = train.begin_masks
+
+    def killed(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "begin_masks", killed)
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: next(losses))
+    losses = iter([5.0, 3.0, 4.0, 3.5] + [2.0, 1.0, 6.0, 7.0])
+    with pytest.raises(KeyboardInterrupt):
+        train_on_screen("parts", *options)
+    state = evaluate.load_checkpoint("runs/parts", "last.pt")
+    assert (state["step"], state["config"]["masks_from"]) == (20, 21)
+    assert json.load(open("runs/parts/config.json"))["masks_from"] == 21
+    monkeypatch.setattr(train, "begin_masks", plain)
+    train.main(["--resume", "runs/parts"])
+    state = evaluate.load_checkpoint("runs/parts", "last.pt")
+    assert (state["step"], state["config"]["masks_from"], state["done"]) == (35, 21, True)
+    train.main(["--resume", "runs/parts"])  # nothing is left to do
+    assert evaluate.load_checkpoint("runs/parts", "last.pt")["step"] == 35
+    losses = iter([9.0] * 10)
+    train.main(["--resume", "runs/parts", "--steps", "70"])  # but more may be asked for
+    assert evaluate.load_checkpoint("runs/parts", "last.pt")["step"] == 40
 
 
 def test_options_reach_the_model_and_the_optimizer(folder):
@@ -2663,7 +2703,8 @@ def test_a_run_with_covariates_trains_evaluates_and_predicts_as_they_are_in_the_
     assert evaluate.library_of(run) == pytest.approx(5000, rel=0.1)
     # The expected counts of controls are a mean over batches, as often as the screen has them.
     share = run.screen.c.mean()
-    plain = [expected_expression(run.model, torch.full((1, 2), NONE), 2500, evaluate.library_of(run),
+    library = evaluate.library_of(run)
+    plain = [expected_expression(run.model, torch.full((1, 2), NONE), 2500, library,
                                  c=torch.tensor([[batch]]))["counts"][0] for batch in (0, 1)]
     mean = (1 - share) * plain[0] + share * plain[1]
     np.testing.assert_allclose(layers["expected_counts"][1], mean, rtol=0.1)

@@ -102,8 +102,9 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data (ours)
 ]
 
 
-def own_settings(n_cells, n_perturbations):
-    """Settings of a file without --preset, by its training cells and perturbations (ours).
+def own_settings(n_cells, n_perturbations, n_latent=None):
+    """Settings of a file without --preset, by its training cells (64 % of all; those of the other
+    splits would differ between seeds), its perturbations and --n-latent (ours).
 
     A flag overrides each. Chosen by validation loss, and by treatment effects in validation cells,
     on two real files and four simulated screens, of 4,000 to 13,000 training cells (README); above
@@ -115,9 +116,9 @@ def own_settings(n_cells, n_perturbations):
     the more so the shallower it is, hence the patience.
     """
     epoch = math.ceil(n_cells / 256)  # steps
-    large, n_latent = n_cells > 50_000, 30 if n_perturbations <= 300 else 100
+    large, n_latent = n_cells > 50_000, n_latent or (30 if n_perturbations <= 300 else 100)
     return dict(
-        correlated_effects=False, n_latent=n_latent, alpha=3 / n_latent,
+        correlated_effects=False, n_latent=n_latent, alpha=min(0.5, 3 / n_latent),
         n_hidden=400 if large else 100,
         batch_size=256, particles=1, lr=1e-3 if large else 3e-3, effect_lr=0.01, clip=100.0,
         steps=min(max(3000, 100 * epoch), 50_000), validate_every=min(max(50, epoch), 500),
@@ -177,7 +178,8 @@ def main(arguments=None):
 
         def save(name):
             """Write best.pt or last.pt: everything that is needed to go on."""
-            state.update(step=step, best=best, best_step=best_step, done=done, model=model.state_dict(), log=log.state(),
+            state.update(step=step, best=best, best_step=best_step, done=done,
+                         model=model.state_dict(), log=log.state(),
                          optimizer=optimizer.state_dict(), rng=random_state(device),
                          shuffle={"epoch": shuffle.epoch, "position": shuffle.position})
             evaluate.save_checkpoint(state, folder, name)
@@ -188,7 +190,7 @@ def main(arguments=None):
               f"{clock((config['steps'] - step) * seconds)}")
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
-        done = step >= config["steps"]
+        done = step >= config["steps"] or (state["done"] and "steps" not in given)
         while not done and not stop:
             x, d, *c = batches(next(shuffle))
             value, terms = objective(model, x, d, config["particles"], *c)  # the ELBO: eq. 3, A.1
@@ -225,12 +227,14 @@ def main(arguments=None):
                     has_masks = step >= config["masks_from"]
                     if loss < best:
                         best, best_step = loss, step
-                        save("best.pt" if has_masks else "warm.pt")
+                        if has_masks or config["patience"]:
+                            save("best.pt" if has_masks else "warm.pt")
                     if config["patience"] and step - best_step >= config["patience"]:
                         if has_masks:
                             done = True
                         else:
                             config["masks_from"] = min(config["masks_from"], step + 1)
+                            write_config(folder, config)
                 done = done or step == config["steps"]
                 log.write(line, best, done)
                 if validate:
@@ -320,7 +324,7 @@ def first_state(config, device):
     # its first weights.
     batches = data.Batches(screen, device)
     x_mean, x_std = data.training_statistics(batches, split["train"])
-    by_screen = own_settings(len(split["train"]), len(screen.perturbations))
+    by_screen = own_settings(0.64 * len(screen.rows), n_perturbations, config["n_latent"])
     config |= {option: by_screen[option] for option in by_screen if config[option] is None}
     if config["axes"] == "sparsest":
         config["masks_from"] = math.ceil(config["steps"] / 2)
@@ -331,6 +335,11 @@ def first_state(config, device):
                   "x_std": x_std.cpu(), "n_covariates": len(screen.covariates)}
     torch.manual_seed(config["seed"])
     model = MODELS[config["model"]](**arguments)
+    for value, name in enumerate(screen.covariates):
+        if not (screen.c[split["train"]] == value).any():
+            print(f"  {name}: no training cell; its cells are taken as of unknown covariate")
+            for network in (model.encoder, model.decoder):
+                network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
         model.start_from(*data.gene_moments(batches, split["train"]))
     return screen, {
@@ -338,7 +347,8 @@ def first_state(config, device):
         "perturbations": screen.perturbations, "model_arguments": arguments,
         "split": {k: torch.from_numpy(v) for k, v in split.items()},
         # ... and what moves:
-        "step": 0, "best": math.inf, "best_step": 0, "done": False, "model": model.state_dict(), "log": ({}, 0, 0.0),
+        "step": 0, "best": math.inf, "best_step": 0, "done": False,
+        "model": model.state_dict(), "log": ({}, 0, 0.0),
         "optimizer": new_optimizer(model, config).state_dict(),
         "rng": {"cpu": torch.get_rng_state()}, "shuffle": {"epoch": 0, "position": 0}}
 
@@ -353,11 +363,13 @@ def resume_run(args, given):
     if args.name or any(given[k] != config.get(k) for k in given if k not in free):
         raise DataError(f"--resume takes its options from {folder}; only --steps, --compile, "
                         "--precision, --device and --data (a file that has moved) can be given")
+    # Masks begin at half of the steps that are asked for now, unless patience said when.
+    moves = config["masks_from"] == math.ceil(config["steps"] / 2)
     config |= {k: given[k] for k in free if k in given}
     config["data"] = os.path.abspath(args.data) if args.data else config["data"]
     if config["steps"] < state["step"]:
         raise DataError(f"{folder} is at step {state['step']:,} already: --steps must be larger")
-    if state["step"] < config["masks_from"]:
+    if moves and state["step"] < config["masks_from"]:
         config["masks_from"] = max(state["step"] + 1, math.ceil(config["steps"] / 2))
     screen = evaluate.read_screen_of(config, state)
     print(screen.path, *screen.notes, sep="\n  ")
@@ -602,7 +614,7 @@ def configuration(args, given):
     rows = OPTIONS + (SIMULATION_OPTIONS if args.data is None else [])
     config |= dict.fromkeys(data.SCREEN_OPTIONS) | {"min_cells": data.MIN_CELLS}
     config |= {option_name(flag): default for flag, default, *_ in rows}
-    if args.data and not args.preset:  # what this leaves open, `first_state` knows
+    if args.data and not args.preset and not args.benchmark:  # None: `first_state` knows them
         config |= dict.fromkeys(own_settings(1, 1))
     config |= PRESETS.get(config["preset"], {}) | given
     if args.data is None and "simulated_seed" not in given:

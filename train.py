@@ -60,7 +60,7 @@ OPTIONS = [
     ("--model", "sams-vae", list(MODELS), "sams-vae; the same with a Beta-Bernoulli prior of the "
      "mask; cpa-vae: every mask entry is 1; svae+; cvae: the conditional VAE"),
     ("--axes", "sparsest", ["learned", "sparsest"], "of the masks: as training leaves them (paper) "
-     "or the sparsest, with masks from half of the steps on (ours: see begin_masks)"),
+     "or the sparsest, with masks from half of the steps on at the latest (ours: see begin_masks)"),
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),

@@ -2542,6 +2542,10 @@ def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folde
     # Neither over runs that were stopped early, nor over other ways to evaluate.
     metrics = [json.load(open(f"{run}/metrics.json")) for run in runs if run != "runs/same"]
     assert all(f"data {m['config']['data']}" in out for m in metrics)  # two files of one name
+    # How a simulated screen was read is in no fingerprint.
+    plain, other = (metrics[0] | {"config": metrics[0]["config"] | {"simulated": True} | changed}
+                    for changed in ({}, {"covariate": ["batch"]}))
+    assert evaluate.key(plain) != evaluate.key(other)
     metrics[2] |= {"last_step": 2, "done": False}
     tables = evaluate.table_of_runs(metrics)
     assert tables.count("| model ") == 4

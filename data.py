@@ -1032,7 +1032,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
         notes.append(f"{counts.shape[1]:,} genes kept, true in var column {gene_column!r}")
     without = in_subset & ~has_label
     for n, why in ((int((~in_subset).sum()), f"outside of {' '.join(subset or [])}"),
-                   (int(without.sum()), f"without a perturbation's label in {column}"
+                   (int(without.sum()), f"whose label in {column} is missing or left out"
                     + (f": {_commonest(values[without], 8)}" if any(values[without]) else "")),
                    (int((in_subset & has_label & ~wanted).sum()), f"of {len(rare):,} perturbations "
                     f"that have fewer than {min_cells} (--min-cells)"),
@@ -1073,14 +1073,16 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     if covariate:
         notes.append(f"covariates: {', '.join(names_of_values)}")
         of_controls = {tuple(row) for row in c[(d == NONE).all(1)].tolist()}
+        n_alone = sum(tuple(row) not in of_controls for row in c.tolist())
         alone = set(conditions) - {"control"} - {
             condition for condition, row in zip(conditions, c.tolist())
             if tuple(row) in of_controls}
         if len(alone) == len(set(conditions)) - 1:
             raise DataError(f"{path}: no perturbed cell has the covariates of a control cell: "
                             f"leave out --covariate {' --covariate '.join(covariate)}")
-        notes += [f"{len(alone):,} conditions have no control cell of the same covariates: trained "
-                  "on, but without effects by the data"] if alone else []
+        notes += [f"warning: {n_alone:,} cells, with all cells of {len(alone):,} conditions, have "
+                  "covariates that no control cell has: trained on, but no part of the effects by "
+                  "the data"] if n_alone else []
     notes += _unbalanced(file, rows, (d == NONE).all(1), column,
                          [column, split_column, *(covariate or [])])
     return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
@@ -1125,9 +1127,9 @@ def _unbalanced(file, rows, is_control, labels, not_these):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do.
 
-    Columns are looked at in which most perturbed cells have a value that controls have, too: others
-    describe the perturbation. Unlike means a total variation distance above 0.1, with a chi-squared
-    statistic four standard deviations above its mean by chance.
+    Columns are looked at in which a tenth of the perturbed cells has a value that controls have,
+    too: others describe the perturbation. Unlike means a total variation distance above 0.1, with a
+    chi-squared statistic four standard deviations above its mean by chance.
     """
     notes = []
     for column in file.obs_columns:
@@ -1145,7 +1147,7 @@ def _unbalanced(file, rows, is_control, labels, not_these):
             p = n / n.sum(1, keepdims=True)
             expected = n.sum(0) * n.sum(1, keepdims=True) / n.sum()
             chi2, df = ((n - expected) ** 2 / expected).sum(), len(values) - 1
-            if (p[1, n[0] > 0].sum() > 0.5 and np.abs(p[0] - p[1]).sum() / 2 > 0.1
+            if (p[1, n[0] > 0].sum() > 0.1 and np.abs(p[0] - p[1]).sum() / 2 > 0.1
                     and chi2 > df + 4 * math.sqrt(2 * df)):
                 most = np.argmax(np.abs(p[0] - p[1]))
                 notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of "
@@ -1332,8 +1334,8 @@ def _commonest(values, n):
     """The n commonest values with their numbers, long ones cut, as one line of text."""
     counter = collections.Counter(map(str, values))
     ranked = sorted(counter, key=lambda label: (-counter[label], label))
-    words = [f"{label if len(label) <= 60 else label[:57] + '...'} ({counter[label]:,})"
-             for label in ranked[:n]]
+    words = [f"{(label if len(label) <= 60 else label[:57] + '...') or 'none'} "
+             f"({counter[label]:,})" for label in ranked[:n]]
     return " ".join(", ".join(words).split()) + (
         f" and {len(ranked) - n:,} more" if len(ranked) > n else "")
 

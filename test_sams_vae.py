@@ -1522,7 +1522,7 @@ def test_labels_that_name_no_perturbation_are_left_out_unless_they_are_kept(tmp_
     path = write_obs(tmp_path / "x.h5ad", condition=labels)
     screen = data.read_screen(path)
     assert list(screen.conditions) == ["control", "A", "A+B", "B", "B2"]
-    assert ("dropped 4 cells without a perturbation's label in condition: A+negative (1), "
+    assert ("dropped 4 cells whose label in condition is missing or left out: A+negative (1), "
             "Multiplet (1), negative (1), unassigned (1)") in screen.notes
     assert conditions(path, keep=["negative"], exclude=["B*"]) == ["control", "A", "negative",
                                                                   "A+negative"]
@@ -1598,7 +1598,7 @@ def test_cells_without_counts_or_label_are_dropped_and_counted(tmp_path):
     assert screen.rows.tolist() == [0, 1, 4]
     assert list(screen.cell_names) == ["cell0", "cell1", "cell4"]
     assert "dropped 1 cells without any count" in screen.notes
-    assert "dropped 1 cells without a perturbation's label in condition" in screen.notes
+    assert "dropped 1 cells whose label in condition is missing or left out" in screen.notes
     path = write_obs(tmp_path / "y.h5ad", mine=[0.0, np.nan, 1.0, np.nan])
     assert conditions(path, perturbation_column="mine", control="0.0") == ["control", "1.0"]
 
@@ -1715,10 +1715,10 @@ def test_a_screen_and_its_batches_hold_the_counts_of_kept_cells_alone(write, tmp
 
     path = write_modern(tmp_path / "x.h5ad", with_line)
     for subset, kept, notes in (
-            (None, [0, 1, 4], ["without a perturbation's label in condition",
+            (None, [0, 1, 4], ["whose label in condition is missing or left out",
                                "without any count"]),
             (["line=k"], [0, 1], ["outside of line=k",
-                                  "without a perturbation's label in condition",
+                                  "whose label in condition is missing or left out",
                                   "without any count"])):
         screen = data.read_screen(path, "condition", subset=subset)
         assert screen.rows.tolist() == kept and screen.d.shape[0] == len(kept)
@@ -1774,7 +1774,8 @@ def test_covariates_that_leave_nothing_to_compare_are_refused_or_named(tmp_path)
                    other=[1, 2, 2, 2] * 10)
     path = write_obs(tmp_path / "x.h5ad", **columns)
     notes = data.read_screen(path, covariate=["day"]).notes
-    assert any(note.startswith("1 conditions have no control cell") for note in notes)
+    assert any("warning: 10 cells, with all cells of 1 conditions, have covariates that no control"
+               in note for note in notes)
     for covariate, match in ((["other"], "no perturbed cell has the covariates of a control"),
                              (["day", "day"], "one column twice")):
         with pytest.raises(data.DataError, match=match):

@@ -194,6 +194,8 @@ def main(arguments=None):
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
         done = step >= config["steps"] or (state["done"] and "steps" not in given)
+        if done:
+            print(f"{folder} has ended, at step {step:,}: more --steps would go on")
         while not done and not stop:
             x, d, *c = batches(next(shuffle))
             value, terms = objective(model, x, d, config["particles"], *c)  # the ELBO: eq. 3, A.1
@@ -531,6 +533,8 @@ class Log:
         if "latents_touched" in line:
             before, after = line["latents_touched"]
             text += f"axes turned: {before:.1f} -> {after:.1f} latents per perturbation  "
+        if "validation_loss" in line:
+            text += f"validation {line['validation_loss']:.2f}  "
         if best < math.inf:
             text += f"best validation {best:.2f}  "
         text += f"{line['cells_per_second']:,} cells/s  {clock(left / self.steps_here)} left"

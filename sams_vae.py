@@ -730,7 +730,7 @@ def draws_for(d, n_perturbations, shared=False):
     return t, torch.where(d == NONE, NONE, position)
 
 
-def elbo(model, x, d, n_particles=5, c=None):
+def elbo(model, x, d, n_particles=5, c=None, kl_weight=1.0):
     """Unbiased estimate, from a minibatch, of ELBO / N of the N training cells (eq. 3; A.1).
 
     (Its gradient is not unbiased: that of the masks is the straight-through one.)
@@ -740,7 +740,8 @@ def elbo(model, x, d, n_particles=5, c=None):
         1/B sum_i [ log p(x_i | z_i) - KL(q(z_i^b) || p) - sum_{t in d_i} KL_t / n_t ].
 
     Returns the estimate, a scalar, and a dict of its terms by name: detached scalars, per cell,
-    that stay on the device. elbo = log_likelihood - kl_basal - kl_mask - kl_effect.
+    that stay on the device. elbo = log_likelihood - kl_basal - kl_mask - kl_effect. With a
+    kl_weight below 1 each kl counts for so much: no bound, but a start for training (ours).
     """
     t, drawn = draws_for(d, len(model.n_cells))  # (U,); (B, P), d as positions in t
     mask, effect, kl_mask, kl_effect = model.sample_globals(t, n_particles)  # (K, U, L), .. (K, U)
@@ -767,7 +768,9 @@ def elbo(model, x, d, n_particles=5, c=None):
         "kl_mask": paid(kl_mask).mean(),
         "kl_effect": paid(kl_effect).mean(),
     }
-    value = terms["log_likelihood"] - terms["kl_basal"] - terms["kl_mask"] - terms["kl_effect"]
+    value = terms["log_likelihood"]
+    for kl in ("kl_basal", "kl_mask", "kl_effect"):
+        value = value - kl_weight * terms[kl]
     return value, {name: term.detach() for name, term in terms.items()}
 
 

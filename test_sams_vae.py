@@ -2216,6 +2216,30 @@ def test_a_run_killed_just_before_its_masks_begin_and_one_that_is_done_go_on_as_
     assert evaluate.load_checkpoint("runs/parts", "last.pt")["step"] == 40
 
 
+def test_the_weight_of_the_kl_rises_to_one_and_no_checkpoint_is_taken_before(folder, monkeypatch):
+    x, d = small_batch()
+    model = small_model()
+    values = []
+    for weight in (1.0, 0.25):
+        torch.manual_seed(0)
+        value, terms = elbo(model, x, d, 5, kl_weight=weight)
+        kl = terms["kl_basal"] + terms["kl_mask"] + terms["kl_effect"]
+        torch.testing.assert_close(value, terms["log_likelihood"] - weight * kl)
+        values.append(value)
+    assert values[1] > values[0]
+    plain, weights, losses = train.elbo, [], iter([1.0, 3.0, 2.0, 4.0])  # at steps 5, 10, 15, 20
+    monkeypatch.setattr(train, "elbo", lambda *a, **kw: (
+        weights.append(float(kw.get("kl_weight", 1))), plain(*a, **kw))[1])
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: next(losses))
+    train_on_screen("run", "--steps", "20", "--axes", "learned", "--kl-warmup", "8")
+    np.testing.assert_allclose(weights[3:], [*np.arange(1, 8) / 8, *[1] * 13])  # 3 for the time
+    assert evaluate.load_checkpoint("runs/run", "best.pt")["step"] == 15
+    for wrong in (["--kl-warmup", "10", "--steps", "20"],
+                  ["--kl-warmup", "21", "--steps", "20", "--axes", "learned"]):
+        with pytest.raises(data.DataError, match="--kl-warmup"):
+            train_on_screen("wrong", *wrong)
+
+
 def test_options_reach_the_model_and_the_optimizer(folder):
     train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
                     "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4", "--axes",

@@ -77,6 +77,8 @@ OPTIONS = [
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
     ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
      "training cells (ours: see gene_moments in data.py), or zero (paper)"),
+    ("--kl-warmup", 0, AT_LEAST_0, "first steps, in which the weight of all KL rises to 1: what "
+     "changes one gene alone is lost less (ours; off)"),
     ("--patience", 0, AT_LEAST_0, "steps without a lower validation loss after which masks begin, "
      "from the best weights so far, or training ends; 0 for never (paper; ours by the screen)"),
     ("--clip", 0.0, AT_LEAST_0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
@@ -198,7 +200,10 @@ def main(arguments=None):
             print(f"{folder} has ended, at step {step:,}: more --steps would go on")
         while not done and not stop:
             x, d, *c = batches(next(shuffle))
-            value, terms = objective(model, x, d, config["particles"], *c)  # the ELBO: eq. 3, A.1
+            weight = ({"kl_weight": torch.tensor((step + 1) / config["kl_warmup"], device=device)}
+                      if step + 1 < config["kl_warmup"] else {})
+            # The ELBO: eq. 3, A.1
+            value, terms = objective(model, x, d, config["particles"], *c, **weight)
             optimizer.zero_grad(set_to_none=True)
             (-value).backward()
             if config["clip"]:
@@ -230,11 +235,12 @@ def main(arguments=None):
                     loss = validation_loss(model, batches, split["validation"], config["particles"])
                     line["validation_loss"] = round(loss, 4)
                     has_masks = step >= config["masks_from"]
-                    if loss < best:
+                    if loss < best and step >= config["kl_warmup"]:
                         best, best_step = loss, step
                         if has_masks or config["patience"]:
                             save("best.pt" if has_masks else "warm.pt")
-                    if config["patience"] and step - best_step >= config["patience"]:
+                    since = step - max(best_step, config["kl_warmup"])
+                    if config["patience"] and since >= config["patience"]:
                         if has_masks:
                             done = True
                         else:
@@ -333,6 +339,9 @@ def first_state(config, device):
     config |= {option: by_screen[option] for option in by_screen if config[option] is None}
     if config["axes"] == "sparsest":
         config["masks_from"] = math.ceil(config["steps"] / 2)
+    if config["kl_warmup"] >= (config["masks_from"] or config["steps"] + 1):
+        raise DataError(f"--kl-warmup {config['kl_warmup']} is too long: it must end before masks "
+                        f"begin, at step {config['masks_from']}, of {config['steps']} steps")
     d = screen.d[split["train"]]
     n_cells = np.bincount(d[d != data.NONE], minlength=len(screen.perturbations))
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}

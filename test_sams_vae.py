@@ -2216,6 +2216,39 @@ def test_a_run_killed_just_before_its_masks_begin_and_one_that_is_done_go_on_as_
     assert evaluate.load_checkpoint("runs/parts", "last.pt")["step"] == 40
 
 
+def test_a_file_without_a_preset_has_settings_of_its_own_that_flags_override(folder):
+    train.main(["--data", "screen.h5ad", "--name", "own", "--steps", "2"])
+    train.main(["--data", "screen.h5ad", "--name", "flags", "--steps", "2", "--n-latent", "10",
+                "--lr", "0.1", "--model", "cpa-vae"])
+    own, flags = (evaluate.load_checkpoint(f"runs/{run}", "last.pt")["config"]
+                  for run in ("own", "flags"))
+    expected = train.own_settings(0.64 * 540, 12) | {"steps": 2}
+    assert own.items() >= expected.items() and None not in [own[k] for k in expected]
+    assert (own["n_latent"], own["alpha"], own["masks_from"]) == (30, 0.1, 1)
+    assert (flags["n_latent"], flags["alpha"], flags["lr"]) == (10, 0.3, 0.1)
+    assert not flags["correlated_effects"] and flags["masks_from"] == 0
+    metrics = evaluate.evaluate(evaluate.Run("runs/own"), 2, 2)
+    counts = data.read_screen("screen.h5ad").counts.library()
+    assert metrics["options"]["library"] == int(np.median(counts))
+    assert metrics["options"]["effects_from"] == "test"
+    large = train.own_settings(1_000_000, 5000)
+    assert (large["n_latent"], large["n_hidden"], large["steps"]) == (100, 400, 50_000)
+
+
+def test_a_covariate_value_without_training_cells_is_taken_as_unknown(folder, capsys):
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_genes=40,
+                  batch_effect=1.0)
+    with h5py.File("screen.h5ad", "a") as file:
+        file["obs/batch"][...] = np.where(file["obs/split"].asstr()[()] == "test", 2,
+                                          file["obs/batch"][()])
+    train_on_screen("run", "--steps", "1", "--covariate", "batch", "--weight-decay", "0")
+    assert "batch=2: no training cell" in capsys.readouterr().out
+    model = evaluate.build_model(evaluate.load_checkpoint("runs/run", "last.pt"))
+    for network in (model.encoder, model.decoder):
+        columns = network.first.weight[:, network.part_sizes[0]:][:, :3]
+        assert (columns[:, 2] == 0).all() and (columns[:, :2] != 0).any()
+
+
 def test_the_weight_of_the_kl_rises_to_one_and_no_checkpoint_is_taken_before(folder, monkeypatch):
     x, d = small_batch()
     model = small_model()

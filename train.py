@@ -112,8 +112,9 @@ def own_settings(n_cells, n_perturbations, n_latent=None):
     splits would differ between seeds), its perturbations and --n-latent (ours).
 
     A flag overrides each. Chosen by validation loss, and by treatment effects in validation cells,
-    on two real files and four simulated screens, of 4,000 to 13,000 training cells (README); above
-    50,000 cells or 300 perturbations nothing was measured, and what changes leans on the paper.
+    on two real files and four simulated screens like those of the README, of 4,000 to 13,000
+    training cells; above 50,000 cells or 300 perturbations nothing was measured, and what changes
+    leans on the paper.
 
     A free q(e), since f_emb costs a small screen much. One particle: a step takes about 0.6 times
     as long as with five, and more steps are worth more. Effects learn faster than networks, as few

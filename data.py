@@ -929,6 +929,7 @@ class Screen:
     c               (N, columns) int64, or None: covariates of each cell, as positions in
     covariates      the names of all their values, such as "donor=A"
     joiner          "+", or " + " where a perturbation's own name has a +
+    label_column    the obs column of labels, or None where they are one-hot columns
     split           (N,) str or None: what a column of the file says of each cell's split
     notes           lines that say what was chosen and what was dropped
     file            the H5ad it was read from
@@ -945,6 +946,7 @@ class Screen:
     covariates: list
     conditions: np.ndarray
     joiner: str
+    label_column: str | None
     split: np.ndarray | None
     notes: list
     file: H5ad
@@ -970,7 +972,7 @@ class Screen:
 
 def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
                 one_hot_prefix=None, layer=None, split_column=None, gene_column=None, subset=None,
-                exclude=None, keep=None, min_cells=0, covariate=None):
+                exclude=None, keep=None, min_cells=0, covariate=None, only_controls=False):
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
@@ -989,6 +991,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     keep                   list of such labels that are perturbations though UNASSIGNED has them
     min_cells              perturbations of fewer cells are left out, with all their cells
     covariate              list of obs columns, such as a donor or a batch, for c
+    only_controls          control cells alone are kept, and no perturbed ones are needed
 
     Cells outside of the subset, without a label or with one that is left out, or without any count
     of the kept genes are dropped; a note says how many. Raises DataError where the file, or the
@@ -1014,6 +1017,8 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     has_label = np.array([names is not None for names in sets])
     # The cells of a rare perturbation may leave another one with too few: until nothing changes.
     wanted, rare = in_subset & has_label, set()
+    if only_controls:
+        wanted &= np.array([names == frozenset() for names in sets])
     while True:
         n_cells = collections.Counter(name for i in np.flatnonzero(wanted) for name in sets[i])
         few = {name for name, n in n_cells.items() if n < min_cells}
@@ -1060,7 +1065,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     conditions = np.array([joiner.join(sorted(s)) or "control" for s in sets], dtype=object)
 
     controls = int((d == NONE).all(1).sum())
-    if not controls or controls == len(rows):
+    if not controls or (controls == len(rows) and not only_controls):
         raise DataError(f"{path}: {'all' if controls else 'none'} of the {len(rows):,} cells with "
                         f"counts and a label in {column} are controls; training needs controls "
                         "and perturbed cells" + (f" ({len(rare):,} perturbations have fewer than "
@@ -1083,10 +1088,12 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
         notes += [f"warning: {n_alone:,} cells, with all cells of {len(alone):,} conditions, have "
                   "covariates that no control cell has: trained on, but no part of the effects by "
                   "the data"] if n_alone else []
-    notes += _unbalanced(file, rows, (d == NONE).all(1), column,
-                         [column, split_column, *(covariate or [])])
+    if not only_controls:
+        notes += _unbalanced(file, rows, (d == NONE).all(1), column,
+                             [column, split_column, *(covariate or [])])
     return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
                   perturbations, c, names_of_values, conditions, joiner,
+                  column if column in file.obs_columns else None,
                   None if split is None else split[1][rows], notes, file)
 
 

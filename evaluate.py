@@ -99,9 +99,9 @@ def discrimination_scores(predicted, observed, counted, device="cpu"):
     predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
                            for v in (predicted, observed))
     left_out = [torch.from_numpy(v).to(device) for v in np.nonzero(~np.asarray(counted))]
-    scores = []
-    for own, others in ((observed, predicted), (predicted, observed)):
-        distance = torch.cdist(own, others, p=1)  # (C, C): from the row's own to every other
+    scores, distances = [], torch.cdist(observed, predicted, p=1)  # (C, C)
+    for own, others, distance in ((observed, predicted, distances.clone()),
+                                  (predicted, observed, distances.T.contiguous())):
         for condition, gene in zip(*(v.split(4096) for v in left_out)):
             part = (own[condition, gene, None] - others[:, gene].T).abs()
             distance.index_add_(0, condition, part, alpha=-1)
@@ -135,9 +135,9 @@ def effect_metrics(predicted, predicted_from_mean, effect, variance, from_mean, 
     predicted, effect = np.asarray(predicted, np.float64), np.asarray(effect, np.float64)
     p, o = predicted[counted], effect[counted]
     # The genes are chosen by the data, the same for every prediction.
-    responding = np.where(counted, np.abs(effect), -1)
-    top, top_predicted = (np.argsort(-v, axis=1, kind="stable")[:, :20] for v in (
-        responding, np.where(counted, np.abs(predicted), -1)))
+    n_top = min(20, effect.shape[1])
+    top, top_predicted = (np.argpartition(-np.where(counted, np.abs(v), -1), n_top - 1, axis=1)
+                          [:, :n_top] for v in (effect, predicted))
     a, b = (np.take_along_axis(v, top, axis=1) for v in (predicted, effect))
     found = (top[:, :, None] == top_predicted[:, None]).any(1) & (
         np.take_along_axis(predicted, top_predicted, axis=1) != 0)
@@ -331,8 +331,8 @@ def strata_of(screen):
     return strata, stratum.reshape(-1)
 
 
-def own_targets(perturbations, gene_names):
-    """The gene that each perturbation targets, by its name: positions among the genes (T,), or -1.
+def own_targets(dosages, perturbations, gene_names):
+    """The genes that perturbations of dosages (C, P) target, by their names: (C, G) bool.
 
     A perturbation's name, or the first of its parts, may be that of a gene, in any case of letters:
     KLF1, KLF1_2, sg|KLF1. Between parts stands what is no letter or digit; a gene's own name may
@@ -341,12 +341,14 @@ def own_targets(perturbations, gene_names):
     of_gene = {}
     for g, name in enumerate(gene_names):
         of_gene.setdefault(str(name).upper(), g)
-    result = []
-    for name in perturbations:
+    is_target = np.zeros((len(dosages), len(gene_names)), bool)
+    for t, name in enumerate(perturbations):
         name = str(name).upper()
-        parts = [name, *re.split(r"[^A-Z0-9-]+", name), *re.split(r"[^A-Z0-9]+", name)]
-        result.append(next((of_gene[part] for part in parts if part in of_gene), -1))
-    return np.array(result)
+        for part in (name, *re.split(r"[^A-Z0-9-]+", name), *re.split(r"[^A-Z0-9]+", name)):
+            if part in of_gene:
+                is_target[(dosages == t).any(1), of_gene[part]] = True
+                break
+    return is_target
 
 
 def mean_expression(batches, cells, group, n_groups):
@@ -627,10 +629,7 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
     names, first, group = conditions_of(screen)
     n_conditions, dosages = len(names), screen.d[first]  # (C, P)
     n_perturbed = (dosages != data.NONE).sum(1)
-    target = np.append(own_targets(screen.perturbations, screen.gene_names), -1)[dosages]  # (C, P)
-    is_target = np.zeros((n_conditions, len(screen.gene_names) + 1), bool)
-    np.put_along_axis(is_target, target, True, axis=1)  # the last column is for none, -1
-    is_target = is_target[:, :-1]
+    is_target = own_targets(dosages, screen.perturbations, screen.gene_names)
     strata, stratum = strata_of(screen)
     # Cells by condition, the last being the control, and covariates.
     shape, group_of_cell = (n_conditions + 1, len(strata)), group * len(strata) + stratum
@@ -725,9 +724,9 @@ def write_top_genes(run, names, of_model, layers, library, n_top=20, n_particles
     def add(kind, name, effect, counts, control, *by_data):
         """The rows of one condition or latent dimension, of arrays (G,)."""
         for rank, g in enumerate(np.argsort(-np.abs(effect), kind="stable")[:n_top]):
-            rows.append([kind, name, rank + 1, genes[g], effect[g],
-                         np.log2(counts[g] / control[g]),
-                         *([v[g] for v in by_data] or ["", ""])])
+            if effect[g] != 0:
+                rows.append([kind, name, rank + 1, genes[g], effect[g], np.log2(
+                    counts[g] / control[g]), *([v[g] for v in by_data] or ["", ""])])
 
     for i, name in enumerate(names):
         add("condition", name, layers["model_log_normalised"][i],
@@ -1337,9 +1336,11 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
               var={"gene": run.screen.gene_names},
               layers={key: np.stack(values) for key, values in layers.items()},
               uns={"library": depth})
-    return "\n".join([*lines, "", markdown(
-        ["condition", "gene", f"control, of {depth:,}", "effect", "5 % to 95 % of cells",
-         "effect by the data", "log2 fold change"], rows)])
+    lines.append(f"\nexpected counts in a cell of {depth:,}; by the data: in all cells, also those "
+                 "trained on\n")
+    return "\n".join([*lines, markdown(["condition", "gene", "control", "effect",
+                                        "5 % to 95 % of cells", "effect by the data",
+                                        "log2 fold change"], rows)])
 
 
 def known_of(run, d, condition, trained_on):
@@ -1517,8 +1518,8 @@ def figure_of_training(folder):
                 axis.plot(*zip(*points), label=name.replace("_", " "),
                           marker="." if name == "validation_loss" else None)
         axis.set(xlabel="step", ylabel=unit)
-        if axis.lines:
-            axis.legend()
+        if axis.lines:  # above the axes, where it hides nothing
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
         else:
             axis.text(0.5, 0.5, "no masks to learn", transform=axis.transAxes, ha="center")
     losses = [line[name] for line in log for name in ("loss", "validation_loss") if name in line]
@@ -1581,7 +1582,8 @@ def figure_of_masks(run, pathways=None):
     axes[0, 0].set_yticks((edges[1:] + edges[:-1] - 1) / 2, labels)
     if by_name:
         axes[0, 0].set_yticks(np.arange(len(rows)), [names[t] for t in rows], fontsize=7)
-    figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations")
+    some = "" if len(rows) == len(names) else f" of {len(names):,}, those with a pathway"
+    figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations{some}")
     return save_figure(figure, os.path.join(run.folder, "masks.png"))
 
 

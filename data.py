@@ -1089,7 +1089,9 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
                   "covariates that no control cell has: trained on, but no part of the effects by "
                   "the data"] if n_alone else []
     if not only_controls:
-        notes += _unbalanced(file, rows, (d == NONE).all(1), column,
+        stratum = np.zeros(len(rows), int) if c is None else np.unique(
+            c, axis=0, return_inverse=True)[1].reshape(-1)
+        notes += _unbalanced(file, rows, (d == NONE).all(1).astype(int), stratum, column,
                              [column, split_column, *(covariate or [])])
     return Screen(os.fspath(path), counts, rows, file.gene_names[genes], file.cell_names[rows], d,
                   perturbations, c, names_of_values, conditions, joiner,
@@ -1130,15 +1132,16 @@ def _read_covariates(file, columns, rows):
     return (c, names) if columns else (None, [])
 
 
-def _unbalanced(file, rows, is_control, labels, not_these):
+def _unbalanced(file, rows, is_control, stratum, labels, not_these):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do.
 
-    Columns are looked at in which a tenth of the perturbed cells has a value that controls have,
-    too: others describe the perturbation. Unlike means a total variation distance above 0.1, with a
-    chi-squared statistic four standard deviations above its mean by chance.
+    Of perturbed cells, those count whose value controls have, too, a tenth at least: other values
+    describe the perturbation. Unlike means a total variation distance above 0.1 within the strata
+    (cells,) of covariates, with a chi-squared statistic four standard deviations above its mean by
+    chance. Columns that divide the cells alike are one.
     """
-    notes = []
+    notes = {}
     for column in file.obs_columns:
         if column in not_these or (labels.endswith("*") and column.startswith(labels[:-1])):
             continue
@@ -1146,22 +1149,31 @@ def _unbalanced(file, rows, is_control, labels, not_these):
             found = file.obs(column)[rows]
             if found.dtype.kind == "f":  # a measurement
                 continue
-            values, v = np.unique(found.astype(str), return_inverse=True)
+            values, first, v = np.unique(found.astype(str), return_index=True, return_inverse=True)
             if not 2 <= len(values) <= 50:
                 continue
-            n = np.stack([np.bincount(v[chosen], minlength=len(values))
-                          for chosen in (is_control, ~is_control)])  # (2, values)
-            p = n / n.sum(1, keepdims=True)
-            expected = n.sum(0) * n.sum(1, keepdims=True) / n.sum()
-            chi2, df = ((n - expected) ** 2 / expected).sum(), len(values) - 1
-            if (p[1, n[0] > 0].sum() > 0.1 and np.abs(p[0] - p[1]).sum() / 2 > 0.1
-                    and chi2 > df + 4 * math.sqrt(2 * df)):
+            n = np.zeros((stratum.max() + 1, 2, len(values)))
+            np.add.at(n, (stratum, 1 - is_control, v), 1)  # controls, perturbed cells
+            shared = n * (n[:, :1] > 0)
+            if not shared[:, 1].sum() > 0.1 * n[:, 1].sum():
+                continue
+            p = shared / np.maximum(shared.sum(2, keepdims=True), 1)
+            expected = shared.sum(1, keepdims=True) * shared.sum(2, keepdims=True) / np.maximum(
+                shared.sum((1, 2), keepdims=True), 1)
+            chi2 = ((shared - expected) ** 2 / np.maximum(expected, 1e-9)).sum()
+            df = np.maximum((shared[:, 0] > 0).sum(1) - 1, 0).sum()
+            perturbed = shared[:, 1].sum(1)
+            distance = np.abs(p[:, 0] - p[:, 1]).sum(1) / 2 @ perturbed / perturbed.sum()
+            if distance > 0.1 and chi2 > df + 4 * math.sqrt(2 * df):
+                p = n.sum(0) / n.sum((0, 2))[:, None]
                 most = np.argmax(np.abs(p[0] - p[1]))
-                notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of "
-                             f"the perturbed cells have {column}={values[most]}: if that is no "
-                             f"result of perturbations, --covariate {column} compares like with "
-                             "like")
-    return notes
+                alike = notes.setdefault(np.argsort(np.argsort(first))[v].tobytes(), [])
+                alike.append((column, f"{p[0, most]:.0%} of the controls and {p[1, most]:.0%} of "
+                              f"the perturbed cells have {column}={values[most]}"))
+    return [f"warning: {alike[0][1]}"
+            + "".join(f" (as {column} says, too)" for column, _ in alike[1:])
+            + f": if that is no result of perturbations, --covariate {alike[0][0]} compares like "
+            "with like" for alike in notes.values()]
 
 
 def _read_gene_column(file, column):
@@ -1452,6 +1464,9 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     if n_perturbed[parts["train"]].min() > 0:
         raise DataError(f"{screen.path}: no control among the {len(parts['train']):,} training "
                         "cells: effects are differences from control cells")
+    if not n_perturbed[parts["train"]].any():
+        raise DataError(f"{screen.path}: no perturbed cell among the {len(parts['train']):,} "
+                        "training cells: there is nothing to learn effects from")
     return parts
 
 

@@ -17,6 +17,7 @@ e_t of eq. 1 is called `effect` where it is drawn, as in sams_vae.py.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import ctypes
@@ -94,7 +95,8 @@ def discrimination_scores(predicted, observed, counted, device="cpu"):
                  perturbation discrimination score of the Virtual Cell Challenge, 2025)
 
     A rank goes from 0 (nearest) to C - 1, ties at half, is divided by C - 1 and taken from one:
-    1 is perfect, 1/2 is chance, and in the mean what a constant prediction gets. Returns (2, C).
+    1 is perfect; 1/2 is chance and what a constant prediction gets, in the mean over all C.
+    Returns (2, C).
     """
     predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
                            for v in (predicted, observed))
@@ -112,36 +114,48 @@ def discrimination_scores(predicted, observed, counted, device="cpu"):
     return np.stack(scores)
 
 
-def effect_metrics(predicted, predicted_from_mean, effect, variance, from_mean, counted, **_):
+def response_weights(effect, variance):
+    """How clearly genes respond to conditions, (C, G): squared t statistics of their effects.
+
+    variance are squared standard errors. That of few cells is itself a guess, and 0 where no cell
+    has a count of the gene: it is taken to be no less than one expects by condition and by gene,
+    the product of their means over the mean of all.
+    """
+    known = variance[np.isfinite(variance).all(1)]
+    usual = variance.mean(1, keepdims=True) * known.mean(0) / known.mean() if len(known) else 0.0
+    return effect**2 / np.maximum(np.maximum(variance, usual), 1e-300)
+
+
+def effect_metrics(predicted, predicted_from_mean, effect, from_mean, weight, counted, **_):
     """All metrics but discrimination of predicted effects (C, G): a dict.
 
-    effect, variance    by the data, and the squared standard error of that (see `within_strata`)
+    effect              by the data
     counted             bool, the genes that count for each condition: its own targets may not
-    *_from_mean         by model and data, expression minus the mean over training conditions (see
-                        `baseline_effects`), in place of the control: without the shift that all
-                        perturbations share, which makes trivial predictions look good, and without
-                        the noise of the controls. pearson_from_perturbed_mean is their Pearson's r
+    *_from_mean         effects by model and by data, each minus its mean over the conditions with
+                        training cells: without the shift that all perturbations share, which makes
+                        trivial predictions look good, and without the noise of the controls.
+                        pearson_from_perturbed_mean is their Pearson's r
 
     Names that end in _top20 are restricted to the 20 genes of largest absolute effect by the data
     of each condition. overlap_top20 is the share of these that are also among the 20 of largest
     predicted effect, direction_top20 the share whose predicted effect has the right sign (both 0
     where no effect is predicted; as in cell-eval's overlap_at_N and de_direction_match).
 
-    weighted_r_squared is 1 - sum w (effect - predicted)^2 / sum w effect^2: 0 for "no change". The
-    weights w = effect^2 / variance, divided by their sum for each condition, are large for genes
-    that clearly respond, which are few beside those that do not (after Mejia et al. 2025,
-    "Diversity by Design", who weight squared errors by squared t statistics).
+    weighted_r_squared is 1 - sum w (effect - predicted)^2 / sum w effect^2: 0 for "no change". w is
+    weight, `response_weights`, divided by its sum for each condition: large for genes that clearly
+    respond, which are few beside those that do not (after Mejia et al. 2025, "Diversity by Design",
+    who weight squared errors by squared t statistics).
     """
     predicted, effect = np.asarray(predicted, np.float64), np.asarray(effect, np.float64)
     p, o = predicted[counted], effect[counted]
     # The genes are chosen by the data, the same for every prediction.
-    n_top = min(20, effect.shape[1])
+    n_top = min(20, int(counted.sum(1).min(initial=20)))
     top, top_predicted = (np.argpartition(-np.where(counted, np.abs(v), -1), n_top - 1, axis=1)
                           [:, :n_top] for v in (effect, predicted))
     a, b = (np.take_along_axis(v, top, axis=1) for v in (predicted, effect))
     found = (top[:, :, None] == top_predicted[:, None]).any(1) & (
         np.take_along_axis(predicted, top_predicted, axis=1) != 0)
-    w = np.where(counted & (effect != 0), effect**2 / np.maximum(variance, 1e-300), 0)
+    w = np.where(counted, weight, 0)
     w = w / np.maximum(w.sum(1, keepdims=True), 1e-300)
     total = float((w * effect**2).sum())
     return {
@@ -161,22 +175,24 @@ def effect_metrics(predicted, predicted_from_mean, effect, variance, from_mean, 
     }
 
 
-def noise_limit(effect, variance, from_mean, variance_from_mean, counted):
+def noise_limit(effect, variance, from_mean, variance_from_mean, counted, **_):
     """What `effect_metrics` would say of a perfect prediction, estimated: a dict, of some of them.
 
     The data's effects are the true ones plus noise of known variance, the squared standard error of
     each entry, which averages to N over all entries; theirs is V, that of the true ones V - N. So
     the true effects have R2 = 1 - N / V with those of the data, r = sqrt(1 - N / V) and an RMSE of
     sqrt(N). This is the sqrt(2 r / (1 + r)) of two halves' correlation r, whose expectation is
-    (V - N) / (V + N), without the noise of halving. pearson_se is one standard error of 1 - N / V, a
-    jackknife's over conditions, further up in the root. A negative 1 - N / V counts as 0 in a root; the mean over conditions is
-    therefore a rough one. What the choice of genes by the same noise enters (top 20, weights), and
-    ranks, have no such estimate.
+    (V - N) / (V + N), without the noise of halving. pearson_se is one standard error of 1 - N / V
+    further up in the root: that of a jackknife over conditions and of one over genes, since what
+    the control cells add is shared by all conditions. A negative 1 - N / V counts as 0 in a root;
+    the mean over conditions is therefore a rough one. What the choice of genes by the same noise
+    enters (top 20, weights), and ranks, have no such estimate. Arguments as in `effect_metrics`;
+    variances are squared standard errors, see `within_strata`.
 
     In screens simulated from trained models (33 and 90 conditions, of 8 to 2,000 cells of 100 to
-    10,000 counts; r from 0.3 to 1) pearson was 0.00 to 0.05 below that of the true effects where
-    conditions had 8 cells, within 0.01 in the mean otherwise, and the standard error about the
-    spread of the difference; per condition it was within 0.06. Arguments as in `effect_metrics`.
+    10,000 counts; r from 0.3 to 1) pearson and that from the mean were 0.00 to 0.05 below those of
+    the true effects where conditions had 8 cells, and within 0.01 otherwise; per condition within
+    0.05. The standard error was 1 to 4 times the spread of the difference.
     """
     def share(n, total, squares, noise):
         """1 - N / V of entries of which these are number and sums."""
@@ -187,25 +203,27 @@ def noise_limit(effect, variance, from_mean, variance_from_mean, counted):
         """The square root, 0 for what is negative or unknown."""
         return np.sqrt(np.maximum(np.nan_to_num(value), 0))
 
-    def sums(effect, variance):
-        """Number, sum, sum of squares and noise of each condition's entries, (C,) each."""
-        return [np.where(counted, v, 0).sum(1) for v in (1, effect, effect**2, variance)]
+    def sums(effect, variance, axis=None):
+        """Number, sum, sum of squares and noise of the entries, along an axis."""
+        return [np.where(counted, v, 0).sum(axis) for v in (1, effect, effect**2, variance)]
 
-    each = sums(effect, variance)
-    if not len(effect) or not sum(each[0]):
+    total, each = sums(effect, variance), sums(effect, variance, 1)
+    if not total[0]:
         return {"n_conditions": 0}
-    of_all = share(*(v.sum() for v in each))
-    without_one = share(*(v.sum() - v for v in each))  # (C,)
-    error = math.sqrt((len(effect) - 1) * without_one.var())
+    of_all, squared_error = share(*total), 0.0
+    for axis in (1, 0):
+        if effect.shape[1 - axis] > 1:
+            without_one = share(*(a - b for a, b in zip(total, sums(effect, variance, axis))))
+            squared_error += (len(without_one) - 1) * without_one.var()
+    error = float(root(max(of_all, 0) + math.sqrt(squared_error)) - root(of_all))
     return {
         "n_conditions": len(effect),
         "pearson": float(root(of_all)),
-        "pearson_se": float(root(of_all + error) - root(of_all)),
+        "pearson_se": error if math.isfinite(squared_error) else math.nan,
         "pearson_per_condition": float(root(share(*each)).mean()),
         "r_squared": float(of_all),
-        "pearson_from_perturbed_mean": float(root(share(
-            *(v.sum() for v in sums(from_mean, variance_from_mean))))),
-        "rmse": math.sqrt(each[3].sum() / each[0].sum()),
+        "pearson_from_perturbed_mean": float(root(share(*sums(from_mean, variance_from_mean)))),
+        "rmse": math.sqrt(total[3] / total[0]),
     }
 
 
@@ -334,9 +352,8 @@ def strata_of(screen):
 def own_targets(dosages, perturbations, gene_names):
     """The genes that perturbations of dosages (C, P) target, by their names: (C, G) bool.
 
-    A perturbation's name, or the first of its parts, may be that of a gene, in any case of letters:
-    KLF1, KLF1_2, sg|KLF1. Between parts stands what is no letter or digit; a gene's own name may
-    hold a hyphen.
+    A perturbation's name, or its first part, may be that of a gene, in any case of letters: KLF1,
+    KLF1_2, Klf1|KLF1. A part ends at what is no letter or digit, or at what is no hyphen either.
     """
     of_gene = {}
     for g, name in enumerate(gene_names):
@@ -344,7 +361,7 @@ def own_targets(dosages, perturbations, gene_names):
     is_target = np.zeros((len(dosages), len(gene_names)), bool)
     for t, name in enumerate(perturbations):
         name = str(name).upper()
-        for part in (name, *re.split(r"[^A-Z0-9-]+", name), *re.split(r"[^A-Z0-9]+", name)):
+        for part in (name, re.split(r"[^A-Z0-9-]", name)[0], re.split(r"[^A-Z0-9]", name)[0]):
             if part in of_gene:
                 is_target[(dosages == t).any(1), of_gene[part]] = True
                 break
@@ -356,10 +373,10 @@ def mean_expression(batches, cells, group, n_groups):
 
     cells (n,) positions, group (n,) their groups. Returns {scale: (means, their squared standard
     errors)}, (n_groups, G) each, and the number of cells of each group (n_groups,). counts:
-    1e4 x / sum x. log_normalised: log2(1 + 1e4 x / sum x). A group without cells has NaN; one of a
-    single cell has the variance that cells have in all groups together. (3.2 compares means of x,
-    the counts; the second scale and its logarithm to base 2 are what the authors' code takes for
-    Table 1.)
+    1e4 x / sum x. log_normalised: log2(1 + 1e4 x / sum x). (3.2 compares means of x, the counts;
+    the second scale and its logarithm to base 2 are what the authors' code takes for Table 1.)
+
+    A group without cells has NaN; one of a single cell has the variance within all groups.
     """
     n_cells = np.bincount(group, minlength=n_groups)
     total = {scale: torch.zeros(2, n_groups, batches.n_genes, dtype=torch.float64,
@@ -623,7 +640,7 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
     what `effect_metrics` says of a prediction (the model or a baseline), or what `noise_limit` says
     of a perfect one, over a group of conditions: all, pairs, held_out (no training cells), or those
     with cells in train, validation and test. `cells` are those that the data's effects are taken
-    from, all or test. ["on_target"]: see `on_target`.
+    from, all or test. ["on_target"], ["known_pairs"][cells]: see the functions of these names.
     """
     screen, split = run.screen, run.split
     names, first, group = conditions_of(screen)
@@ -641,16 +658,13 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
         return {scale: [v.reshape(*shape, -1) for v in m] for scale, m in found.items()}, (
             n.reshape(shape))
 
-    # The Norman splits have no controls among their test cells: then all controls are taken.
-    controls = split["test"][group[split["test"]] == n_conditions]
-    if len(controls) < 2:
-        controls = np.flatnonzero(group == n_conditions)
-    sources = {"all": np.arange(len(group)), "test": np.union1d(split["test"], controls)}
+    sources = {"all": np.arange(len(group)),
+               "test": with_controls(split["test"], split["train"], group == n_conditions)}
     trained, n_train = means(split["train"])
     of_all_cells = np.bincount(group_of_cell, minlength=math.prod(shape)).reshape(shape)[:-1]
     of_all_cells = of_all_cells / of_all_cells.sum(1, keepdims=True)
 
-    metrics, layers, of_model = {"effects": {}}, {}, None
+    metrics, layers, of_model = {"effects": {}, "known_pairs": {}}, {}, None
     for source in sorted(sources, key=lambda name: name == effects_from):  # that comes last
         observed, n_cells = means(sources[source])
         *_, weight = within_strata(*observed["counts"], n_cells)
@@ -666,23 +680,27 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
         for part, part_cells in split.items():
             groups[part] = known & np.isin(np.arange(n_conditions), group[part_cells])
 
+        metrics["known_pairs"][source] = known_pairs(dosages, n_train[:-1].sum(1), groups["pairs"])
         metrics["effects"][source] = {}
         for scale in SCALES:
             mean, control, variance, variance_of_control, _ = within_strata(
                 *observed[scale], n_cells)
             mean_of_training, control_of_training, *_ = within_strata(*trained[scale], n_train)
+            effect_of_training = mean_of_training - control_of_training
             in_unit = 1e4 / library if scale == "counts" else 1  # the unit of the data's
             predictions = {"model": in_unit * (of_model[0][scale] - of_model[1][scale])}
-            predictions |= baseline_effects(mean_of_training - control_of_training, dosages)
-            # The other reference: not the control, but what training conditions have in common.
-            shared = predictions["perturbed_mean"]
-            reference = shared + weight @ np.nan_to_num(np.where(
-                n_train[-1, :, None] > 0, trained[scale][0][-1], observed[scale][0][-1]))
+            predictions |= baseline_effects(effect_of_training, dosages)
+            # Without what conditions share, controls matter only as far as covariates differ.
+            seen = known & np.isfinite(effect_of_training).all(1)
+            own_controls = weight - weight[seen].mean(0) if seen.any() else weight
             by_data = {"effect": mean - control, "variance": variance + variance_of_control,
-                       "from_mean": mean - reference, "variance_from_mean": variance,
+                       "from_mean": minus_mean(mean - control, seen),
+                       "variance_from_mean": variance + own_controls**2 @ np.nan_to_num(
+                           observed[scale][1][-1]),
+                       "weight": response_weights(mean - control, variance + variance_of_control),
                        "counted": np.ones_like(is_target) if count_own_targets else ~is_target}
             metrics["effects"][source][scale] = scores_by_group(
-                groups, run.device, predictions, shared, by_data)
+                groups, run.device, predictions, seen, by_data)
             for name, values in (("model", predictions["model"]), ("data", by_data["effect"]),
                                  ("data_se", np.sqrt(by_data["variance"]))):
                 layers[f"{name}_{scale}"] = values.astype(np.float32)
@@ -696,6 +714,32 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
               uns={"effects_from": effects_from, "library": library})
     write_top_genes(run, names, of_model, layers, library)
     return metrics
+
+
+def with_controls(cells, train, is_control):
+    """Test cells, which in the Norman splits have no controls, with some in any case: those that
+    are not among the cells of `train`, or, if there are none, all. is_control (N,) bool."""
+    controls = np.flatnonzero(is_control)
+    for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
+        if len(chosen) > 1:
+            break
+    return np.union1d(cells, chosen)
+
+
+def known_pairs(dosages, n_train, chosen):
+    """Of the chosen conditions, (C,) bool: how many have training cells, n_train (C,), and of how
+    many both perturbations of dosages (C, P) have some alone."""
+    alone = (dosages != data.NONE).sum(1) == 1
+    parts = np.append(dosages[alone & (n_train > 0)].max(1), data.NONE)
+    return [int((chosen & known).sum()) for known in (
+        n_train > 0, np.isin(dosages, parts).all(1))]
+
+
+def minus_mean(effect, seen):
+    """Effects (C, G) minus their mean over the conditions that training has seen, (C,) bool."""
+    difference = effect - effect[seen].mean(0) if seen.any() else effect
+    # A prediction that is the same for all leaves nothing, also by rounding.
+    return np.where(np.abs(difference) > 1e-9 * np.nanmax(np.abs(effect), initial=0), difference, 0)
 
 
 def on_target(is_target, control, effects):
@@ -746,8 +790,9 @@ def write_top_genes(run, names, of_model, layers, library, n_top=20, n_particles
         for latent, moved in enumerate(expected[1:]):
             add("latent", latent, moved["log_normalised"] - expected[0]["log_normalised"],
                 moved["counts"], expected[0]["counts"])
-    run.write_csv("top_genes.csv", ["of", "name", "rank", "gene", "effect_log_normalised",
-                                    "log2_fold_change", "effect_by_data", "standard_error"], rows)
+    run.write_csv("top_genes.csv", [
+        "kind", "name", "rank", "gene", "effect_log_normalised", "log2_fold_change",
+        "data_effect_log_normalised", "data_standard_error"], rows)
 
 
 def expected_of_conditions(run, dosages, weight, n_particles, library):
@@ -775,10 +820,10 @@ def expected_of_conditions(run, dosages, weight, n_particles, library):
     return results
 
 
-def scores_by_group(groups, device, predictions, shared, by_data):
+def scores_by_group(groups, device, predictions, seen, by_data):
     """{group: {row: metrics}} of predicted effects {row: (C, G)} and of a perfect prediction, the
-    row noise_limit: see `effect_metrics`, whose other arguments are by_data, (C, G) each. shared is
-    the mean effect of training conditions. Conditions whose effects by the data are NaN, having no
+    row noise_limit: see `effect_metrics`, whose other arguments are by_data, (C, G) each. seen are
+    the conditions with training cells. Conditions whose effects by the data are NaN, having no
     cells, are left out; discrimination ranks all others, whatever their group."""
     known = np.isfinite(by_data["effect"]).all(1)
     scores = {name: {} for name in groups}
@@ -789,7 +834,7 @@ def scores_by_group(groups, device, predictions, shared, by_data):
         for name, chosen in groups.items():
             chosen = chosen & known
             scores[name][row] = effect_metrics(
-                predicted[chosen], (predicted - shared)[chosen],
+                predicted[chosen], minus_mean(predicted, seen)[chosen],
                 **{k: v[chosen] for k, v in by_data.items()})
             for key, ranked in zip(("discrimination", "discrimination_by_prediction"),
                                    discrimination):
@@ -800,23 +845,29 @@ def scores_by_group(groups, device, predictions, shared, by_data):
     return scores
 
 
+@torch.no_grad()
+def probability_and_offset(model, n_draws=50):
+    """Mask probabilities, and mean offsets E[m e] over n_draws, (T, L) each."""
+    torch.manual_seed(0)
+    mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
+    return model.mask_probability().numpy(force=True), (mask * effect).mean(0).numpy(force=True)
+
+
 def masks(run, pathways):
     """What the masks say: the mean mask probability of perturbations with training cells and the
     number of these that touch no latent dimension, `mask_recovery` where the screen is simulated,
     `mask_pathway_accuracy` where there are pathways (10 annotated perturbations or more). Writes
-    masks.csv: every entry of probability above 0.01 with its mean offset E[m e]. Empty for a model
+    masks.csv: entries of probability above 0.01, the likeliest of a perturbation first, with their
+    mean offset E[m e]. Empty for a model
     without effects."""
     model, names = run.model, run.model_screen.perturbations
     if not model.has_effects:
         return {}
-    torch.manual_seed(0)
-    with torch.no_grad():
-        mask, effect = model.sample_many_globals(model.all_perturbations(), 50)
-    probability, offset = (v.numpy(force=True) for v in (
-        model.mask_probability(), (mask * effect).mean(0)))
+    probability, offset = probability_and_offset(model)
     run.write_csv("masks.csv", ["perturbation", "latent", "probability", "offset"], (
         [names[t], latent, probability[t, latent], offset[t, latent]]
-        for t, latent in zip(*np.nonzero(probability > 0.01))))
+        for t, row in enumerate(probability) for latent in np.argsort(-row, kind="stable")
+        if row[latent] > 0.01))
     if not model.has_mask:
         return {}
     trained = model.n_cells.numpy(force=True) > 0
@@ -859,18 +910,21 @@ def warnings_of(metrics, log):
     if "mask" in m:
         steps = m["step"] - config["masks_from"] * sparsest
         if sparsest and steps < 100:
-            found.append(f"masks have hardly been trained: of the {m['last_step']:,} steps the "
-                         f"lowest validation loss was {steps:,} after masks began, at "
-                         f"{config['masks_from']:,}; they are not better than the start that the "
-                         "rotation gave them")
-        if not sparsest and m["mask_mean_probability"] > 0.45:
+            found.append("masks have hardly been trained: the lowest validation loss was "
+                         f"{steps:,} steps after they began, at step {config['masks_from']:,}, and "
+                         "rose from there. They are a first guess: the training cells may be too "
+                         "few to say which latent dimensions a perturbation touches")
+        elif not sparsest and m["mask_mean_probability"] > 0.45:
             found.append(f"masks have hardly been trained: their mean probability is "
                          f"{m['mask_mean_probability']:.3f}, where training starts at 0.5, so "
                          "that effects mean little yet: more --steps, or a higher --lr")
-        if m["n_empty_masks"] > 0.5 * m["n_trained_perturbations"]:
+        elif m["n_empty_masks"] > 0.5 * m["n_trained_perturbations"]:
             found.append(f"the masks of {m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} "
                          "perturbations are empty: the model sees no effect of these. They have "
                          "none, too few cells for it, or --alpha is too small")
+    if m["step"] == m["last_step"] == config["steps"]:
+        found.append("the lowest validation loss was at the last step: training on may find a "
+                     "lower one (python train.py --resume runs/NAME --steps MORE)")
     losses = [(line["step"], line["validation_loss"]) for line in log if "validation_loss" in line]
     since = [loss for step, loss in losses if step > m["step"]]
     if len(since) > 2 and m["step"] < m["last_step"] / 2 and (
@@ -882,11 +936,17 @@ def warnings_of(metrics, log):
                      "more cells")
     for scale in SCALES:
         scores = m["effects"][m["options"]["effects_from"]][scale]["all"]
+        words = f"effects ({scale.replace('_', '-')})"
+        limit = scores["noise_limit"]
+        if limit.get("pearson", 1) <= limit.get("pearson_se", 0):
+            found.append(f"{words} by the data in {m['options']['effects_from']} cells do not "
+                         "stand out of their noise: nothing can be learnt from comparing with them")
+            continue
         for row in ("no_change", "perturbed_mean"):
-            if scores[row].get("rmse", 0) <= scores["model"].get("rmse", math.inf):
-                found.append(f"predicted effects ({scale.replace('_', '-')}) are no nearer to the "
-                             f"data than \"{BASELINES[row]}\" (RMSE {scores['model']['rmse']:.3f} "
-                             f"and {scores[row]['rmse']:.3f}): trust none of them")
+            if scores[row]["rmse"] <= scores["model"]["rmse"]:
+                found.append(f"predicted {words} are no nearer to the data than "
+                             f"\"{BASELINES[row]}\" (RMSE {scores['model']['rmse']:.3f} and "
+                             f"{scores[row]['rmse']:.3f}): trust none of them")
                 break
     return found
 
@@ -931,7 +991,7 @@ def in_words(values, digits=3):
     """Text of a number, of several as mean ± sd; "-" for one that is undefined."""
     values = np.atleast_1d(np.array(values, float))  # None is NaN
     values = values[~np.isnan(values)]
-    text = f"{np.mean(values):.{digits}f}" if len(values) else "-"
+    text = f"{round(np.mean(values), digits) + 0.0:.{digits}f}" if len(values) else "-"
     return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
@@ -962,8 +1022,7 @@ def table(metrics, scale=SCALES[0]):
              f"{in_words(m['iwelbo_se'], 2)} over {m['n_test_cells']:,} cells, "
              f"{in_words(m['iwelbo_monte_carlo_error'], 2)} by Monte Carlo",
              f"test IWELBO, joint:      {in_words(m['iwelbo_joint_per_cell'], 2)} per cell, "
-             f"{m['iwelbo_joint_total']:,.1f} in all, effective sample size "
-             f"{in_words(m['iwelbo_joint_effective_sample_size'], 2)}"]
+             f"effective sample size {in_words(m['iwelbo_joint_effective_sample_size'], 2)}"]
     if "mask" in m:
         lines.append(f"masks: {m['mask_mean_size']:.2f} latent dimensions per perturbation; "
                      f"{m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} are empty")
@@ -975,9 +1034,9 @@ def table(metrics, scale=SCALES[0]):
                      f"{m['mask_pathway_accuracy_sd']:.3f} ({m['n_annotated']:,} annotated; the "
                      f"commonest pathway for all: {m['mask_pathway_chance']:.3f})")
     if m["on_target"]["n"] and m["on_target"]["data"] is not None:
-        change = {row: f"{100 * m['on_target'][row]:+.0f} %" for row in ("data", "model", "additive")}
-        lines.append(f"targeted genes ({m['on_target']['n']:,}): their counts change by "
-                     + ", ".join(f"{text} ({row})" for row, text in change.items()))
+        change = ", ".join(f"{100 * value:+.0f} % ({row})" for row, value in
+                           m["on_target"].items() if row in ("data", "model", "additive"))
+        lines.append(f"targeted genes ({m['on_target']['n']:,}): their counts change by {change}")
     first = m["options"]["effects_from"]
     for source in sorted(m["effects"], key=lambda name: name != first):
         for group, words in (("all", "conditions"), ("pairs", "pairs"),
@@ -992,9 +1051,15 @@ def table(metrics, scale=SCALES[0]):
                     rows.append([label, *(in_words(scores[row].get(column)) for column, _ in
                                           COLUMNS)])
             rows[-1][1] += f" ± {in_words(scores['noise_limit'].get('pearson_se'))}"
+            if group == "pairs":
+                words += ", {:,} of them in training, {:,} with both parts alone there".format(
+                    *m["known_pairs"][source])
             lines += ["", f"effects of {n:,} {words}, {scale.replace('_', '-')}, by the data in "
                           f"{source} cells", "",
                       markdown(["predicted by", *(title for _, title in COLUMNS)], rows)]
+            if source == "all":
+                lines.append("(predictions were trained on most of these cells, with their noise: "
+                             "they may exceed its limit)")
     return "\n".join(lines + [""] * bool(m["warnings"]) + [f"warning: {w}" for w in m["warnings"]])
 
 
@@ -1055,14 +1120,6 @@ def of_reference(m):
             and guide_of(m["config"]) == "corr. z_basal and E")
 
 
-def relative_iwelbo(m, members):
-    """Predictive IWELBO minus that of the reference on the same split (Figure 4; of several model
-    seeds, their mean). NaN where there is none."""
-    reference = [r["iwelbo"] for r in members
-                 if of_reference(r) and r["config"]["split_seed"] == m["config"]["split_seed"]]
-    return m["iwelbo"] - (np.mean(reference) if reference else math.nan)
-
-
 def iwelbo_difference(runs, others):
     """Predictive IWELBO of some runs minus that of others: the mean over cells, its standard error,
     and the part of that by Monte Carlo.
@@ -1079,21 +1136,21 @@ def iwelbo_difference(runs, others):
             with contextlib.suppress(OSError, KeyError, ValueError):
                 with open(os.path.join(m["folder"], "iwelbo.csv"), encoding="utf-8") as file:
                     values = [float(row["iwelbo"]) for row in csv.DictReader(file)]
-                key = m["fingerprint"], m["config"]["split_seed"], len(values)
+                screen = m["fingerprint"], m["config"]["split_seed"], len(values)
                 error = m["iwelbo_monte_carlo_error"]
-                cells.setdefault(key, []).append((values, math.nan if error is None else error))
-        return {key: (np.mean([v for v, _ in found], axis=0),
-                      np.sum([e**2 for _, e in found]) / len(found)**2)
-                for key, found in cells.items()}
+                cells.setdefault(screen, []).append((values, math.nan if error is None else error))
+        return {screen: (np.mean([v for v, _ in found], axis=0),
+                         np.sum([e**2 for _, e in found]) / len(found)**2)
+                for screen, found in cells.items()}
 
     a, b = by_split(runs), by_split(others)
-    both = [key for key in a if key in b]
+    both = [screen for screen in a if screen in b]
     if not both:
         return math.nan, math.nan, math.nan
-    difference = [a[key][0] - b[key][0] for key in both]
+    difference = [a[screen][0] - b[screen][0] for screen in both]
     return (np.mean([v.mean() for v in difference]),
             math.sqrt(sum(v.var() / max(1, len(v) - 1) for v in difference)) / len(both),
-            math.sqrt(sum(a[key][1] + b[key][1] for key in both)) / len(both))
+            math.sqrt(sum(a[screen][1] + b[screen][1] for screen in both)) / len(both))
 
 
 def one_of_each_split(members, f):
@@ -1125,9 +1182,10 @@ def table_of_runs(runs, scale="log_normalised"):
                 cells |= {"runs": str(len(same))} | {
                     title: in_words([m.get(name) for m in same], digits)
                     for name, title, digits in of_models}
-                difference, error, monte_carlo = iwelbo_difference(same, reference)
+                difference, *errors = iwelbo_difference(same, reference)
                 cells["difference"] = "reference" if same is reference else (
-                    f"{difference:+.2f} ({error:.2f}, {monte_carlo:.2f})")
+                    "-" if math.isnan(difference) else
+                    f"{difference:+.2f} ({', '.join(in_words(e, 2) for e in errors)})")
                 if len({m["fingerprint"] for m in same}) == 1 and "mask" in same[0]:
                     agreement = mask_agreement([m["mask"] for m in same])
                     cells["masks agree"] = in_words(np.mean(agreement or math.nan))
@@ -1138,12 +1196,15 @@ def table_of_runs(runs, scale="log_normalised"):
         of_rows = list({key(m, SEEDS): [s for s in members if key(s, SEEDS) == key(m, SEEDS)]
                         for m in members}.values())
         reference = ([same for same in of_rows if norman and of_reference(same[0])]
-                     or [max(of_rows, key=lambda same: np.mean([m["iwelbo"] for m in same]))])[0]
+                     or [max(of_rows, key=lambda same: np.mean([
+                         -math.inf if m["iwelbo"] is None else m["iwelbo"] for m in same]))])[0]
         rows = []
         for same in of_rows:
             own = same[0]["config"]
             rows.append(row(same, model_of(own), guide_of(own), own["train_combinations"], "model"))
         for name, label in ROWS.items():
+            if name == "matching_mean" and not norman:
+                continue
             for f in sorted({m["config"]["train_combinations"] for m in members}):
                 rows.append(row(one_of_each_split(members, f), label, "", f, name))
         header = ["model", "guide", "f", "runs", "test IWELBO", "difference", "joint IWELBO",
@@ -1185,10 +1246,13 @@ def dosages_of(run, conditions):
         names = sorted(name for name in names if name != "control")
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 5, 0.5) or known[:5]
-                raise DataError(f"{run.folder}: no perturbation is called {name!r}; near it are: "
-                                f"{', '.join(near)} ({len(known):,} in all; the control is "
-                                f"called control, a combination A{run.screen.joiner}B)")
+                capitals = {n.upper(): n for n in known}
+                near = difflib.get_close_matches(name.upper(), capitals, 5, 0.5)
+                raise DataError(
+                    f"{run.folder}: no perturbation is called {name!r}; " + (
+                        f"near it are: {', '.join(capitals[n] for n in near)}" if near else
+                        f"there are {', '.join(known[:5])} and others") + f" ({len(known):,} in "
+                    f"all; the control is called control, a combination A{run.screen.joiner}B)")
         if len(set(names)) < len(names):
             raise DataError(f"{condition!r} names a perturbation twice")
         spelled.append(run.screen.joiner.join(names) or "control")
@@ -1206,42 +1270,52 @@ def dosages_of(run, conditions):
 
 
 @torch.no_grad()
-def effect_interval(model, d, basal, library=1e4, c=None):
-    """5 % and 95 % quantiles over particles of the effects of d (P,) on expected counts, (G,) each.
+def effect_interval(model, d, basal, c=None):
+    """5 % and 95 % quantiles over particles of the effects of d (P,) on expected counts per 10,000,
+    (G,) each.
 
     A particle is a basal state, of basal (K, L), with its covariates c (K, columns) and a draw of
     (M, E): the interval holds the effect on nine of ten cells of the population, by what the model
     knows of the effects. It is no standard error.
     """
     control = model.log_rho(basal, torch.full_like(d, data.NONE), c).exp()
-    difference = library * (sample_frequencies(model, d, basal, c).exp() - control)  # (K, G)
+    difference = 1e4 * (sample_frequencies(model, d, basal, c).exp() - control)  # (K, G)
     return torch.quantile(difference, torch.tensor([0.05, 0.95], device=d.device), dim=0)
 
 
 def controls_of_file(run, path):
-    """The control cells of another file, read like the run's: a Screen, with the positions of the
-    run's genes among its own and with c as in the run.
+    """The control cells of another file: a Screen, with the positions of the run's genes among its
+    own and with c as in the run. It is read like the run's, but for --subset and --exclude.
 
-    Raises DataError where the run's genes are not there, once each.
+    Raises DataError where the run's genes are not there, once each, or no value of a covariate.
     """
-    options = {k: run.config[k] for k in ("perturbation_column", "control", "one_hot_prefix",
-                                          "combination_separator", "layer")}
-    screen = data.read_screen(path, **options, only_controls=True)
+    options = {k: run.config[k] for k in ("control", "one_hot_prefix", "combination_separator",
+                                          "layer")}
+    column = run.screen.label_column
+    if column and column not in data.read_h5ad(path, options["layer"]).obs_columns:
+        raise DataError(f"{path}: has no obs column {column!r}, which says in the run's data what "
+                        "is a control: add one, if need be with control in all cells")
+    screen = data.read_screen(path, perturbation_column=column, **options, only_controls=True)
     wanted, found = run.screen.gene_names.tolist(), screen.gene_names.tolist()
     order = list(range(len(found)))
     if wanted != found:
-        place = {name: g for g, name in enumerate(found)}
-        wrong = [name for name in wanted if name not in place or found.count(name) > 1]
+        places = collections.defaultdict(list)
+        for g, name in enumerate(found):
+            places[name].append(g)
+        wrong = [name for name in wanted if len(places[name]) != 1]
         if wrong:
             raise DataError(f"{path}: {len(wrong):,} of the run's {len(wanted):,} genes are not "
                             f"there, or more than once, such as {', '.join(wrong[:5])}; all are "
-                            "needed, by the names that the run's data have")
-        order = [place[name] for name in wanted]
+                            f"needed, by these names (the file's are {', '.join(found[:3])}, ...)")
+        order = [places[name][0] for name in wanted]
     if run.config["covariate"]:
         c = [[f"{column}={value}" for value in screen.obs(column).astype(str)]
              for column in run.config["covariate"]]
         index = {name: i for i, name in enumerate(run.screen.covariates)}
         unknown = sorted({value for values in c for value in values} - index.keys())
+        if any(index.keys().isdisjoint(values) for values in c):
+            raise DataError(f"{path}: has {', '.join(unknown[:5])}, and the run was trained on "
+                            f"{', '.join(run.screen.covariates[:10])}: one of these is needed")
         if unknown:
             print(f"{path}: the run knows no {', '.join(unknown[:5])}: taken as unknown")
         screen.c = np.array([[index.get(v, data.NONE) for v in values] for values in c]).T
@@ -1254,15 +1328,17 @@ def population(run, d, condition, n, seed, other=None):
     sizes (n,). The same for the same arguments.
 
     Basal states are from the prior, covariates and library sizes those of the screen's cells of the
-    condition; if there are none, of those that received one of its perturbations, or of all. With `other`, from
-    `controls_of_file`, they are those of its control cells, basal states drawn from
+    condition; if there are none, of those that received one of its perturbations, or of all. With
+    `other`, from `controls_of_file`, they are those of its control cells, basal states drawn from
     q(z_basal | x).
     """
     torch.manual_seed(seed)
     rng, model, nothing = np.random.default_rng(seed), run.model, torch.full_like(d, data.NONE)
     if other is None:
-        screen, given = run.model_screen, d[d != data.NONE].cpu().numpy()
-        for chosen in (screen.conditions == condition, np.isin(screen.d, given).any(1),
+        screen = run.screen
+        parts = [t for t, name in enumerate(screen.perturbations)
+                 if name in condition.split(screen.joiner)]
+        for chosen in (screen.conditions == condition, np.isin(screen.d, parts).any(1),
                        np.ones(len(screen.d), bool)):
             if chosen.any():
                 break
@@ -1296,66 +1372,76 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
 
     X and the layer expected_log_normalised, expected_counts; effect_log_normalised and
     effect_counts, differences from control cells; effect_counts_low and _high, see effect_interval;
-    log2_fold_change, of expected counts. `other`, from `controls_of_file`: of that file's control
-    cells. Each condition's numbers depend on no other one. Returns lines on what is known of each,
-    and a table of its n_rows strongest effects.
+    log2_fold_change, of expected counts. Counts are per 10,000, and log-normalised expression is
+    that of cells of the given library, see `library_of`. `other`, from `controls_of_file`: of that
+    file's control cells. Each condition's numbers depend on no other one. Returns lines on what is
+    known of each, and a table of its n_rows strongest effects.
     """
     dosages, spelled = dosages_of(run, conditions)
     trained_on = run.screen.conditions[run.split["train"]]
     lines, rows, layers = [], [], {}
-    for i, (d, name) in enumerate(zip(dosages, spelled)):
+    for d, name in zip(dosages, spelled):
         basal, c, libraries = population(run, d, name, ate_particles, evaluation_seed, other)
         depth = library or (library_of(run) if other is None else int(np.median(libraries)))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
         expected = expected_expression(run.model, arms, library=depth, basal=basal,
                                        c=None if c is None else c.expand(2, -1, -1))
         few = slice(1000)
-        low, high = effect_interval(run.model, d, basal[few], depth, None if c is None else c[few])
-        control, counts = expected["counts"].cpu().numpy()
+        low, high = effect_interval(run.model, d, basal[few], None if c is None else c[few])
+        control, counts = expected["counts"].cpu().numpy() * (1e4 / depth)
         of_condition = {"effect_counts_low": low.cpu().numpy(), "log2_fold_change": np.log2(
             counts / control), "effect_counts_high": high.cpu().numpy()}
-        for scale, y in expected.items():
-            y = y.cpu().numpy()
+        for scale, y in (("counts", (control, counts)),
+                         ("log_normalised", expected["log_normalised"].cpu().numpy())):
             of_condition |= {f"expected_{scale}": y[1], f"effect_{scale}": y[1] - y[0]}
         for key, values in of_condition.items():
             layers.setdefault(key, []).append(values.astype(np.float32))
-        lines.append(f"{conditions[i]}: {known_of(run, d, name, trained_on)}")
+        lines.append(f"{name}: {known_of(run, d, name, c)}")
         by_data, error = effect_by_data(run, name) if other is None else (None, None)
         effect = of_condition["effect_log_normalised"]
         for g in np.argsort(-np.abs(effect), kind="stable")[:n_rows]:
             if effect[g] != 0:
                 rows.append([
-                    conditions[i], str(run.screen.gene_names[g]), f"{control[g]:.2f}",
+                    name, str(run.screen.gene_names[g]), f"{control[g]:.2f}",
                     f"{counts[g] - control[g]:+.2f}", f"{low[g]:+.2f} to {high[g]:+.2f}",
-                    "-" if by_data is None else f"{by_data[g] * depth / 1e4:+.2f} ± "
-                    f"{error[g] * depth / 1e4:.2f}",
+                    "-" if by_data is None else f"{by_data[g]:+.2f} ± {error[g]:.2f}",
                     f"{of_condition['log2_fold_change'][g]:+.2f}"])
     run.write("predictions.h5ad", X=np.stack(layers["expected_log_normalised"]),
-              obs={"condition": list(conditions),
+              obs={"condition": spelled,
                    "n_training_cells": np.array([(trained_on == name).sum() for name in spelled])},
               var={"gene": run.screen.gene_names},
               layers={key: np.stack(values) for key, values in layers.items()},
-              uns={"library": depth})
-    lines.append(f"\nexpected counts in a cell of {depth:,}; by the data: in all cells, also those "
-                 "trained on\n")
+              uns={"library": depth, "basal_states": "prior" if other is None else other[0].path})
+    lines.append("\ncounts per 10,000, of the genes of largest effect on log-normalised expression "
+                 f"(cells of {depth:,})" + "; data: all cells, those trained on, too, ± standard "
+                 "error" * (other is None) + "\n")
     return "\n".join([*lines, markdown(["condition", "gene", "control", "effect",
                                         "5 % to 95 % of cells", "effect by the data",
                                         "log2 fold change"], rows)])
 
 
-def known_of(run, d, condition, trained_on):
-    """What training cells say of a condition, in words: how many there are, or of its parts."""
-    n = int((trained_on == condition).sum())
-    if n:
-        return f"{n:,} training cells"
-    parts = []
+def known_of(run, d, condition, c):
+    """What is known of a condition with dosages d (P,), in words: its training cells and those of
+    its parts, masks that are empty, and whether covariates c (K, columns) or None were seen."""
+    train, model, words = run.split["train"], run.model, []
+    n = int((run.screen.conditions[train] == condition).sum())
+    words.append(f"{n:,} training cells" if n else "no training cells of its own")
     for t in d[d != data.NONE].tolist():
-        cells = int(run.model.n_cells[t])
-        parts.append(f"{run.model_screen.perturbations[t]} ({cells:,} training cells"
-                     + ("" if cells else ": WHAT IS PREDICTED FOR IT IS THE PRIOR, NOT THE DATA")
-                     + ")")
-    return "no training cells; by its parts, " + " and ".join(parts) if parts else (
-        "no training cells: PREDICTED AS CONTROL")
+        name, cells = run.model_screen.perturbations[t], int(model.n_cells[t])
+        received = train[(run.model_screen.d[train] == t).any(1)]
+        if not n:
+            words.append(f"{name} has {cells:,}, alone and in combinations")
+        if not cells:
+            words.append(f"WHAT IS PREDICTED FOR {name} IS THE PRIOR'S, NOT THE DATA'S")
+        elif model.has_mask and model.mask_probability()[t].max() <= 0.5:
+            words.append(f"the mask of {name} is empty: hardly any effect")
+        if c is not None and cells:
+            rows = c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)
+            unseen = 1 - rows.all(2).any(1).mean()
+            if unseen > 0:
+                words.append(f"{unseen:.0%} of the cells that it is predicted for have covariates "
+                             f"that no training cell of {name} has: EXTRAPOLATED")
+    return "; ".join(words)
 
 
 def effect_by_data(run, condition):
@@ -1502,12 +1588,12 @@ def in_order_of_angle(matrix):
     return np.argsort(np.arctan2(scores[:, 1], scores[:, 0]), kind="stable")
 
 
-def figure_of_training(folder):
-    """Loss, KL terms and masks over the steps of log.jsonl."""
+def figure_of_training(folder, step):
+    """Loss, KL terms and masks over the steps of log.jsonl; a line at the step of best.pt."""
     log = read_log(folder)
     if not log:
         raise DataError(f"{folder}/log.jsonl: no line to draw")
-    figure, axes = pyplot().subplots(1, 4, figsize=(14, 3), layout="constrained")
+    figure, axes = pyplot().subplots(1, 4, figsize=(14, 3), layout="constrained", sharex=True)
     for axis, names, unit in zip(axes, (
             ("loss", "validation_loss"), ("kl_basal", "kl_mask", "kl_effect"),
             ("mask_probability",), ("mask_size",)), (
@@ -1517,11 +1603,12 @@ def figure_of_training(folder):
             if points:
                 axis.plot(*zip(*points), label=name.replace("_", " "),
                           marker="." if name == "validation_loss" else None)
-        axis.set(xlabel="step", ylabel=unit)
+        axis.set(xlabel=f"step (line: the best, {step:,})", ylabel=unit)
         if axis.lines:  # above the axes, where it hides nothing
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
         else:
             axis.text(0.5, 0.5, "no masks to learn", transform=axis.transAxes, ha="center")
+        axis.axvline(step, color="0.6", linewidth=0.8)
     losses = [line[name] for line in log for name in ("loss", "validation_loss") if name in line]
     axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)  # the first would hide others
     axes[1].set_yscale("symlog", linthresh=0.01)
@@ -1533,13 +1620,8 @@ def figure_of_masks(run, pathways=None):
     """Figure 2: mask probabilities and mean offsets of perturbations, ordered by pathway; with
     turned axes also the offsets as encoder and decoder see them."""
     model, names = run.model, run.model_screen.perturbations
-    torch.manual_seed(0)
-    with torch.no_grad():
-        mask, effect = model.sample_many_globals(model.all_perturbations(), 50)
-        probability = model.mask_probability().numpy(force=True)
-        offset = (mask * effect).mean(0)
-        unturned = (offset @ model.axes.T).numpy(force=True)
-        offset = offset.numpy(force=True)
+    probability, offset = probability_and_offset(model)
+    unturned = offset @ model.axes.numpy(force=True).T
     pathway = pathway_of(names, load_pathways(run, pathways))
     if not any(p is not None for p in pathway):
         pathway = np.full(len(names), "all perturbations", dtype=object)
@@ -1553,7 +1635,8 @@ def figure_of_masks(run, pathways=None):
     latents = np.lexsort((-strength.max(0), strength.argmax(0)))
     if (probability > 0.5).any():
         latents = latents[(probability > 0.5).any(0)[latents]]
-    unit = "latent dimension" if len(latents) > 40 else "latent dimension: genes it changes most"
+    unit = f"{len(latents)} of {offset.shape[1]} latent dimensions" + (
+        ", with the genes each changes most" if len(latents) <= 40 else "")
     names_of_latents = names_of_genes(run.folder) if len(latents) <= 40 else {}
 
     panels = [("mask probability", probability[:, latents], 1)] if model.has_mask else []
@@ -1574,7 +1657,7 @@ def figure_of_masks(run, pathways=None):
             axis.set_xticks(np.arange(len(latents)), [
                 f"{latent}: {names_of_latents.get(str(latent), '')}" for latent in latents],
                 rotation=90, fontsize=7)
-        figure.colorbar(image, ax=axis, shrink=0.5)
+        figure.colorbar(image, ax=axis, shrink=0.5, extend="max" if limit == 1 else "both")
         for edge in edges[1:-1]:
             axis.axhline(edge - 0.5, color="0.3", linewidth=0.5)
     labels = [f"{group if len(group) <= 28 else group[:26] + '...'} ({len(m)})"
@@ -1592,7 +1675,7 @@ def names_of_genes(folder):
     found = {}
     with open(os.path.join(folder, "top_genes.csv"), encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["of"] == "latent" and int(row["rank"]) <= 3:
+            if row["kind"] == "latent" and int(row["rank"]) <= 3:
                 sign = "-" if row["effect_log_normalised"][0] == "-" else "+"
                 found.setdefault(row["name"], []).append(sign + row["gene"])
     return {name: " ".join(genes) for name, genes in found.items()}
@@ -1623,14 +1706,15 @@ def figure_of_effects(run, metrics):
             axis.set_xticks(np.arange(len(columns)), run.screen.gene_names[columns], rotation=90,
                             fontsize=6)
             axis.set_yticks(np.arange(len(rows)), names[kept][rows], fontsize=7)
-    figure.colorbar(image, ax=axes[:2], shrink=0.6,
+    figure.colorbar(image, ax=axes[:2], shrink=0.6, extend="both",
                     label="difference from control of log2(1 + counts per 10,000)")
     hexagons = axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log",
                               mincnt=1, cmap="viridis")
     figure.colorbar(hexagons, ax=axes[2], label="condition-gene pairs")
     axes[2].axline((0, 0), slope=1, color="C3", linewidth=0.8)
     axes[2].set(xlabel="effect by the data", ylabel="effect by the model",
-                title=f"all genes: Pearson r = {pearson(predicted, observed):.3f}")
+                title=f"all genes: Pearson r = {pearson(predicted, observed):.3f}",
+                aspect="equal", adjustable="datalim")
     figure.suptitle(f"{os.path.basename(folder)}, data effects from "
                     f"{metrics['options']['effects_from']} cells, log-normalised")
     return save_figure(figure, os.path.join(folder, "effects.png"))
@@ -1666,7 +1750,8 @@ def figure_of_combinations(runs, folder):
         # A row of bars for each model and guide, and, where effects are compared, each baseline.
         models = {name_of(m): [r for r in members if name_of(r) == name_of(m)] for m in members}
         splits = [m for f in fractions for m in one_of_each_split(members, f)]
-        iwelbos = {name: at_each_f(same, lambda m: relative_iwelbo(m, members))
+        reference = [m for m in members if of_reference(m)]
+        iwelbos = {name: at_each_f(same, lambda m: iwelbo_difference([m], reference)[0])
                    for name, same in models.items()}
         pearsons = {name: at_each_f(same, test_pearson("model")) for name, same in models.items()}
         pearsons |= {BASELINES[name]: at_each_f(splits, test_pearson(name))
@@ -1740,7 +1825,8 @@ def evaluated(folder, options):
         steps = [load_checkpoint(folder, name)["step"] for name in ("best.pt", "last.pt")]
         same = (metrics["format"] == FORMAT and [metrics["step"], metrics["last_step"]] == steps
                 and metrics["options"].items() >= options.items()
-                and os.path.exists(os.path.join(folder, "effects.h5ad")))
+                and all(os.path.exists(os.path.join(folder, name)) for name in (
+                    "effects.h5ad", "iwelbo.csv", "top_genes.csv")))
         return metrics if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -1756,7 +1842,8 @@ def main(arguments=None):
     parser.add_argument("--pathways", metavar="FILE.json", default=argparse.SUPPRESS,
                         help="pathway -> list of genes (default: uns/pathways of the data)")
     parser.add_argument("--again", action="store_true", help="evaluate what is evaluated already")
-    parser.add_argument("--scale", choices=SCALES, default=SCALES[0], help="of effects in tables")
+    parser.add_argument("--scale", choices=SCALES, default=SCALES[0], help="of effects in tables",
+                        type=lambda text: text.replace("-", "_"))
     parser.add_argument("--figures", action="store_true", help="draw PNG files (needs matplotlib)")
     parser.add_argument("--predict", nargs="+", metavar="CONDITION",
                         help='such as "A+B" C: write predictions.h5ad')
@@ -1798,6 +1885,9 @@ def main(arguments=None):
     evaluations = without_repeats(evaluations)
     if len(evaluations) > 1:
         print(f"\n{table_of_runs(evaluations, args.scale)}")
+    warned = [m["folder"] for m in evaluations if m["warnings"]]
+    if len(evaluations) > 1 and warned:
+        print("\nwith warnings, which python evaluate.py runs/NAME shows: " + ", ".join(warned))
     if evaluations and args.figures:
         for path in figure_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
             print(f"written: {path}")
@@ -1807,15 +1897,16 @@ def main(arguments=None):
 
 def use_run(folder, args, options):
     """--predict and --latents of one run."""
-    other = None
-    try:
-        run = Run(folder, args.device, args.data)
-    except DataError:
-        if not (args.predict and args.data):
-            raise
-        run = Run(folder, args.device)  # where the data are as the run knows, it is another file
+    own_data, other = load_checkpoint(folder, "last.pt")["config"]["data"], None
+    if args.predict and args.data and os.path.exists(own_data) and not (
+            os.path.exists(args.data) and os.path.samefile(own_data, args.data)):
+        if args.latents:
+            raise DataError("--latents are those of the run's own data: leave out --data")
+        run = Run(folder, args.device)
         other = controls_of_file(run, args.data)
         print(f"of the {len(other[0].d):,} control cells of {args.data}:")
+    else:
+        run = Run(folder, args.device, args.data)
     own = {k: v for k, v in options.items() if k in ("library", "evaluation_seed")}
     if args.predict:
         particles = {k: v for k, v in options.items() if k == "ate_particles"}
@@ -1831,18 +1922,19 @@ def use_run(folder, args, options):
 
 def evaluate_run(folder, args, options, alone):
     """Evaluate one run unless that was done before, and draw its figures. Returns its metrics."""
-    run, metrics = None, None if args.again else evaluated(folder, options)
+    run = Run(folder, args.device, args.data) if args.data else None  # the file may be wrong
+    metrics = None if args.again else evaluated(folder, options)
     if metrics is None:
-        run = Run(folder, args.device, args.data)
+        run = run or Run(folder, args.device, args.data)
         metrics = evaluate(run, **options)
         print(f"\n{folder}\n{table(metrics, args.scale)}\n\nwritten: {folder}/metrics.json, "
-              "effects.h5ad, iwelbo.csv, masks.csv, top_genes.csv")
+              "effects.h5ad, iwelbo.csv, top_genes.csv" + ", masks.csv" * run.model.has_effects)
     elif alone:
         print(f"\n{folder}, as evaluated before (--again evaluates anew)\n"
               f"{table(metrics, args.scale)}")
     if args.figures:
         run = run or Run(folder, args.device, args.data)
-        figures = [figure_of_training(folder), figure_of_effects(run, metrics)]
+        figures = [figure_of_training(folder, metrics["step"]), figure_of_effects(run, metrics)]
         if run.model.has_effects:
             figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
         print("written: " + ", ".join(figures))

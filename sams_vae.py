@@ -823,8 +823,9 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     (N,), joint (a float, the total), effective_sample_size (a float), and the Monte Carlo standard
     error of the mean of `predictive` (a float): what its value would vary by with other draws. (It
     is too small where a cell's weight is on few particles: 0.018 in place of 0.035 in one of two
-    trained models with K = 100, and right in the other.) At most about `chunk` numbers per temporary array: memory grows with neither K nor N, except for
-    the draws of (M, E) themselves, (K, T, L).
+    trained models with K = 100, and right in the other.) At most about `chunk` numbers per
+    temporary array: memory grows with neither K nor N, except for the draws of (M, E) themselves,
+    (K, T, L).
     """
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_particles, chunk)
     n_chunk = max(1, chunk // (model.widest * mask.shape[1]))

@@ -2050,7 +2050,7 @@ def test_effect_metrics_by_hand():
     rng = np.random.default_rng(0)
     observed, predicted, c, d = rng.normal(size=(4, 4, 50))
     variance, counted = rng.uniform(0.5, 2, (4, 50)), everything((4, 50))
-    scores = evaluate.effect_metrics(predicted, c, observed, variance, d, counted)
+    scores = evaluate.effect_metrics(predicted, c, observed, d, variance, counted)
     top = [sorted(range(50), key=lambda g: -abs(observed[i, g]))[:20] for i in range(4)]
     a = np.concatenate([predicted[i, g] for i, g in enumerate(top)])
     b = np.concatenate([observed[i, g] for i, g in enumerate(top)])
@@ -2065,7 +2065,7 @@ def test_effect_metrics_by_hand():
     assert scores["overlap_top20"] == sum(len(found[i] & set(top[i])) for i in range(4)) / 80
     assert scores["direction_top20"] == (np.sign(a) == np.sign(b)).mean()
     # No effect has neither, and no part of what the responding genes do.
-    nothing = evaluate.effect_metrics(0 * c, 0 * c, observed, variance, d, counted)
+    nothing = evaluate.effect_metrics(0 * c, 0 * c, observed, d, variance, counted)
     assert nothing["overlap_top20"] == nothing["direction_top20"] == 0
     assert nothing["weighted_r_squared"] == nothing["pearson_per_condition"] == 0
 
@@ -2073,12 +2073,16 @@ def test_effect_metrics_by_hand():
 def test_the_error_is_weighted_by_how_clearly_a_gene_responds_by_hand():
     # Squared t statistics 4, 1 and 0; 9 and 16: weights .8, .2 and 0; .36 and .64.
     effect = np.array([[2.0, 1, 0], [3, 4, 0]])
-    variance = np.array([[1.0, 1, 1], [1, 1, 0]])
+    variance = np.ones((2, 3))
     predicted = np.array([[1.0, 2, 7], [3, 0, 7]])
-    zero = np.zeros((2, 3))
-    value = evaluate.effect_metrics(predicted, zero, effect, variance, zero, everything((2, 3)))
+    zero, weight = np.zeros((2, 3)), evaluate.response_weights(effect, variance)
+    value = evaluate.effect_metrics(predicted, zero, effect, zero, weight, everything((2, 3)))
     total = 0.8 * 4 + 0.2 * 1 + 0.36 * 9 + 0.64 * 16
     assert value["weighted_r_squared"] == pytest.approx(1 - (0.8 + 0.2 + 0.64 * 16) / total)
+    # A variance of 0, by chance, counts as that of the gene in a condition of so many cells.
+    variance = np.array([[4.0, 2], [2, 1], [0, 3]])
+    weight = evaluate.response_weights(np.ones((3, 2)), variance)
+    assert weight[2].tolist() == [1 / (1.5 * 2 / 2), 1 / 3] and weight[0, 0] == 1 / 4
 
 
 def test_genes_that_do_not_count_are_in_no_metric():
@@ -2091,7 +2095,7 @@ def test_genes_that_do_not_count_are_in_no_metric():
         for v in (predicted, effect, a, b):
             v[~counted] = value
         results.append((
-            evaluate.effect_metrics(predicted, a, effect, variance, b, counted),
+            evaluate.effect_metrics(predicted, a, effect, b, variance, counted),
             evaluate.noise_limit(effect, variance, b, variance, counted)))
         predicted[~counted] = -value  # wrong, too
     assert results[0] == results[1]
@@ -2102,33 +2106,55 @@ def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error(
     for scale in (0.2, 0.5, 1.0, 3.0):
         for _ in range(30):
             truth = scale * rng.normal(size=(40, 60)) * rng.lognormal(size=(40, 1))
-            variance = rng.uniform(0.2, 1.8, truth.shape)
-            effect = truth + variance**0.5 * rng.normal(size=truth.shape)
+            of_condition = rng.uniform(0.2, 1.8, truth.shape)
+            of_control = rng.uniform(0.2, 1.8, 60)  # the same cells for all conditions
+            variance = of_condition + of_control
+            effect = (truth + of_condition**0.5 * rng.normal(size=truth.shape)
+                      + of_control**0.5 * rng.normal(size=60))
             counted = rng.random(truth.shape) < 0.95
-            scores = evaluate.effect_metrics(truth, truth, effect, variance, effect, counted)
-            limit = evaluate.noise_limit(effect, variance, effect, variance, counted)
+            without_mean = [v - v.mean(0) for v in (truth, effect)]
+            scores = evaluate.effect_metrics(truth, without_mean[0], effect, without_mean[1],
+                                             variance, counted)
+            limit = evaluate.noise_limit(effect, variance, without_mean[1], of_condition, counted)
             differences.append([(scores["pearson"] - limit["pearson"]) / limit["pearson_se"]]
                                + [scores[k] - limit[k] for k in (
                                    "pearson", "r_squared", "rmse", "pearson_from_perturbed_mean",
                                    "pearson_per_condition")])
     in_errors, *differences = np.array(differences).T
-    assert abs(np.mean(in_errors)) < 0.3 and 0.2 < np.std(in_errors) < 1.5
-    for values, at_most in zip(differences, (0.01, 0.01, 0.01, 0.01, 0.06)):
-        assert abs(values.mean()) < at_most and values.std() < 0.05
+    assert abs(np.mean(in_errors)) < 0.5 and 0.3 < np.std(in_errors) < 1.3
+    for values, at_most in zip(differences, (0.02, 0.01, 0.01, 0.02, 0.06)):
+        assert abs(values.mean()) < at_most and values.std() < 0.08
     # It is the sqrt(2 r / (1 + r)) of the correlation r of two halves, without their noise.
     halves = [truth + (2 * variance) ** 0.5 * rng.normal(size=truth.shape) for _ in range(2)]
     r = evaluate.pearson(*halves)
     assert limit["pearson"] == pytest.approx(math.sqrt(2 * r / (1 + r)), abs=0.02)
+    of_one = evaluate.noise_limit(*(v[:1] for v in (effect, variance, effect, variance, counted)))
+    assert of_one["pearson_se"] > 0  # by its genes
     nothing = evaluate.noise_limit(0 * truth, variance, effect, variance, counted)
     assert nothing["pearson"] == 0 and math.isnan(nothing["r_squared"])
 
 
 def test_the_genes_that_perturbations_target_are_found_by_name():
     genes = ["KLF1", "HLA-A", "Trp53", "A", "KLF1"]
-    names = ["KLF1", "HLA-A_2", "sgTRP53", "TRP53 g1", "non|klf1", "KLF2", "HLA-A"]
+    names = ["KLF1", "HLA-A_2", "sgTRP53", "TRP53 g1", "klf1|A", "DMSO_A", "HLA-A"]
     found = evaluate.own_targets(np.array([[t, NONE] for t in range(7)] + [[1, 3]]), names, genes)
     assert [np.flatnonzero(row).tolist() for row in found] == [
         [0], [1], [], [2], [0], [], [1], [1, 2]]
+
+
+def test_pairs_are_known_by_their_training_cells_or_those_of_both_parts():
+    dosages = np.array([[0, -1], [1, -1], [2, -1], [0, 1], [0, 2], [1, 2]])
+    n_train, pairs = np.array([5, 3, 0, 0, 4, 2]), np.arange(6) > 2
+    assert evaluate.known_pairs(dosages, n_train, pairs) == [2, 1]
+
+
+def test_test_cells_are_compared_with_controls_that_no_training_cell_is():
+    is_control = np.arange(10) < 5
+    for cells, train, expected in (([8, 0, 1, 9], [2, 3, 7], [0, 1, 8, 9]),
+                                   ([8, 9], [0, 1, 2], [3, 4, 8, 9]),  # validation controls
+                                   ([8, 9], [0, 1, 2, 3], [0, 1, 2, 3, 4, 8, 9])):
+        found = evaluate.with_controls(np.array(cells), np.array(train), is_control)
+        assert found.tolist() == expected
 
 
 def test_the_change_of_targeted_genes_by_hand():
@@ -2143,11 +2169,12 @@ def test_conditions_without_cells_are_in_no_score_and_a_broken_prediction_is_not
     some = np.array([True, True, True, False, True])
     groups = {"all": some, "first": np.arange(5) < 1}
     by_data = {"effect": observed, "variance": 0 * observed + 0.1, "from_mean": observed,
-               "variance_from_mean": 0 * observed + 0.1, "counted": everything(observed.shape)}
+               "variance_from_mean": 0 * observed + 0.1, "weight": observed**2,
+               "counted": everything(observed.shape)}
 
     def scores():
         """Those of the model."""
-        found = evaluate.scores_by_group(groups, "cpu", {"model": predicted}, 0, by_data)
+        found = evaluate.scores_by_group(groups, "cpu", {"model": predicted}, some, by_data)
         assert found["all"]["noise_limit"]["n_conditions"] == 4
         return {name: rows["model"] for name, rows in found.items()}
 
@@ -2525,7 +2552,7 @@ def test_labels_without_meaning_leave_nothing_to_predict_from_the_perturbed_mean
     metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 20, effects_from="test")
     scores = metrics["effects"]["test"]["log_normalised"]["all"]
     assert scores["perturbed_mean"]["pearson"] > 0.2
-    assert abs(scores["no_change"]["pearson_from_perturbed_mean"]) < 0.1
+    assert scores["no_change"]["pearson_from_perturbed_mean"] is None
 
 
 @pytest.mark.parametrize("effects_from", ["all", "test"])
@@ -2609,28 +2636,33 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
 
 
 def test_users_are_warned_of_what_is_not_to_be_believed():
-    def scores(model):
+    def scores(model, limit=0.8):
         """Of a model with this RMSE, where no change has 1 and the perturbed mean 0.9."""
         of_all = {"all": {"model": {"rmse": model}, "no_change": {"rmse": 1.0},
-                          "perturbed_mean": {"rmse": 0.9}}}
+                          "perturbed_mean": {"rmse": 0.9},
+                          "noise_limit": {"pearson": limit, "pearson_se": 0.05}}}
         return {"test": {scale: of_all for scale in evaluate.SCALES}}
 
-    good = {"mask": [], "config": {"axes": "sparsest", "masks_from": 500}, "step": 900,
+    good = {"mask": [], "config": {"axes": "sparsest", "masks_from": 500, "steps": 1000},
+            "step": 900,
             "last_step": 1000, "mask_mean_probability": 0.1, "n_trained_perturbations": 10,
             "n_empty_masks": 3, "validation_loss": 100.0, "effects": scores(0.5),
             "options": {"effects_from": "test"}}
     rising = [{"step": s, "validation_loss": 100.0 + s / 300} for s in range(100, 1001, 100)]
     assert evaluate.warnings_of(good, rising) == []
-    learned = good | {"config": {"axes": "learned", "masks_from": 0}}
+    learned = good | {"config": {"axes": "learned", "masks_from": 0, "steps": 1000}}
     for metrics, words in (
-            (good | {"step": 550}, "hardly been trained: of the 1,000 steps"),
+            (good | {"step": 550, "n_empty_masks": 9}, "hardly been trained: the lowest"),
+            (good | {"step": 1000}, "training on may find a lower one"),
+            (good | {"effects": scores(0.5, 0.04)}, "do not stand out of their noise"),
             (learned | {"mask_mean_probability": 0.49}, "hardly been trained: their mean"),
             (good | {"n_empty_masks": 6}, "6 of 10 perturbations are empty"),
             (learned | {"step": 100}, "validation loss has risen since step 100"),
             (good | {"effects": scores(0.95)}, 'no nearer to the data than "perturbed mean"'),
             (good | {"effects": scores(1.2)}, 'no nearer to the data than "no change"')):
         found = evaluate.warnings_of(metrics, rising)
-        assert words in found[0] and len(found) == (2 if "nearer" in words else 1)
+        assert words in found[0]
+        assert len(found) == (2 if "nearer" in words or "stand out" in words else 1)
 
 
 def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
@@ -2966,6 +2998,7 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, fo
                    for a, b in zip(effect, trusted[scale].numpy()))
         control = predicted[f"expected_{scale}"][3]  # of other draws
         assert evaluate.pearson(predicted[f"expected_{scale}"] - effect, [control] * 4) > 0.999
+    np.testing.assert_allclose(predicted["expected_counts"].sum(1), 1e4, rtol=1e-4)
     expected, effect = predicted["expected_counts"], predicted["effect_counts"]
     np.testing.assert_allclose(predicted["log2_fold_change"],
                                np.log2(expected / (expected - effect)), atol=1e-3)
@@ -2984,13 +3017,13 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, fo
     for wrong, match in (("P01", "near it are: P0"), ("P001+P001", "twice")):
         with pytest.raises(data.DataError, match=match):
             evaluate.main(["runs/run", "--predict", wrong])
-    assert "P001+P002+P003: no training cells" in out and f"{names[1]}: {n[1]} training cells" in out
+    assert "P001+P002+P003: no training cells of its own" in out
+    assert f"{seen}: {n[1]} training cells" in out
     assert "THE PRIOR" not in out
     if model != "svae+":
         run.model.n_cells[list(run.model_screen.perturbations).index("P001")] = 0
         lines = evaluate.predict(run, ["P001+P002+P003"], 10)
-        assert "P001 (0 training cells: WHAT IS PREDICTED FOR IT IS THE PRIOR, NOT THE DATA)" in (
-            lines)
+        assert "P001 has 0, alone and in combinations; WHAT IS PREDICTED FOR P001 IS THE" in lines
 
 
 def test_an_interval_holds_nine_of_ten_particles():
@@ -3028,7 +3061,7 @@ def test_a_run_with_covariates_trains_evaluates_and_predicts_as_they_are_in_the_
     plain = [expected_expression(run.model, torch.full((1, 2), NONE), 2500, library,
                                  c=torch.tensor([[batch]]))["counts"][0] for batch in (0, 1)]
     mean = (1 - share) * plain[0] + share * plain[1]
-    np.testing.assert_allclose(layers["expected_counts"][1], mean, rtol=0.1)
+    np.testing.assert_allclose(layers["expected_counts"][1], mean * 1e4 / library, rtol=0.1)
     train.main(["--resume", "runs/run", "--steps", "6"])
 
 
@@ -3084,6 +3117,10 @@ def test_predictions_for_another_file_are_what_its_control_cells_would_become(
                    "other.h5ad"])
     other = data.read_layers("runs/run/predictions.h5ad")
     assert f"of the {many.sum()} control cells of other.h5ad" in capsys.readouterr().out
+    write("same.h5ad", x[many], genes)  # the order of genes does not matter
+    evaluate.main(["runs/run", "--predict", "control", "P001", "--data", "same.h5ad"])
+    same = data.read_layers("runs/run/predictions.h5ad")
+    np.testing.assert_allclose(same["expected_counts"], other["expected_counts"], rtol=1e-5)
     share, own_share, in_cells = (v[0] / v[0].sum() for v in (
         other["expected_counts"], own["expected_counts"], x[many].sum(0, keepdims=True)))
     np.testing.assert_allclose(share.sum(), 1, rtol=1e-5)
@@ -3096,27 +3133,82 @@ def test_predictions_for_another_file_are_what_its_control_cells_would_become(
         evaluate.main(["runs/run", "--predict", "P001", "--data", "few.h5ad"])
 
 
+def test_predictions_for_another_file_have_its_depth_and_its_covariates(folder, capsys):
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40,
+                  batch_effect=2.0)
+    train_on_screen("run", "--steps", "60", "--lr", "0.01", "--covariate", "batch")
+    x = data.read_screen("screen.h5ad").counts.dense()[:200] // 10
+    results = {}
+    for batch in (0, 1, 7):
+        data.write_h5ad("other.h5ad", X=x, obs={
+            "cell": [f"c{i}" for i in range(len(x))], "condition": ["control"] * len(x),
+            "batch": np.full(len(x), batch)}, var={"gene": [f"G{g + 1:03d}" for g in range(40)]})
+        command = ["runs/run", "--predict", "P001", "--data", "other.h5ad", "--sample", "10"]
+        if batch == 7:
+            with pytest.raises(data.DataError, match="has batch=7, and the run.*batch=0, batch=1"):
+                evaluate.main(command)
+        else:
+            evaluate.main(command)
+            results[batch] = data.read_layers("runs/run/predictions.h5ad")["expected_counts"][0]
+            with h5py.File("runs/run/predictions.h5ad") as file:
+                assert file["uns/library"][()] == pytest.approx(np.median(x.sum(1)), rel=0.01)
+                assert file["uns/basal_states"].asstr()[()] == "other.h5ad"
+            samples = data.read_h5ad("runs/run/samples.h5ad")
+            assert (samples.obs("batch").astype(int) == batch).all()
+            assert samples.counts().library().mean() == pytest.approx(x.sum(1).mean(), rel=0.2)
+    # The same cells in another batch: the decoder adds what that changes.
+    assert np.abs(results[0] - results[1]).sum() > 0.05 * results[0].sum()
+    with pytest.raises(data.DataError, match="--latents are those of the run's own data"):
+        evaluate.main([*command, "--latents"])
+
+
+def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folder):
+    # Twelve perturbations of the names of genes, each of which lowers its own to a tenth.
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=60, n_pairs=0, n_genes=40)
+    with h5py.File("screen.h5ad", "a") as file:
+        names = file["obs/condition"].asstr()[()].astype(object)
+        x = file["X"][()]
+        for g in range(12):
+            x[names == f"P{g + 1:03d}", g] //= 10
+        file["X"][...] = x
+        del file["obs/condition"]
+        node = file["obs"].create_dataset("condition", data=[
+            n.replace("P", "G") + "_1" * (n != "control") for n in names],
+            dtype=h5py.string_dtype())
+        node.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    train_on_screen("run", "--steps", "2")
+    metrics = [evaluate.evaluate(evaluate.Run("runs/run"), 2, 50, own_targets=counted)
+               for counted in (None, True)]
+    assert [m["options"]["own_targets"] for m in metrics] == [False, True]
+    assert metrics[0]["on_target"]["n"] == 12
+    assert metrics[0]["on_target"]["data"] < -0.7 and metrics[0]["on_target"]["additive"] < -0.7
+    assert abs(metrics[0]["on_target"]["model"]) < 0.2  # after two steps
+    without, with_targets = (m["effects"]["test"]["counts"]["all"]["model"] for m in metrics)
+    assert without["rmse"] < with_targets["rmse"]
+
+
 def test_tables_name_the_genes_of_conditions_and_of_latents(folder):
-    train_on_screen("run", "--steps", "30", "--lr", "0.01", "--axes", "learned")
+    train_on_screen("run", "--steps", "30", "--lr", "0.01")
     evaluate.main(["runs/run", *FEW])
     run, model = evaluate.Run("runs/run"), evaluate.Run("runs/run").model
     rows = list(csv.DictReader(open("runs/run/top_genes.csv")))
-    assert len(rows) == 20 * (22 + 4) and rows[-1]["effect_by_data"] == ""
+    assert len(rows) == 20 * (22 + 4) and rows[-1]["data_effect_log_normalised"] == ""
     layers, genes = data.read_layers("runs/run/effects.h5ad"), list(run.screen.gene_names)
     first = [row for row in rows if row["name"] == "P001"]
     effect = layers["model_log_normalised"][0]
     assert [row["gene"] for row in first[:3]] == [genes[g] for g in np.argsort(-np.abs(effect))[:3]]
     g = genes.index(first[0]["gene"])
     for column, layer in (("effect_log_normalised", "model_log_normalised"),
-                          ("effect_by_data", "data_log_normalised"),
-                          ("standard_error", "data_se_log_normalised")):
+                          ("data_effect_log_normalised", "data_log_normalised"),
+                          ("data_standard_error", "data_se_log_normalised")):
         assert float(first[0][column]) == pytest.approx(layers[layer][0, g], rel=1e-4)
     # A latent dimension: what one more standard deviation of the basal state does along it.
     z, latent = torch.randn(20_000, 4), 2
     with torch.no_grad():
         counts = [model.log_rho(b).exp().mean(0) for b in (z, z + model.axes[:, latent])]
     fold = (counts[1] / counts[0]).log2()
-    for row in (row for row in rows if (row["of"], row["name"]) == ("latent", str(latent))):
+    assert not torch.equal(model.axes, torch.eye(4))
+    for row in (row for row in rows if (row["kind"], row["name"]) == ("latent", str(latent))):
         assert float(row["log2_fold_change"]) == pytest.approx(
             fold[genes.index(row["gene"])].item(), abs=0.03)
     masks = list(csv.DictReader(open("runs/run/masks.csv")))

@@ -260,7 +260,8 @@ def main(arguments=None):
             print(f"\nstopped at step {step:,}; to go on: python train.py --resume {folder}")
             sys.exit(128 + stop[0])
     print(f"{log.steps_here:,} steps in {time.time() - log.started:.0f} s; lowest validation loss "
-          f"{best:.2f}, at step {best_step:,}")
+          f"{best:.2f}, at step {best_step:,}" + ("; ended by --patience" if step < config["steps"]
+                                                  else ""))
     if config.get("simulated"):
         torch.set_float32_matmul_precision("highest")
         evaluate.main([folder, "--device", str(device)])

@@ -1165,7 +1165,7 @@ def _unbalanced(file, rows, is_control, stratum, labels, not_these):
             perturbed = shared[:, 1].sum(1)
             distance = np.abs(p[:, 0] - p[:, 1]).sum(1) / 2 @ perturbed / perturbed.sum()
             if distance > 0.1 and chi2 > df + 4 * math.sqrt(2 * df):
-                p = n.sum(0) / n.sum((0, 2))[:, None]
+                p = shared.sum(0) / shared.sum((0, 2))[:, None]
                 most = np.argmax(np.abs(p[0] - p[1]))
                 alike = notes.setdefault(np.argsort(np.argsort(first))[v].tobytes(), [])
                 alike.append((column, f"{p[0, most]:.0%} of the controls and {p[1, most]:.0%} of "

@@ -131,10 +131,10 @@ def effect_metrics(predicted, predicted_from_mean, effect, from_mean, weight, co
 
     effect              by the data
     counted             bool, the genes that count for each condition: its own targets may not
-    *_from_mean         effects by model and by data, each minus its mean over the conditions with
-                        training cells: without the shift that all perturbations share, which makes
-                        trivial predictions look good, and without the noise of the controls.
-                        pearson_from_perturbed_mean is their Pearson's r
+    *_from_mean         effects by model and by data minus the mean effect of training conditions,
+                        by the model and in training cells: without the shift that all perturbations
+                        share, which makes trivial predictions look good, and without the noise of
+                        the controls. pearson_from_perturbed_mean is their Pearson's r
 
     Names that end in _top20 are restricted to the 20 genes of largest absolute effect by the data
     of each condition. overlap_top20 is the share of these that are also among the 20 of largest
@@ -200,8 +200,8 @@ def noise_limit(effect, variance, from_mean, variance_from_mean, counted, **_):
         return 1 - noise / np.where(v > 0, v, math.nan)
 
     def root(value):
-        """The square root, 0 for what is negative or unknown."""
-        return np.sqrt(np.maximum(np.nan_to_num(value), 0))
+        """The square root, 0 for what is negative."""
+        return np.sqrt(np.maximum(value, 0))
 
     def sums(effect, variance, axis=None):
         """Number, sum, sum of squares and noise of the entries, along an axis."""
@@ -220,7 +220,7 @@ def noise_limit(effect, variance, from_mean, variance_from_mean, counted, **_):
         "n_conditions": len(effect),
         "pearson": float(root(of_all)),
         "pearson_se": error if math.isfinite(squared_error) else math.nan,
-        "pearson_per_condition": float(root(share(*each)).mean()),
+        "pearson_per_condition": float(np.nan_to_num(root(share(*each))).mean()),
         "r_squared": float(of_all),
         "pearson_from_perturbed_mean": float(root(share(*sums(from_mean, variance_from_mean)))),
         "rmse": math.sqrt(total[3] / total[0]),
@@ -534,7 +534,8 @@ class Run:
         self.folder, self.device = folder, choose_device(device)
         self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
         self.last_step, self.done = last["step"], last["done"]
-        self.config = last["config"] | ({"data": data_path} if data_path else {})
+        self.config = last["config"] | (
+            {"data": os.path.abspath(data_path)} if data_path else {})
         if not os.path.exists(self.config["data"]):
             raise DataError(f"{folder}: its data, {self.config['data']}, are not there; --data "
                             "says where they are")
@@ -680,23 +681,31 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
         for part, part_cells in split.items():
             groups[part] = known & np.isin(np.arange(n_conditions), group[part_cells])
 
+        metrics["n_not_compared"] = int((~known & (n_cells[:-1].sum(1) > 0)).sum())
         metrics["known_pairs"][source] = known_pairs(dosages, n_train[:-1].sum(1), groups["pairs"])
         metrics["effects"][source] = {}
         for scale in SCALES:
             mean, control, variance, variance_of_control, _ = within_strata(
                 *observed[scale], n_cells)
-            mean_of_training, control_of_training, *_ = within_strata(*trained[scale], n_train)
+            mean_of_training, control_of_training, variance_of_training, _, weight_of_training = (
+                within_strata(*trained[scale], n_train))
             effect_of_training = mean_of_training - control_of_training
+            seen = np.isfinite(effect_of_training).all(1)
             in_unit = 1e4 / library if scale == "counts" else 1  # the unit of the data's
             predictions = {"model": in_unit * (of_model[0][scale] - of_model[1][scale])}
             predictions |= baseline_effects(effect_of_training, dosages)
-            # Without what conditions share, controls matter only as far as covariates differ.
-            seen = known & np.isfinite(effect_of_training).all(1)
-            own_controls = weight - weight[seen].mean(0) if seen.any() else weight
+            # From the mean of training conditions: with the same control cells on both sides, which
+            # matter only as far as covariates differ.
+            training_controls, their_variance = (np.nan_to_num(np.where(
+                n_train[-1, :, None] > 0, t[-1], o[-1]))
+                for t, o in zip(trained[scale], observed[scale]))  # (S, G)
+            n_seen = max(1, seen.sum())
+            differ = weight - weight_of_training[seen].sum(0) / n_seen
             by_data = {"effect": mean - control, "variance": variance + variance_of_control,
-                       "from_mean": minus_mean(mean - control, seen),
-                       "variance_from_mean": variance + own_controls**2 @ np.nan_to_num(
-                           observed[scale][1][-1]),
+                       "from_mean": (mean - weight @ training_controls
+                                     - predictions["perturbed_mean"]),
+                       "variance_from_mean": variance + differ**2 @ their_variance + (
+                           variance_of_training[seen].sum(0) / n_seen**2),
                        "weight": response_weights(mean - control, variance + variance_of_control),
                        "counted": np.ones_like(is_target) if count_own_targets else ~is_target}
             metrics["effects"][source][scale] = scores_by_group(
@@ -910,10 +919,12 @@ def warnings_of(metrics, log):
     if "mask" in m:
         steps = m["step"] - config["masks_from"] * sparsest
         if sparsest and steps < 100:
-            found.append("masks have hardly been trained: the lowest validation loss was "
-                         f"{steps:,} steps after they began, at step {config['masks_from']:,}, and "
-                         "rose from there. They are a first guess: the training cells may be too "
-                         "few to say which latent dimensions a perturbation touches")
+            found.append("masks have hardly been trained and are a first guess: the lowest "
+                         f"validation loss was {steps:,} steps after they began, at step "
+                         f"{config['masks_from']:,}" + (
+                             ", and rose from there: the training cells may be too few to say "
+                             "which latent dimensions a perturbation touches"
+                             if m["step"] < m["last_step"] else ", where training ended"))
         elif not sparsest and m["mask_mean_probability"] > 0.45:
             found.append(f"masks have hardly been trained: their mean probability is "
                          f"{m['mask_mean_probability']:.3f}, where training starts at 0.5, so "
@@ -925,6 +936,9 @@ def warnings_of(metrics, log):
     if m["step"] == m["last_step"] == config["steps"]:
         found.append("the lowest validation loss was at the last step: training on may find a "
                      "lower one (python train.py --resume runs/NAME --steps MORE)")
+    if m["n_not_compared"]:
+        found.append(f"{m['n_not_compared']:,} conditions have no control cell with their "
+                     "covariates and are compared with nothing")
     losses = [(line["step"], line["validation_loss"]) for line in log if "validation_loss" in line]
     since = [loss for step, loss in losses if step > m["step"]]
     if len(since) > 2 and m["step"] < m["last_step"] / 2 and (
@@ -998,8 +1012,7 @@ def in_words(values, digits=3):
 def options_line(options):
     """How the numbers below were made."""
     return (f"(IWELBO with {options['iwelbo_particles']:,} particles; effects with "
-            f"{options['ate_particles']:,} particles, cells of {options['library']:,} counts"
-            f"{'' if options['own_targets'] else ', own targets not counted'})")
+            f"{options['ate_particles']:,} particles, cells of {options['library']:,} counts)")
 
 
 def guide_of(config):
@@ -1033,10 +1046,13 @@ def table(metrics, scale=SCALES[0]):
         lines.append(f"mask pathway accuracy: {m['mask_pathway_accuracy']:.3f}, sd over splits "
                      f"{m['mask_pathway_accuracy_sd']:.3f} ({m['n_annotated']:,} annotated; the "
                      f"commonest pathway for all: {m['mask_pathway_chance']:.3f})")
-    if m["on_target"]["n"] and m["on_target"]["data"] is not None:
-        change = ", ".join(f"{100 * value:+.0f} % ({row})" for row, value in
-                           m["on_target"].items() if row in ("data", "model", "additive"))
-        lines.append(f"targeted genes ({m['on_target']['n']:,}): their counts change by {change}")
+    if m["on_target"]["n"]:
+        change = ", ".join(f"{100 * value:+.0f} % ({row})" for row, value in m["on_target"].items()
+                           if row in ("data", "model", "additive") and value is not None)
+        lines.append(f"targeted genes ({m['on_target']['n']:,})"
+                     + (f": their counts change by {change}" if change else "")
+                     + (";" if change else ":") * (not m["options"]["own_targets"])
+                     + " not counted below" * (not m["options"]["own_targets"]))
     first = m["options"]["effects_from"]
     for source in sorted(m["effects"], key=lambda name: name != first):
         for group, words in (("all", "conditions"), ("pairs", "pairs"),
@@ -1057,7 +1073,7 @@ def table(metrics, scale=SCALES[0]):
             lines += ["", f"effects of {n:,} {words}, {scale.replace('_', '-')}, by the data in "
                           f"{source} cells", "",
                       markdown(["predicted by", *(title for _, title in COLUMNS)], rows)]
-            if source == "all":
+            if source == "all" and group == "all":
                 lines.append("(predictions were trained on most of these cells, with their noise: "
                              "they may exceed its limit)")
     return "\n".join(lines + [""] * bool(m["warnings"]) + [f"warning: {w}" for w in m["warnings"]])
@@ -1135,8 +1151,9 @@ def iwelbo_difference(runs, others):
         for m in runs:
             with contextlib.suppress(OSError, KeyError, ValueError):
                 with open(os.path.join(m["folder"], "iwelbo.csv"), encoding="utf-8") as file:
-                    values = [float(row["iwelbo"]) for row in csv.DictReader(file)]
-                screen = m["fingerprint"], m["config"]["split_seed"], len(values)
+                    names, values = zip(*((row["cell"], float(row["iwelbo"]))
+                                          for row in csv.DictReader(file)))
+                screen = m["fingerprint"], m["config"]["split_seed"], names
                 error = m["iwelbo_monte_carlo_error"]
                 cells.setdefault(screen, []).append((values, math.nan if error is None else error))
         return {screen: (np.mean([v for v, _ in found], axis=0),
@@ -1256,6 +1273,8 @@ def dosages_of(run, conditions):
         if len(set(names)) < len(names):
             raise DataError(f"{condition!r} names a perturbation twice")
         spelled.append(run.screen.joiner.join(names) or "control")
+        if spelled[-1] in spelled[:-1]:
+            raise DataError(f"--predict names {spelled[-1]!r} twice: once will do")
         if not run.model.adds_effects:  # one label per cell, and none for what it has not seen
             names = [spelled[-1]] if names else []
             if not set(names) <= index.keys():
@@ -1432,7 +1451,9 @@ def known_of(run, d, condition, c):
         if not n:
             words.append(f"{name} has {cells:,}, alone and in combinations")
         if not cells:
-            words.append(f"WHAT IS PREDICTED FOR {name} IS THE PRIOR'S, NOT THE DATA'S")
+            words.append(f"WHAT IS PREDICTED FOR {name} IS THE PRIOR'S, NOT THE DATA'S"
+                         if model.has_effects and model.adds_effects else
+                         f"{name} HAS NO EFFECT IN THE MODEL")
         elif model.has_mask and model.mask_probability()[t].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect")
         if c is not None and cells:
@@ -1460,6 +1481,13 @@ def effect_by_data(run, condition):
         None, None)
 
 
+def free(name, taken):
+    """The name, or one like it that is not taken."""
+    while name in taken:
+        name += "_"
+    return name
+
+
 def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
     """Write samples.h5ad: counts of n simulated cells of each condition, for scanpy and others.
 
@@ -1468,9 +1496,10 @@ def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
     there, and of its covariates.
     """
     screen, (dosages, spelled) = run.screen, dosages_of(run, conditions)
-    column = screen.label_column or "condition"
+    column = screen.label_column or free("condition", run.config["covariate"] or [])
+    index = free("cell", [column, *(run.config["covariate"] or [])])
     labels = screen.obs(column) if screen.label_column else screen.conditions
-    x, obs = [], {"cell": [], column: [], **{name: [] for name in run.config["covariate"] or []}}
+    x, obs = [], {index: [], column: [], **{name: [] for name in run.config["covariate"] or []}}
     for d, name in zip(dosages, spelled):
         basal, c, libraries = population(run, d, name, n, evaluation_seed, other)
         sizes = np.full(n, library) if library else libraries
@@ -1481,7 +1510,7 @@ def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
                 sizes[few.numpy()], dtype=torch.float32, device=run.device))
             x.append(counts.cpu().numpy().astype(np.uint32))
         same = np.flatnonzero(screen.conditions == name)
-        obs["cell"] += [f"{name}-{i + 1}" for i in range(n)]
+        obs[index] += [f"{name}-{i + 1}" for i in range(n)]
         obs[column] += [str(labels[same[0]]) if len(same) else name] * n
         for j, covariate in enumerate(run.config["covariate"] or []):
             obs[covariate] += ["" if v == data.NONE else screen.covariates[v].split("=", 1)[1]
@@ -1525,17 +1554,12 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
                       np.where(missing, "", values))
         columns[name] = values
 
-    def free(name):
-        """The name, or one like it that no column of the file has."""
-        while name in columns:
-            name += "_"
-        return name
-
     split = np.full(len(screen.d), "", dtype=object)
     for name, cells in run.split.items():
         split[cells] = name
-    obs = {free("cell"): screen.cell_names, **columns,
-           free("sams_vae_condition"): screen.conditions, free("sams_vae_split"): split}
+    obs = {free("cell", columns): screen.cell_names, **columns,
+           free("sams_vae_condition", columns): screen.conditions,
+           free("sams_vae_split", columns): split}
     uns = {"perturbations": list(run.model_screen.perturbations)}
     if model.has_mask:
         uns["mask_probability"] = model.mask_probability().cpu().numpy()

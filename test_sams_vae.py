@@ -3135,6 +3135,59 @@ def test_predictions_for_another_file_are_what_its_control_cells_would_become(
         evaluate.main(["runs/run", "--predict", "P001", "--data", "few.h5ad"])
 
 
+def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(folder):
+    train_on_screen("run", "--steps", "2")
+    run = evaluate.Run("runs/run")
+    x = run.screen.counts.dense().astype(float)
+    y = 1e4 * x / x.sum(1, keepdims=True)
+    cells, controls = (y[run.screen.conditions == name] for name in ("P003", "control"))
+    effect, error = evaluate.effect_by_data(run, "P003")
+    np.testing.assert_allclose(effect, cells.mean(0) - controls.mean(0), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(error, (cells.var(0, ddof=1) / len(cells) + controls.var(
+        0, ddof=1) / len(controls)) ** 0.5, rtol=1e-4, atol=1e-3)
+    assert evaluate.effect_by_data(run, "control") == (None, None)
+
+
+def test_effects_of_the_model_are_averaged_over_covariates_as_the_cells_compared_with_have_them(
+        folder, monkeypatch):
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40,
+                  batch_effect=1.0)
+    train_on_screen("run", "--steps", "2", "--covariate", "batch")
+
+    def by_batch(model, arms, n_particles, library, c):
+        """An effect of 1 in batch 0 and of 2 in batch 1."""
+        value = (arms != NONE).any(1, keepdim=True) * (1.0 + c) + torch.zeros(40)
+        return {scale: value.double() for scale in evaluate.SCALES}
+
+    monkeypatch.setattr(evaluate, "expected_expression", by_batch)
+    monkeypatch.setattr(evaluate, "write_top_genes", lambda *arguments: None)
+    for cells in ("all", "test"):
+        run = evaluate.Run("runs/run")
+        evaluate.evaluate(run, 2, 2, effects_from=cells)
+        found = data.read_layers("runs/run/effects.h5ad")["model_log_normalised"][:, 0]
+        screen = run.screen
+        chosen = (screen.split == "test") | (cells == "all")
+        for effect, name in zip(found, sorted(set(screen.conditions) - {"control"})):
+            batch = screen.c[chosen & (screen.conditions == name), 0]
+            assert effect == pytest.approx(1 + batch.mean())
+
+
+def test_basal_states_of_another_file_s_cells_are_draws_from_their_posterior(folder):
+    train_on_screen("run", "--steps", "4")
+    run = evaluate.Run("runs/run")
+    x = run.screen.counts.dense()[:3]
+    data.write_h5ad("other.h5ad", X=x, obs={"cell": ["a", "b", "c"], "condition": ["control"] * 3},
+                    var={"gene": run.screen.gene_names})
+    other = evaluate.controls_of_file(run, "other.h5ad")
+    basal, c, library = evaluate.population(run, torch.tensor([0]), "P001", 6000, 0, other)
+    with torch.no_grad():
+        loc, var = run.model.encode(torch.from_numpy(x.astype("f4")), torch.zeros(1, 3, 4))
+    for cell in range(3):
+        draws = basal[library == x[cell].sum()]
+        torch.testing.assert_close(draws.mean(0), loc[0, cell], rtol=0, atol=0.1)
+        torch.testing.assert_close(draws.var(0), var[0, cell], rtol=0.15, atol=0)
+
+
 def test_predictions_for_another_file_have_its_depth_and_its_covariates(folder, capsys):
     data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40,
                   batch_effect=2.0)

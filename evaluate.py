@@ -5,11 +5,13 @@
     python evaluate.py runs/NAME --ate-particles 10000    as in the paper's Table 1
     python evaluate.py runs/NAME --figures                PNG files (needs matplotlib)
     python evaluate.py runs/NAME --predict "A+B" C        what these perturbations would do
+    python evaluate.py runs/NAME --predict C --sample 99  and as many simulated cells, for scanpy
     python evaluate.py runs/NAME --latents                latent states of all cells, for scanpy
 
-Writes, beside the checkpoint, metrics.json and effects.h5ad (condition x gene effects of the model
-and of the data). In reading order: one function a metric; what the data say, and baselines; a run
-and its three evaluations; tables; use of a trained model; figures; the command line.
+Writes, beside the checkpoint, metrics.json, effects.h5ad (condition x gene effects of the model and
+of the data), and the tables top_genes.csv, masks.csv and iwelbo.csv. In reading order: one function
+a metric; what the data say, and baselines; a run and its three evaluations; tables; use of a
+trained model; figures; the command line.
 
 A condition is a set of perturbations that some cell received; C conditions beside the control, G
 genes. "Effect" means average treatment effect (3.2), a difference from control, (C, G); the latent
@@ -448,6 +450,47 @@ def baseline_effects(effect, dosages):
             "matching_mean": matching[dosages].sum(1) / (dosages != data.NONE).sum(1)[:, None]}
 
 
+def effects_by_data(observed, n_cells, trained, n_train, dosages):
+    """On one scale, from two kinds of cells: what predictions are compared with, and baselines.
+
+    observed, trained    mean expression and its squared standard error, (C + 1, S, G) each, of the
+                         cells to compare with and of the training cells
+    n_cells, n_train     their numbers (C + 1, S)
+    dosages              (C, P)
+
+    Returns by the data {name: (C, G)} as `effect_metrics` and `noise_limit` take them; the mean of
+    the controls (C, G); effects by the baselines {name: (C, G)}; and which conditions have training
+    cells, (C,) bool.
+    """
+    mean, control, variance, variance_of_control, weight = within_strata(*observed, n_cells)
+    mean_of_training, control_of_training, variance_of_training, _, weight_of_training = (
+        within_strata(*trained, n_train))
+    baselines = baseline_effects(mean_of_training - control_of_training, dosages)
+    seen = np.isfinite(mean_of_training).all(1)
+    # From the mean of training conditions: with the same control cells on both sides, which matter
+    # only as far as covariates differ. (G) each, for the S covariates; NaN where they have no cell.
+    controls, their_variance = (np.nan_to_num(np.where(n_train[-1, :, None] > 0, t[-1], o[-1]))
+                                for t, o in zip(trained, observed))
+    n_seen = max(1, seen.sum())
+    differ = weight - weight_of_training[seen].sum(0) / n_seen
+    return {"effect": mean - control, "variance": variance + variance_of_control,
+            "from_mean": mean - weight @ controls - baselines["perturbed_mean"],
+            "variance_from_mean": (variance + differ**2 @ their_variance
+                                   + variance_of_training[seen].sum(0) / n_seen**2),
+            "weight": response_weights(mean - control, variance + variance_of_control),
+            }, control, baselines, seen
+
+
+def with_controls(cells, train, is_control):
+    """Test cells, which in the Norman splits have no controls, with some in any case: those that
+    are not among the cells of `train`, or, if there are none, all. is_control (N,) bool."""
+    controls = np.flatnonzero(is_control)
+    for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
+        if len(chosen) > 1:
+            break
+    return np.union1d(cells, chosen)
+
+
 # ============================================================================================
 # A run, as a folder holds it
 # ============================================================================================
@@ -662,6 +705,7 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
     sources = {"all": np.arange(len(group)),
                "test": with_controls(split["test"], split["train"], group == n_conditions)}
     trained, n_train = means(split["train"])
+    n_trained = n_train[:-1].sum(1)
     of_all_cells = np.bincount(group_of_cell, minlength=math.prod(shape)).reshape(shape)[:-1]
     of_all_cells = of_all_cells / of_all_cells.sum(1, keepdims=True)
 
@@ -677,37 +721,20 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
         # Groups of conditions. Those without cells to take data effects from are in none.
         known = weight.any(1)
         groups = {"all": known, "pairs": known & (n_perturbed == 2),
-                  "held_out": known & (n_train[:-1].sum(1) == 0)}
+                  "held_out": known & (n_trained == 0)}
         for part, part_cells in split.items():
             groups[part] = known & np.isin(np.arange(n_conditions), group[part_cells])
 
         metrics["n_not_compared"] = int((~known & (n_cells[:-1].sum(1) > 0)).sum())
-        metrics["known_pairs"][source] = known_pairs(dosages, n_train[:-1].sum(1), groups["pairs"])
+        metrics["known_pairs"][source] = known_pairs(dosages, n_trained, groups["pairs"])
         metrics["effects"][source] = {}
         for scale in SCALES:
-            mean, control, variance, variance_of_control, _ = within_strata(
-                *observed[scale], n_cells)
-            mean_of_training, control_of_training, variance_of_training, _, weight_of_training = (
-                within_strata(*trained[scale], n_train))
-            effect_of_training = mean_of_training - control_of_training
-            seen = np.isfinite(effect_of_training).all(1)
+            by_data, control, baselines, seen = effects_by_data(
+                observed[scale], n_cells, trained[scale], n_train, dosages)
+            by_data["counted"] = np.ones_like(is_target) if count_own_targets else ~is_target
             in_unit = 1e4 / library if scale == "counts" else 1  # the unit of the data's
-            predictions = {"model": in_unit * (of_model[0][scale] - of_model[1][scale])}
-            predictions |= baseline_effects(effect_of_training, dosages)
-            # From the mean of training conditions: with the same control cells on both sides, which
-            # matter only as far as covariates differ.
-            training_controls, their_variance = (np.nan_to_num(np.where(
-                n_train[-1, :, None] > 0, t[-1], o[-1]))
-                for t, o in zip(trained[scale], observed[scale]))  # (S, G)
-            n_seen = max(1, seen.sum())
-            differ = weight - weight_of_training[seen].sum(0) / n_seen
-            by_data = {"effect": mean - control, "variance": variance + variance_of_control,
-                       "from_mean": (mean - weight @ training_controls
-                                     - predictions["perturbed_mean"]),
-                       "variance_from_mean": variance + differ**2 @ their_variance + (
-                           variance_of_training[seen].sum(0) / n_seen**2),
-                       "weight": response_weights(mean - control, variance + variance_of_control),
-                       "counted": np.ones_like(is_target) if count_own_targets else ~is_target}
+            of_condition, of_control = (expected[scale] for expected in of_model)
+            predictions = {"model": in_unit * (of_condition - of_control), **baselines}
             metrics["effects"][source][scale] = scores_by_group(
                 groups, run.device, predictions, seen, by_data)
             for name, values in (("model", predictions["model"]), ("data", by_data["effect"]),
@@ -718,21 +745,11 @@ def effects(run, n_particles, library, effects_from, count_own_targets):
         "data": by_data["effect"], **predictions})  # on counts
     run.write("effects.h5ad", X=layers["model_log_normalised"],
               obs={"condition": names.astype(object), "n_cells": n_cells[:-1].sum(1),
-                   "n_training_cells": n_train[:-1].sum(1), "n_perturbations": n_perturbed},
+                   "n_training_cells": n_trained, "n_perturbations": n_perturbed},
               var={"gene": screen.gene_names}, layers=layers,
               uns={"effects_from": effects_from, "library": library})
     write_top_genes(run, names, of_model, layers, library)
     return metrics
-
-
-def with_controls(cells, train, is_control):
-    """Test cells, which in the Norman splits have no controls, with some in any case: those that
-    are not among the cells of `train`, or, if there are none, all. is_control (N,) bool."""
-    controls = np.flatnonzero(is_control)
-    for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
-        if len(chosen) > 1:
-            break
-    return np.union1d(cells, chosen)
 
 
 def known_pairs(dosages, n_train, chosen):

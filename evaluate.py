@@ -1698,7 +1698,7 @@ def figure_of_masks(run, pathways=None):
             axis.set_xticks(np.arange(len(latents)), [
                 f"{latent}: {names_of_latents.get(str(latent), '')}" for latent in latents],
                 rotation=90, fontsize=7)
-        figure.colorbar(image, ax=axis, shrink=0.5, extend="max" if limit == 1 else "both")
+        figure.colorbar(image, ax=axis, shrink=0.5, extend="neither" if limit == 1 else "both")
         for edge in edges[1:-1]:
             axis.axhline(edge - 0.5, color="0.3", linewidth=0.5)
     labels = [f"{group if len(group) <= 28 else group[:26] + '...'} ({len(m)})"
@@ -1706,8 +1706,9 @@ def figure_of_masks(run, pathways=None):
     axes[0, 0].set_yticks((edges[1:] + edges[:-1] - 1) / 2, labels)
     if by_name:
         axes[0, 0].set_yticks(np.arange(len(rows)), [names[t] for t in rows], fontsize=7)
-    some = "" if len(rows) == len(names) else f" of {len(names):,}, those with a pathway"
-    figure.suptitle(f"{os.path.basename(run.folder)}: {len(rows):,} perturbations{some}")
+    some = f"{len(names):,} perturbations" if len(rows) == len(names) else (
+        f"{len(rows):,} of {len(names):,} perturbations, those with a pathway")
+    figure.suptitle(f"{os.path.basename(run.folder)}: {some}")
     return save_figure(figure, os.path.join(run.folder, "masks.png"))
 
 

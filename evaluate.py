@@ -1653,6 +1653,8 @@ def figure_of_training(folder, step):
     losses = [line[name] for line in log for name in ("loss", "validation_loss") if name in line]
     axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)  # the first would hide others
     axes[1].set_yscale("symlog", linthresh=0.01)
+    for axis in axes[1:]:
+        axis.set_ylim(bottom=0)
     figure.suptitle(os.path.basename(folder))
     return save_figure(figure, os.path.join(folder, "training.png"))
 

@@ -2652,7 +2652,7 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
     assert evaluate.warnings_of(good, rising) == []
     learned = good | {"config": {"axes": "learned", "masks_from": 0, "steps": 1000}}
     for metrics, words in (
-            (good | {"step": 550, "n_empty_masks": 9}, "and rose from there: the training cells may be"),
+            (good | {"step": 550, "n_empty_masks": 9}, "and rose from there: the training cells"),
             (good | {"step": 1000}, "training on may find a lower one"),
             (good | {"n_not_compared": 2}, "2 conditions have no control cell with their"),
             (good | {"effects": scores(0.5, 0.04)}, "do not stand out of their noise"),

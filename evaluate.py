@@ -857,10 +857,11 @@ def scores_by_group(groups, device, predictions, seen, by_data):
         discrimination = np.full((2, len(known)), math.nan)
         discrimination[:, known] = discrimination_scores(
             predicted[known], by_data["effect"][known], by_data["counted"][known], device)
+        from_mean = minus_mean(predicted, seen)
         for name, chosen in groups.items():
             chosen = chosen & known
             scores[name][row] = effect_metrics(
-                predicted[chosen], minus_mean(predicted, seen)[chosen],
+                predicted[chosen], from_mean[chosen],
                 **{k: v[chosen] for k, v in by_data.items()})
             for key, ranked in zip(("discrimination", "discrimination_by_prediction"),
                                    discrimination):
@@ -884,8 +885,7 @@ def masks(run, pathways):
     number of these that touch no latent dimension, `mask_recovery` where the screen is simulated,
     `mask_pathway_accuracy` where there are pathways (10 annotated perturbations or more). Writes
     masks.csv: entries of probability above 0.01, the likeliest of a perturbation first, with their
-    mean offset E[m e]. Empty for a model
-    without effects."""
+    mean offset E[m e]. Empty for a model without effects."""
     model, names = run.model, run.model_screen.perturbations
     if not model.has_effects:
         return {}
@@ -1380,6 +1380,7 @@ def population(run, d, condition, n, seed, other=None):
                 break
         cells = np.resize(rng.permutation(np.flatnonzero(chosen)), n)
         library = run.library[cells]
+        basal = sobol_normal(model.n_latent, run.device)(n)
     else:
         screen, order = other
         cells = rng.permutation(len(screen.d))[:n]
@@ -1390,9 +1391,7 @@ def population(run, d, condition, n, seed, other=None):
         x, cells = torch.from_numpy(x[filled].astype(np.float32)).to(run.device), cells[filled]
         library = x.sum(1).cpu().numpy()
     c = None if run.screen.c is None else torch.from_numpy(screen.c[cells]).to(run.device)
-    if other is None:
-        basal = sobol_normal(model.n_latent, run.device)(n)
-    else:
+    if other is not None:
         parts = zip(x.split(512), [None] * n if c is None else c.split(512))
         posterior = [model.encode(x, x.new_zeros(1, len(x), model.n_latent), nothing.expand(
             len(x), -1), c) for x, c in parts]

@@ -47,7 +47,6 @@ importance-weighted ELBO (3.1); treatment effects (3.2); and last, behind these,
 fast.
 """
 
-import functools
 import math
 
 import torch
@@ -884,7 +883,8 @@ def expected_expression(model, arms, n_particles=2500, library=1e4, chunk=2**24,
     if c is not None and c.ndim == 2:
         c = c[:, None].expand(-1, n_particles, -1)
     t, drawn = draws_for(arms, len(model.n_cells), shared=True)
-    normal_points = sobol_normal(model.n_latent, model.n_cells.device)
+    if basal is None:
+        normal_points = sobol_normal(model.n_latent, model.n_cells.device)
     counts = arms.new_zeros(len(arms), len(model.log_theta), dtype=torch.float64)
     log_normalised = LogNormalisedMean(model.log_theta, library, len(arms))
     n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + counts.shape[1]))
@@ -1013,7 +1013,6 @@ class LogNormalisedMean:
         return mean / (self.not_empty / n_sampled)
 
 
-@functools.lru_cache(maxsize=4)
 def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):
     """A function rate -> E[log2(1 + 1e4 x / library)], x ~ Poisson(rate), of tensors of log rates.
 

@@ -2231,6 +2231,28 @@ def test_conditions_are_compared_with_controls_of_the_same_covariates_by_hand():
     assert np.isnan(condition[1]) and np.isnan(control[1]) and weight[1].tolist() == [0, 0]
 
 
+def test_effects_from_the_mean_of_training_conditions_have_no_noise_of_controls_by_hand():
+    # Two conditions and the control, one gene; the second has no training cells.
+    observed = np.array([[[4.0]], [[7.0]], [[1.0]]]), np.array([[[0.3]], [[0.4]], [[0.5]]])
+    trained = np.array([[[5.0]], [[np.nan]], [[2.0]]]), np.array([[[0.1]], [[np.nan]], [[0.2]]])
+    by_data, control, baselines, seen = evaluate.effects_by_data(
+        observed, np.array([[9], [9], [9]]), trained, np.array([[5], [0], [5]]),
+        np.array([[0], [1]]))
+    assert seen.tolist() == [True, False] and control.tolist() == [[1], [1]]
+    assert by_data["effect"].tolist() == [[3], [6]] and baselines["additive"].tolist() == [[3], [0]]
+    np.testing.assert_allclose(by_data["variance"], [[0.8], [0.9]])
+    assert by_data["from_mean"].tolist() == [[4 - 5], [7 - 5]]  # means minus the training mean
+    np.testing.assert_allclose(by_data["variance_from_mean"], [[0.3 + 0.1], [0.4 + 0.1]])
+    # Where covariates differ, so do the controls: the training condition has those of the first.
+    two = np.array([[[4.0], [4]], [[7.0], [7]], [[1.0], [3]]])
+    by_data, *_ = evaluate.effects_by_data(
+        (two, 0.1 * two), np.array([[2, 0], [1, 1], [9, 9]]), (two, 0.1 * two),
+        np.array([[5, 0], [0, 0], [5, 5]]), np.array([[0], [1]]))
+    assert by_data["from_mean"].tolist() == [[0], [(7 - 2) - (4 - 1)]]
+    np.testing.assert_allclose(by_data["variance_from_mean"], [
+        [0.4 + 0.4], [0.25 * 0.7 * 2 + 0.25 * 0.1 + 0.25 * 0.3 + 0.4]])
+
+
 def test_mean_expression_by_hand(tmp_path):
     batches = data.Batches(data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4"))))
     found, n = evaluate.mean_expression(batches, np.array([0, 1, 2]), np.array([1, 1, 0]), 3)
@@ -2841,10 +2863,15 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
         open(f"runs/{run}/iwelbo.csv"))] for run in members], axis=0) for name, members in {
             "sams-vae": ["sams0", "sams1"], "cvae": ["cvae0", "cvae1"], "svae+": ["svae"]}.items()}
     best = max(cells, key=lambda name: cells[name].mean())
+    errors = {name: [json.load(open(f"runs/{run}/metrics.json"))["iwelbo_monte_carlo_error"]
+                     for run in members] for name, members in {
+        "sams-vae": ["sams0", "sams1"], "cvae": ["cvae0", "cvae1"], "svae+": ["svae"]}.items()}
     for name, values in cells.items():
         difference = values - cells[best]
-        text = f"{difference.mean():+.2f} ({difference.std(ddof=1) / len(values)**0.5:.2f}, "
-        assert table[name]["difference"].startswith("reference" if name == best else text)
+        both = sum((np.array(errors[n]) ** 2).sum() / len(errors[n]) ** 2 for n in (name, best))
+        text = (f"{difference.mean():+.2f} ({difference.std(ddof=1) / len(values)**0.5:.2f}, "
+                f"{both**0.5:.2f})")
+        assert table[name]["difference"] == ("reference" if name == best else text)
     assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
     agreement = evaluate.mask_agreement([m["mask"] for m in metrics])[0]
     assert table["sams-vae"]["masks agree"] == f"{agreement:.3f}"

@@ -24,12 +24,14 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import functools
 import itertools
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 
 # Two settings of the machine that a CPU needs for speed, the first before torch is imported: how
 # many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. The
@@ -383,9 +385,10 @@ def mean_expression(batches, cells, group, n_groups):
     n_cells = np.bincount(group, minlength=n_groups)
     total = {scale: torch.zeros(2, n_groups, batches.n_genes, dtype=torch.float64,
                                 device=batches.device) for scale in SCALES}
-    parts = torch.from_numpy(group).to(batches.device).split(512)
-    for (x, *_), part in zip(batches.in_order(cells), parts):
-        per_10k = (1e4 * x / x.sum(-1, keepdim=True)).double()  # (512, G)
+    group = torch.from_numpy(group).to(batches.device)
+    for x, *_ in batches.in_order(cells):
+        part, group = group[:len(x)], group[len(x):]
+        per_10k = (1e4 * x / x.sum(-1, keepdim=True)).double()  # (B, G)
         for scale, y in (("counts", per_10k), ("log_normalised", torch.log2(1 + per_10k))):
             total[scale][0].index_add_(0, part, y)
             total[scale][1].index_add_(0, part, y**2)
@@ -521,7 +524,7 @@ def load_checkpoint(folder, name):
         raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "min_cells" not in checkpoint.get("config", {}):
+    if not isinstance(checkpoint, dict) or "stream" not in checkpoint.get("config", {}):
         raise DataError(f"{path}: is no checkpoint of this version of train.py")
     return checkpoint
 
@@ -535,7 +538,8 @@ def build_model(checkpoint):
 
 def read_screen_of(config, checkpoint=None):
     """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
-    screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS})
+    screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS},
+                              stream=config.get("stream"))
     if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
         raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
                         "the run was trained on; it needs the same file, and --data says where")
@@ -1098,7 +1102,7 @@ def table(metrics, scale=SCALES[0]):
 
 SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
 ROW = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
-NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every")
+NO_MATTER = ("data", "name", "preset", "compile", "stream", "log_every", "validate_every")
 
 
 def settings(metrics, without=()):
@@ -1548,28 +1552,18 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     model, screen = run.model, run.screen
     torch.manual_seed(evaluation_seed)
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
-    basal, total = [], []
+    # In files, not in memory: there may be many cells.
+    basal, total = (np.memmap(tempfile.TemporaryFile(dir=run.folder), np.float32,
+                              shape=(len(screen.d), model.n_latent)) for _ in range(2))
+    n = 0
     for x, d, *c in run.batches.in_order(np.arange(len(screen.d))):
         z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
         loc, _ = model.encode(x, z_pert, d, *c)
-        basal.append((loc.expand_as(z_pert).mean(0) @ model.axes).cpu())
-        total.append(((loc + z_pert).mean(0) @ model.axes).cpu())
+        basal[n:n + len(x)] = (loc.expand_as(z_pert).mean(0) @ model.axes).cpu()
+        total[n:n + len(x)] = ((loc + z_pert).mean(0) @ model.axes).cpu()
+        n += len(x)
 
-    columns = {}
-    for name in screen.file.obs_columns:
-        try:
-            values = screen.obs(name)
-        except DataError as error:
-            print(f"{run.config['data']}: {error}: this column is left out")
-            continue
-        if values.dtype == object:  # text, or something with missing values
-            missing = np.array([v is None for v in values])
-            numbers = all(isinstance(v, (int, float, np.number, np.bool_))
-                          for v in values[~missing])
-            values = (np.where(missing, np.nan, values).astype(float) if numbers else
-                      np.where(missing, "", values))
-        columns[name] = values
-
+    columns = {name: functools.partial(screen.obs, name) for name in screen.file.obs_columns}
     split = np.full(len(screen.d), "", dtype=object)
     for name, cells in run.split.items():
         split[cells] = name
@@ -1583,8 +1577,7 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
         uns |= {"effect": effect.mean(0).cpu().numpy(),
                 "offset": (mask * effect).mean(0).cpu().numpy()}
     run.write("latents.h5ad", X=None, obs=obs, var={"gene": screen.gene_names},
-              obsm={"X_z_basal": torch.cat(basal).numpy(), "X_z": torch.cat(total).numpy()},
-              uns=uns)
+              obsm={"X_z_basal": basal, "X_z": total}, uns=uns)
 
 
 # ============================================================================================
@@ -1839,7 +1832,8 @@ def add_options(parser, rows):
             how = {"choices": allowed}
         else:
             how = {"type": number_within(type(default), *allowed)}
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} [{default}]", **how)
+        text += "" if default is None else f" [{default}]"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
 def option_name(flag):

@@ -1395,7 +1395,8 @@ def test_what_is_no_count_matrix_is_refused_in_one_sentence(what, block, tmp_pat
     path = write_modern(tmp_path / "bad.h5ad", write)
     with warnings.catch_warnings(), pytest.raises(data.DataError, match=words) as error:
         warnings.simplefilter("error")
-        data.read_h5ad(path).counts()
+        read = data.read_h5ad(path)
+        read.counts(), read.cell_names
     assert str(error.value).startswith(path) and "\n" not in str(error.value)
 
 
@@ -1463,6 +1464,22 @@ def test_what_we_write_is_opened_by_our_reader_and_by_anndata(tmp_path):
     assert (theirs.obsm["Z"] == MATRIX[:, :2]).all()
 
 
+def test_written_columns_keep_missing_values_and_text_that_repeats_is_categorical(tmp_path):
+    columns = {"label": ["a", None, "a", "b"], "name": ["p", "q", None, "r"],
+               "number": [1, None, 3, 4], "flag": [True, False, True, True]}
+    data.write_h5ad(tmp_path / "x.h5ad", X=np.ones((4, 1)), var={"gene": ["g"]}, obs={
+        "cell": list("wxyz"), **{name: lambda v=values: data._objects(v) if None in v else v
+                                 for name, values in columns.items()}})
+    read = data.read_h5ad(tmp_path / "x.h5ad")
+    assert read.obs("label").tolist() == columns["label"]
+    assert read.obs("name").tolist() == ["p", "q", "", "r"]
+    np.testing.assert_equal(read.obs("number"), [1, np.nan, 3, 4])
+    assert read.obs("flag").tolist() == columns["flag"]
+    anndata = pytest.importorskip("anndata")
+    obs = anndata.read_h5ad(tmp_path / "x.h5ad").obs
+    assert obs["label"].dtype == "category" and obs["label"].isna().tolist() == [0, 1, 0, 0]
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path):
     path = tmp_path / "x.h5ad"
     path.write_text("old")
@@ -1498,6 +1515,169 @@ assert sys.modules["torch"] is None and not {"data", "sams_vae"} & set(sys.modul
 # ============================================================================================
 # Labels, splits, batches, simulation
 # ============================================================================================
+
+
+def prepare(*arguments):
+    data.main_of_prepare([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("form", ["csr uint8", "csc uint8", "dense f4", "gzip"])
+def test_prepare_keeps_the_wanted_cells_and_genes_in_their_order_with_all_columns(
+        form, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    x = rng.poisson(rng.gamma(0.3, 3, (300, 20)))
+    x[150, 3] = 70_000  # the type of what is written becomes wider on the way
+    labels, lines = (data._objects(rng.choice(w, 300)) for w in (["ctrl", "A", "B"], ["k", "l"]))
+    labels[:3], labels[3:7] = None, "C"  # too few
+    data.write_h5ad(tmp_path / "x.h5ad", X=x, obs={
+        "cell": [f"c{i}" for i in range(300)], "condition": labels, "line": lines,
+        "n": np.arange(300)}, uns={"pathways": {"p": ["A", "B"]}}, var={
+            "gene": [f"E{g}" for g in range(20)], "even": np.arange(20) % 2 == 0,
+            "symbol": [f"S{g}" for g in range(20)]})
+    with h5py.File(tmp_path / "x.h5ad", "a") as file:
+        del file["X"]
+        if form == "gzip":
+            file.create_dataset("X", data=x.astype("f4"), chunks=(7, 5), compression="gzip")
+        else:
+            (write_sparse if form[0] == "c" else lambda f, n, x, by_row: f.create_dataset(
+                n, data=x.astype("f4")))(file, "X", x, by_row=form[:3] == "csr")
+    (tmp_path / "genes.txt").write_text("S2\nS5\n\nS16\nS4\nnone\n")
+    monkeypatch.setattr(data, "BLOCK", 64)
+    monkeypatch.setattr(data.StoredCounts, "PART", 500)
+    prepare(tmp_path / "x.h5ad", tmp_path / "y.h5ad", "--subset", "line=k", "--min-cells", 5,
+            "--controls", 20, "--genes", tmp_path / "genes.txt", "--gene-column", "even")
+    controls = np.flatnonzero((labels == "ctrl") & (lines == "k"))
+    np.random.RandomState(0).shuffle(controls)  # as in 4.1's recipe
+    kept = np.flatnonzero((lines == "k") & ((labels == "A") | (labels == "B")))
+    kept = np.union1d(kept, controls[:20])
+    read = data.read_h5ad(tmp_path / "y.h5ad")
+    assert read.cell_names.tolist() == [f"c{i}" for i in kept] and read.found == "X, sparse CSR"
+    assert read.gene_names.tolist() == ["E2", "E4", "E16"]
+    assert (read.counts().dense() == x[kept][:, [2, 4, 16]]).all()
+    assert read.obs("condition").tolist() == labels[kept].tolist()
+    assert read.obs("n").tolist() == kept.tolist() and read.var("symbol")[0] == "S2"
+    assert data.read_pathways(tmp_path / "y.h5ad") == {"p": ["A", "B"]}
+    out = capsys.readouterr().out
+    assert "4 of the 5 listed genes are in var column 'symbol'; not there: none" in out
+    assert f"{len(kept)} cells, 3 genes, 2 perturbations" in out
+
+    prepare(tmp_path / "x.h5ad", tmp_path / "all.h5ad")
+    assert (data.read_h5ad(tmp_path / "all.h5ad").counts().dense() == x).all()
+    with h5py.File(tmp_path / "all.h5ad") as file:
+        assert [file[f"X/{n}"].dtype for n in ("data", "indices", "indptr")] == ["u4", "i4", "i4"]
+    anndata = pytest.importorskip("anndata")
+    theirs = anndata.read_h5ad(tmp_path / "all.h5ad")
+    assert (theirs.X.toarray() == x).all() and theirs[::2, ::3].X.sum() == x[::2, ::3].sum()
+    assert theirs.obs["condition"].isna().sum() == 3
+
+
+def test_the_variable_genes_are_those_of_largest_binomial_deviance(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.poisson(rng.gamma(np.linspace(0.3, 30, 12), 3, (80, 12)))
+    x[:, 7], x[0] = 0, [9] + [0] * 11  # a gene without counts, a cell of one gene
+    data.write_h5ad(tmp_path / "x.h5ad", X=x, obs={"cell": np.arange(80)},
+                    var={"gene": np.arange(12)})
+    monkeypatch.setattr(data.StoredCounts, "PART", 100)
+    deviance = data.binomial_deviance(data.read_h5ad(tmp_path / "x.h5ad").stored())
+    library, binomial = torch.tensor(x.sum(1, keepdims=True)), torch.distributions.Binomial
+    x = torch.tensor(x).double()
+    fits = [binomial(library, p).log_prob(x).sum(0) for p in (x / library, x.sum(0) / x.sum())]
+    np.testing.assert_allclose(deviance, 2 * (fits[0] - fits[1]), rtol=1e-4, atol=1e-3)
+    prepare(tmp_path / "x.h5ad", tmp_path / "y.h5ad", "--variable-genes", "4")
+    assert data.read_h5ad(tmp_path / "y.h5ad").gene_names.tolist() == sorted(
+        map(str, np.argsort(-deviance)[:4]), key=int)
+
+
+def test_the_recipe_of_the_paper_s_first_data_set(tmp_path, capsys):
+    with open(os.path.join(HERE, data.RECIPE_FILE)) as file:
+        lists = json.load(file)
+    assert (len(lists["perturbation_genes"]), len(lists["measured_gene_names"])) == (681, 1186)
+    rng = np.random.default_rng(0)
+    targets = data._objects(rng.choice([*lists["perturbation_genes"][:5], "OTHER"], 3000))
+    targets[rng.random(3000) < 0.8] = "non-targeting"
+    guides = data._objects(f"{t}_{i % 7}|{t}_9" for i, t in enumerate(targets))
+    names = [*lists["measured_gene_names"][:3], "X", lists["measured_gene_names"][1]]
+    x = rng.poisson(5, (3000, 5))
+    data.write_h5ad(tmp_path / "raw.h5ad", X=x.astype("f4"), obs={
+        "cell_barcode": np.arange(3000), "gene": targets, "sgID_AB": guides},
+        var={"gene_id": list("abcde"), "gene_name": names})
+    prepare(tmp_path / "raw.h5ad", tmp_path / "y.h5ad", "--recipe", "replogle-filtered")
+    controls = np.flatnonzero(targets == "non-targeting")
+    assert len(controls) > 2000
+    np.random.RandomState(0).shuffle(controls)
+    targeted = [target in lists["perturbation_genes"] for target in targets]
+    kept = np.union1d(controls[:2000], np.flatnonzero(targeted))
+    read = data.read_h5ad(tmp_path / "y.h5ad")
+    assert (read.counts().dense() == x[kept][:, [0, 1, 2, 4]]).all()
+    assert read.obs("sgID_AB").tolist() == guides[kept].tolist()
+    assert data.read_pathways(tmp_path / "y.h5ad") == lists["pathways"]
+    out = capsys.readouterr().out
+    assert (f"{len(kept):,} cells, 4 genes, 35 perturbations\n  expected were 118,641 cells, "
+            "1,187 genes, 722 perturbations" in out)
+    screen = data.read_screen(tmp_path / "y.h5ad", "sgID_AB", "*non-targeting*")
+    assert len(screen.perturbations) == 35 and (screen.conditions == "control").sum() == 2000
+
+
+def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch):
+    x = np.ones((200, 3))
+    x[150, 1] = 0.5
+    data.write_h5ad(tmp_path / "x.h5ad", X=x, obs={"cell": np.arange(200)},
+                    var={"gene": list("abc")})
+    monkeypatch.setattr(data, "BLOCK", 64)
+    monkeypatch.setattr(data.StoredCounts, "PART", 30)
+    (tmp_path / "none.txt").write_text("zzz\n")
+    for options, words in (((), "0.5 for cell '150', gene 'b'"), (("--controls", 0), "at least 1"),
+                           (("--genes", tmp_path / "none.txt"), "no gene is left"),
+                           (("--genes", tmp_path / "no.txt"), "cannot be read as text"),
+                           (("--recipe", "replogle-filtered", "--min-cells", 3), "leave the other"),
+                           (("--covariate", "a"), "are for training"),
+                           (("--recipe", "replogle-filtered"), "no column 'gene'")):
+        with pytest.raises(data.DataError, match=words):
+            prepare(tmp_path / "x.h5ad", tmp_path / "y.h5ad", *options)
+    with pytest.raises(data.DataError, match="is the file that is read"):
+        prepare(tmp_path / "x.h5ad", tmp_path / "x.h5ad")
+    assert sorted(os.listdir(tmp_path)) == ["none.txt", "x.h5ad"]
+
+
+def test_reading_from_the_file_takes_the_memory_of_a_piece_whatever_the_number_of_cells(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 2**11)
+    monkeypatch.setattr(data, "PIECE", 256)
+    monkeypatch.setattr(data.StoredCounts, "PART", 2**14)
+    peaks = []
+    for n in (2_000, 8_000):
+        x = np.random.default_rng(0).poisson(0.5, (n, 100))
+        parts = (data.Counts((500, 100), x[i:i + 500].astype(np.uint8)).sparse()
+                 for i in range(0, n, 500))
+        data.write_h5ad(tmp_path / "x.h5ad", X=parts, var={"gene": [str(g) for g in range(100)]},
+                        obs={"cell": [str(i) for i in range(n)],
+                             "condition": ["ctrl", "A"] * (n // 2)})
+        screen, library = data.read_screen(tmp_path / "x.h5ad", stream=True), x.sum(1)
+        batches = data.Batches(screen)
+        tracemalloc.start()
+        assert (screen.counts.library() == library).all()
+        assert sum(float(x.sum()) for x, _ in batches.in_order(np.arange(n))) == x.sum()
+        shuffle = data.Shuffle(batches, np.arange(n), 64, 0)
+        assert sum(float(next(shuffle)[0].sum()) for _ in range(n // 64)) > 0.98 * x.sum()
+        peaks.append(tracemalloc.get_traced_memory()[1] - 60 * n)  # orders and places of cells
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 2e6, peaks
+
+
+def test_a_screen_streams_where_it_may_take_half_of_the_memory_or_where_that_is_asked_for(
+        tmp_path, monkeypatch):
+    paths = [write_modern(tmp_path / f"{form[:3]}.h5ad", FORMS[form])
+             for form in ("dense f4", "csc uint8")]
+    assert isinstance(data.read_screen(paths[0]).counts, data.Counts)
+    assert isinstance(data.read_screen(paths[0], stream=True).counts, data.StoredCounts)
+    monkeypatch.setattr(data, "memory", lambda: 40)
+    assert isinstance(data.read_screen(paths[0]).counts, data.StoredCounts)
+    assert "in the file (in memory up to 0.0 MB, of 0.0 MB)" in data.Batches(
+        data.read_screen(paths[0])).where
+    assert isinstance(data.read_screen(paths[0], stream=False).counts, data.Counts)
+    assert isinstance(data.read_screen(paths[1]).counts, data.Counts)
+    with pytest.raises(data.DataError, match="sparse CSC, whose cells cannot be read one by one"):
+        data.read_screen(paths[1], stream=True)
 
 
 def write_obs(path, **columns):
@@ -1782,9 +1962,8 @@ def test_a_screen_and_its_batches_hold_the_counts_of_kept_cells_alone(write, tmp
         assert [note for note in screen.notes if "dropped" in note] == [
             f"dropped 1 cells {why}" for why in notes]
         batches = data.Batches(screen)
-        held = len(batches.indptr) - 1 if batches.sparse else len(batches.values)
-        assert held == len(batches.labels[0]) == len(kept)
-        x, _ = batches(torch.tensor([1, 0]))
+        assert batches.counts.shape[0] == len(batches.labels[0]) == len(kept)
+        x, _ = batches(np.array([1, 0]))
         assert x.tolist() == MATRIX[kept][[1, 0]].tolist()
 
 
@@ -1816,10 +1995,10 @@ def test_covariates_are_positions_among_all_values_and_a_missing_one_is_none(tmp
     screen = data.read_screen(path, covariate=["donor", "day"])
     assert screen.covariates == ["donor=a", "donor=b", "day=1", "day=2"]
     assert screen.c[:4].tolist() == [[1, 2], [0, 2], [0, 3], [NONE, 3]]
-    x, d, c = data.Batches(screen)(torch.tensor([3, 0]))
+    x, d, c = data.Batches(screen)(np.array([3, 0]))
     assert c.tolist() == [[NONE, 3], [1, 2]] and d.tolist() == [[0], [NONE]]
     plain = data.read_screen(path)
-    assert plain.c is None and len(data.Batches(plain)(torch.tensor([0]))) == 2
+    assert plain.c is None and len(data.Batches(plain)(np.array([0]))) == 2
     assert plain.fingerprint() != screen.fingerprint()
     with pytest.raises(data.DataError, match="--covariate 'barcode' has 40 values for 40 cells"):
         data.read_screen(path, covariate=["barcode"])
@@ -1880,16 +2059,27 @@ def test_pathways_come_from_the_file_or_from_json(tmp_path):
             data.read_pathways(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_batches_are_rows_of_the_counts_with_their_dosages(sparse, tmp_path):
-    form = "csr uint8" if sparse else "dense f4"
-    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS[form]))
-    assert (screen.counts.indptr is not None) == sparse
-    x, d = data.Batches(screen)(torch.tensor([2, 0, 2]))
+@pytest.mark.parametrize("where", ["whole", "in pieces", "from the file"])
+@pytest.mark.parametrize("form", ["dense f4", "csr uint8"])
+def test_batches_are_rows_of_the_counts_with_their_dosages(form, where, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 2)
+    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS[form]),
+                              stream=where == "from the file")
+    batches = data.Batches(screen, piecewise=where == "in pieces")
+    assert (batches.whole is not None) == (where == "whole")
+    x, d = batches(np.array([2, 0, 2]))
     assert x.tolist() == MATRIX[[4, 0, 4]].tolist() and x.dtype == torch.float32
     assert d.tolist() == [[0, 1], [-1, -1], [0, 1]]
-    values = torch.cat([x for x, _ in data.Batches(screen).in_order(np.arange(3), size=2)])
-    assert values.tolist() == MATRIX[[0, 1, 4]].tolist()
+    values = torch.cat([x for x, _ in batches.in_order(np.array([2, 0, 1]), size=2)])
+    assert values.tolist() == MATRIX[[4, 0, 1]].tolist()
+    assert screen.counts.take(np.array([0, 2])).dense().tolist() == MATRIX[[0, 4]].tolist()
+
+
+def test_a_gpu_makes_the_same_batches_of_sparse_counts_as_a_cpu(tmp_path):
+    counts = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS["csr uint8"])).counts
+    piece, cells = data.Piece(counts, [], torch.device("cpu")), torch.tensor([2, 0, 2, 1])
+    piece.tensors = [data._tensor(v, "cpu") for v in (counts.values, counts.columns, counts.indptr)]
+    assert torch.equal(piece._dense(cells), piece(cells)[0])
 
 
 def test_counts_beyond_the_signed_range_of_their_type_reach_the_device_unchanged():
@@ -1898,28 +2088,82 @@ def test_counts_beyond_the_signed_range_of_their_type_reach_the_device_unchanged
         assert data._tensor(counts, "cpu").tolist() == [[0, top]]
 
 
-def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resume():
-    cells = np.arange(20, 30)
-    shuffle = data.Shuffle(cells, 4, seed=1)
-    first = [next(shuffle) for _ in range(3)]
-    again = data.Shuffle(cells, 4, seed=1, epoch=shuffle.epoch, position=shuffle.position)
-    rest = [next(shuffle) for _ in range(2)]
-    assert torch.equal(torch.cat(rest), torch.cat([next(again) for _ in range(2)]))
-    visits = torch.cat(first + rest).tolist()
-    assert sorted(visits[:10]) == sorted(visits[10:]) == cells.tolist()
-    assert visits[:10] != visits[10:]
-    assert len(next(data.Shuffle(cells[:3], 8, seed=0))) == 8
+def numbered_cells(path, n, stream, **columns):
+    """Batches of n cells of one gene; cell i has the count i + 1."""
+    data.write_h5ad(path, X=np.arange(1, n + 1)[:, None], var={"gene": ["A"]}, obs={
+        "cell": [f"c{i}" for i in range(n)], "condition": ["ctrl"] + ["A"] * (n - 1)} | columns)
+    return data.Batches(data.read_screen(path, stream=stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resume(
+        stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 8)
+    monkeypatch.setattr(data, "STRIP", 4)
+    batches, cells = numbered_cells(tmp_path / "x.h5ad", 50, stream), np.arange(10, 31)
+
+    def visits(shuffle, n):
+        """The cells of the next n batches."""
+        return (torch.cat([next(shuffle)[0] for _ in range(n)])[:, 0].long() - 1).tolist()
+
+    for size in (4, 5, 30):
+        all_of_it = visits(data.Shuffle(batches, cells, size, seed=1), 42)
+        epochs = [all_of_it[i:i + 21] for i in range(0, 42 * size - 20, 21)]
+        assert all(sorted(epoch) == cells.tolist() for epoch in epochs)
+        assert epochs[0] != epochs[1] and epochs[0] != cells.tolist()
+        shuffle = data.Shuffle(batches, cells, size, seed=1)
+        for n in range(9):  # every position in an epoch, and in a piece
+            again = data.Shuffle(batches, cells, size, 1, shuffle.epoch, shuffle.position)
+            assert visits(again, 3) == all_of_it[n * size:(n + 3) * size]
+            next(shuffle)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_processes_share_every_batch_of_one_order(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 8)
+    monkeypatch.setattr(data, "STRIP", 4)
+    batches, cells = numbered_cells(tmp_path / "x.h5ad", 50, stream), np.arange(3, 40)
+    alone = data.Shuffle(batches, cells, 12, seed=0)
+    for n_ranks in (2, 3):
+        alone = data.Shuffle(batches, cells, 12, seed=0, epoch=1, position=5)
+        ranks = [data.Shuffle(batches, cells, 12, 0, 1, 5, rank, n_ranks)
+                 for rank in range(n_ranks)]
+        for _ in range(20):
+            x, shares = next(alone)[0], [next(rank)[0] for rank in ranks]
+            assert [len(share) for share in shares] == [12 // n_ranks] * n_ranks
+            assert sorted(torch.cat(shares).tolist()) == sorted(x.tolist())
+            assert len({(rank.epoch, rank.position) for rank in [alone, *ranks]}) == 1
+
+
+def test_batches_from_a_sorted_file_are_nearly_as_mixed_as_in_random_order():
+    """The variance of how many cells of a perturbation are in a batch, as `Shuffle` says it."""
+    n, size, per_label = 2**18, 512, 256
+    label, cells = np.arange(n) // per_label, np.arange(n)
+
+    def variance(from_file):
+        """Of the numbers per batch, over labels and batches, relative to a binomial one."""
+        batches = types.SimpleNamespace(from_file=from_file, pieces=lambda cells: None)
+        shuffle = data.Shuffle(batches, cells, size, seed=0)
+        found = [np.bincount(label[batch], minlength=n // per_label) for epoch in range(2)
+                 for batch in shuffle.order(epoch).reshape(-1, size)]
+        return np.var(found) / (size * per_label / n)
+
+    assert variance(False) == pytest.approx(1, abs=0.02)
+    assert variance(True) == pytest.approx(1 + data.STRIP * size / data.PIECE, abs=0.15)
 
 
 def test_training_statistics_are_those_of_log1p_over_the_training_cells(tmp_path):
-    batches = data.Batches(data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4"))))
-    mean, std = data.training_statistics(batches, np.array([0, 2]))
-    x = np.log1p(MATRIX[[0, 4]])
-    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(std, x.std(0), rtol=1e-6, atol=1e-7)
+    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4")))
+    for size in (1, 512):  # also merged from several batches
+        batches = data.Batches(screen)
+        batches.in_order = functools.partial(batches.in_order, size=size)
+        mean, std, *_ = data.training_statistics(batches, np.array([0, 2]))
+        x = np.log1p(MATRIX[[0, 4]])
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(std, x.std(0), rtol=1e-6, atol=1e-7)
 
 
-def test_gene_moments_find_the_frequencies_and_dispersions_of_negative_binomial_counts():
+def test_training_statistics_find_the_frequencies_and_dispersions_of_negative_binomial_counts():
     rng = np.random.default_rng(0)
     # A few genes among many, so that the library does not depend on the counts of one.
     frequency = np.array([0.002, 0.004, 0.004, 0.0] + [0.99 / 60] * 60)
@@ -1929,7 +2173,7 @@ def test_gene_moments_find_the_frequencies_and_dispersions_of_negative_binomial_
     x[::2] = 0  # of cells that are not asked for
     batches = data.Batches(types.SimpleNamespace(
         counts=data.Counts(x.shape, x.astype(np.uint16)), d=np.zeros((len(x), 1), int), c=None))
-    log_frequency, log_theta = data.gene_moments(batches, np.arange(1, len(x), 2))
+    *_, log_frequency, log_theta = data.training_statistics(batches, np.arange(1, len(x), 2))
     np.testing.assert_allclose(log_frequency.exp()[[0, 1, 2, 4]], frequency[[0, 1, 2, 4]], rtol=0.1)
     np.testing.assert_allclose(log_theta.exp()[:3], theta[:3], rtol=0.2)
     assert log_frequency[3] < -15 and log_theta[3] == 6  # never seen: Poisson, and finite
@@ -1939,7 +2183,7 @@ def test_training_starts_from_the_training_cells_unless_a_preset_says_otherwise(
     train_on_screen("run", "--steps", "1", "--lr", "1e-9", "--weight-decay", "0")
     run = evaluate.load_checkpoint("runs/run", "last.pt")
     batches = data.Batches(data.read_screen("screen.h5ad"))
-    log_frequency, log_theta = data.gene_moments(batches, run["split"]["train"].numpy())
+    *_, log_frequency, log_theta = data.training_statistics(batches, run["split"]["train"].numpy())
     torch.testing.assert_close(run["model"]["decoder.last.bias"], log_frequency)
     torch.testing.assert_close(run["model"]["log_theta"], log_theta)
     train_on_screen("zero", "--steps", "1", "--lr", "1e-9", "--start", "zero")
@@ -2293,9 +2537,10 @@ def train_on_screen(name, *options):
     ([], 7), ([], 8), ([], 13),  # the axes turn after step 8: resumed before, there and after
     (["--axes", "learned"], 7), (["--model", "cpa-vae", "--no-correlated-effects"], 7),
     (["--model", "sams-vae-beta-bernoulli"], 7), (["--model", "svae+"], 7),
-    (["--model", "cvae"], 7)])
+    (["--model", "cvae"], 7), (["--stream"], 7)])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options, interrupted,
                                                                 monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 100)  # an epoch has 268 cells
     options = ["--steps", "16", "--log-every", "3", *options]
     train_on_screen("whole", *options)
     plain, calls = train.elbo, []
@@ -2451,9 +2696,9 @@ def test_a_file_without_a_preset_has_settings_of_its_own_that_flags_override(fol
 def test_a_covariate_value_without_training_cells_is_taken_as_unknown(folder, capsys):
     data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_genes=40,
                   batch_effect=1.0)
+    split = data.read_h5ad("screen.h5ad").obs("split")
     with h5py.File("screen.h5ad", "a") as file:
-        file["obs/batch"][...] = np.where(file["obs/split"].asstr()[()] == "test", 2,
-                                          file["obs/batch"][()])
+        file["obs/batch"][...] = np.where(split == "test", 2, file["obs/batch"][()])
     train_on_screen("run", "--steps", "1", "--covariate", "batch", "--weight-decay", "0")
     assert "batch=2: no training cell" in capsys.readouterr().out
     model = evaluate.build_model(evaluate.load_checkpoint("runs/run", "last.pt"))
@@ -2548,11 +2793,10 @@ def test_a_start_that_fails_leaves_no_folder(folder):
 
 def test_another_file_or_the_same_cells_in_another_order_are_refused(folder):
     train_on_screen("run", "--steps", "2")
-    with h5py.File("screen.h5ad") as file:
-        x, condition, split = (file[n][()] for n in ("X", "obs/condition", "obs/split"))
-    data.write_h5ad("other.h5ad", X=x[::-1], obs={
-        "cell": [f"cell{i}" for i in range(len(x))][::-1], "condition": condition[::-1].astype(str),
-        "split": split[::-1].astype(str)}, var={"gene": [f"G{g + 1:03d}" for g in range(40)]})
+    file = data.read_h5ad("screen.h5ad")
+    data.write_h5ad("other.h5ad", X=file.counts().dense()[::-1], obs={
+        "cell": file.cell_names[::-1], "condition": file.obs("condition")[::-1],
+        "split": file.obs("split")[::-1]}, var={"gene": file.gene_names})
     for run in (lambda: train.main(["--resume", "runs/run", "--data", "other.h5ad"]),
                 lambda: evaluate.main(["runs/run", "--data", "other.h5ad"])):
         with pytest.raises(data.DataError, match="another order"):
@@ -3248,7 +3492,7 @@ def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folde
     # Twelve perturbations of the names of genes, each of which lowers its own to a tenth.
     data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=60, n_pairs=0, n_genes=40)
     with h5py.File("screen.h5ad", "a") as file:
-        names = file["obs/condition"].asstr()[()].astype(object)
+        names = data.read_h5ad("screen.h5ad").obs("condition")
         x = file["X"][()]
         for g in range(12):
             x[names == f"P{g + 1:03d}", g] //= 10
@@ -3308,8 +3552,10 @@ def test_latents_are_written_for_every_cell_with_its_name_and_labels(model, fold
     with h5py.File("runs/run/latents.h5ad") as file:
         z, z_basal = file["obsm/X_z"][()], file["obsm/X_z_basal"][()]
         uns = {name: file[f"uns/{name}"][()] for name in file["uns"]}
-        assert file["obs/condition"].asstr()[0] == run.screen.obs("condition")[0]
-        assert file["obs/sams_vae_split"].asstr()[3] == run.screen.split[3]
+        condition, split = (data._column(file, "obs", name)[:4] for name in (
+            "condition", "sams_vae_split"))
+        assert condition.tolist() == run.screen.obs("condition")[:4].tolist()
+        assert split.tolist() == run.screen.split[:4].tolist()
     control = run.screen.conditions == "control"
     np.testing.assert_allclose(z[control], z_basal[control], atol=1e-5)
     assert (np.abs(z - z_basal).max() < 1e-6) == (model == "cvae")
@@ -3438,6 +3684,98 @@ def test_wrong_files_and_options_end_with_one_sentence_and_status_2(folder):
     assert not os.path.exists("runs")
     status, out, errors = command("data.py", "screen.h5ad")
     assert status == 0 and errors == "" and "12 perturbations, 10 combinations" in out
+
+
+def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 512)
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=40, n_pairs=10, n_genes=40)
+    found = []
+    train_on_screen("run", "--stream", "--steps", "4")
+    for stream in (True, False):
+        for name in ("last.pt", "best.pt"):
+            state = evaluate.load_checkpoint("runs/run", name)
+            state["config"]["stream"] = stream
+            evaluate.save_checkpoint(state, "runs/run", name)
+        run = evaluate.Run("runs/run")
+        assert isinstance(run.screen.counts, data.StoredCounts if stream else data.Counts)
+        metrics = evaluate.evaluate(run, 4, 20)
+        evaluate.main(["runs/run", "--latents"])
+        evaluate.main(["runs/run", "--predict", "P001", "--data", "screen.h5ad"])
+        files = [data.read_layers("runs/run/effects.h5ad"),
+                 data.read_layers("runs/run/predictions.h5ad")]
+        with h5py.File("runs/run/latents.h5ad") as file:
+            files.append({name: file[f"obsm/{name}"][()] for name in file["obsm"]})
+        found.append((metrics, files))
+    (streamed, files), (resident, others) = found
+    assert streamed["iwelbo"] == resident["iwelbo"] and streamed["effects"] == resident["effects"]
+    for a, b in zip(files, others):
+        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k], equal_nan=True) for k in a)
+
+
+def torchrun(*arguments, **options):
+    """Two processes of train.py."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         str(20_000 + os.getpid() % 10_000), os.path.join(HERE, "train.py"), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_two_processes_train_as_one_does_with_the_batches_of_both(folder):
+    options = ["--data", "screen.h5ad", "--split-column", "split", "--steps", "6", "--clip", "1",
+               *TINY[4:], "--batch-size", "64"]
+    # One process does here what the two shall do: the halves of a batch each with its own random
+    # numbers, the mean of their gradients, and at step 3 the axes of the first.
+    args, given = train.parse_arguments([*options, "--name", "one"])
+    _, screen, state = train.new_run("one", train.configuration(args, given), torch.device("cpu"))
+    config, model = state["config"], evaluate.build_model(state)
+    batches, optimizer = data.Batches(screen), train.new_optimizer(model, config)
+    shuffles = [data.Shuffle(batches, state["split"]["train"].numpy(), 64, 0, 0, 0, rank, 2)
+                for rank in range(2)]
+    rng, model.masks_of_one = [state["rng"][0]["cpu"], torch.manual_seed(2**32).get_state()], True
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        for rank, shuffle in enumerate(shuffles):
+            torch.set_rng_state(rng[rank])
+            (-train.elbo(model, *next(shuffle), config["particles"])[0] / 2).backward()
+            rng[rank] = torch.get_rng_state()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step == config["masks_from"]:
+            for rank, finds in ((1, copy.deepcopy(model)), (0, model)):
+                torch.set_rng_state(rng[rank])
+                train.begin_masks(finds)
+                rng[rank] = torch.get_rng_state()
+            for name, parameter in model.named_parameters():
+                if name.startswith("effect_"):
+                    optimizer.state.pop(parameter, None)
+    first = torchrun(*options, "--name", "two", "--validate-every", "3")
+    out, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    assert out.count("runs/two: sams-vae") == out.count("\nstep 6 ") == 1  # the first one speaks
+    state = evaluate.load_checkpoint("runs/two", "last.pt")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(state["model"][key], value, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(state["rng"][rank]["cpu"], rng[rank]) for rank in range(2))
+
+    # Resumed, one of them is killed: the other says so, and what is left can be resumed by one.
+    second = torchrun("--resume", "runs/two", "--steps", "1000000")
+    deadline = time.time() + 120
+    while evaluate.load_checkpoint("runs/two", "last.pt")["step"] == 6 and time.time() < deadline:
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(second.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode != 0 and "since another one has ended" in errors
+    step = evaluate.load_checkpoint("runs/two", "last.pt")["step"]
+    train.main(["--resume", "runs/two", "--steps", str(step + 2)])
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "n_ranks", lambda: 3)
+    with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of 3"):
+        train.check_shares({"batch_size": 64})
+    train.check_shares({"batch_size": 63})
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

@@ -5,6 +5,7 @@
     python train.py --data norman.h5ad --preset norman-ood --train-combinations 0.5 --split-seed 1
     python train.py --data screen.h5ad --perturbation-column gene --control non-targeting
     python train.py --resume runs/NAME            go on where a run was stopped
+    torchrun --nproc-per-node 4 train.py --data screen.h5ad        a process for each of 4 GPUs
     python train.py --benchmark --preset replogle          how fast is it on this machine?
 
 Defaults in brackets are the paper's; for a file without --preset, `own_settings` below says what
@@ -13,11 +14,13 @@ takes the place of many.
 A run is a folder, runs/NAME: config.json (every option), log.jsonl (a line per log step and per
 validation), best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
 In reading order: the options; the loop (`main`); how a run begins and goes on; the pieces of the
-loop; how options are read; the benchmark.
+loop; several processes; how options are read; the benchmark.
 """
 
 import argparse
 import contextlib
+import datetime
+import functools
 import json
 import math
 import os
@@ -30,6 +33,7 @@ import types
 import evaluate  # before torch: it sets two things that make a CPU fast
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode  # undocumented; --benchmark alone
 
 import data
@@ -67,7 +71,7 @@ OPTIONS = [
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
-    ("--batch-size", 512, AT_LEAST_1, "cells per step (paper)"),
+    ("--batch-size", 512, AT_LEAST_1, "cells per step, of all processes together (paper)"),
     ("--particles", 5, AT_LEAST_1, "Monte Carlo samples per step (paper)"),
     ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
     ("--mask-lr", 0.03, POSITIVE, "that of masks with --axes sparsest: of logits, which have a "
@@ -76,7 +80,7 @@ OPTIONS = [
      "that of the networks (paper; ours 0.01)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
     ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
-     "training cells (ours: see gene_moments in data.py), or zero (paper)"),
+     "training cells (ours: see training_statistics in data.py), or zero (paper)"),
     ("--kl-warmup", 0, AT_LEAST_0, "first steps, in which the weight of all KL rises to 1: what "
      "changes one gene alone is lost less (ours; off)"),
     ("--patience", 0, AT_LEAST_0, "steps without a lower validation loss after which masks begin, "
@@ -92,6 +96,8 @@ OPTIONS = [
     ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training; tf32 "
      "makes a difference on a GPU only"),
     ("--compile", False, bool, "compile the objective with torch.compile"),
+    ("--stream", None, bool, "leave the counts in the file and read them as they are needed; by "
+     "default where they may take half of the memory"),
     ("--log-every", 50, AT_LEAST_1, "steps between lines of log.jsonl"),
     ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
 ]
@@ -155,29 +161,35 @@ PRESETS = {
 def main(arguments=None):
     """Train: a run, a model, the loop, the log."""
     args, given = parse_arguments(arguments)
-    device = evaluate.choose_device(args.device)
+    device = begin_processes(args.device)  # more than one if torchrun starts this
     if args.benchmark:
         return benchmark(configuration(args, given), device)
     # A new run is written down at step 0. From here on, every run is one that is gone on with.
-    folder, screen, state = (resume_run(args, given) if args.resume is not None else
-                             new_run(args.name, configuration(args, given), device))
+    if rank() == 0:
+        folder, screen, state = (resume_run(args, given) if args.resume is not None else
+                                 new_run(args.name, configuration(args, given), device))
+        from_first((folder, state["config"]))
+    else:
+        folder, config = from_first()
+        state = evaluate.load_checkpoint(folder, "last.pt") | {"config": config}
+        screen = evaluate.as_the_model_sees(evaluate.read_screen_of(config, state), config["model"])
     config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
     step, best, best_step = state["step"], state["best"], state["best_step"]
     print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
 
     with signals_remembered() as stop:  # Ctrl-C ends the loop after the step that is running
         # What moves while the model is trained, all of it where the run had it.
-        batches = data.Batches(screen, device)  # the whole screen lies on the device
+        batches = data.Batches(screen, device)
         model = evaluate.build_model(state).to(device)
         model.masks_of_one = model.masks_of_one or step < config["masks_from"]
         optimizer = new_optimizer(model, config)
         optimizer.load_state_dict(state["optimizer"])
-        shuffle = data.Shuffle(split["train"], config["batch_size"], config["seed"], device,
-                               **state["shuffle"])
+        shuffle = data.Shuffle(batches, split["train"], config["batch_size"], config["seed"],
+                               **state["shuffle"], rank=rank(), n_ranks=n_ranks())
         # Any batch of the right size, to try --compile on; the shuffle does not move.
-        cells = torch.from_numpy(np.resize(split["train"], config["batch_size"])).to(device)
-        objective = choose_objective(config, model, *batches(cells))
-        seconds = seconds_per_step(objective, model, config["particles"], *batches(cells))
+        batch = batches(np.resize(split["train"], config["batch_size"]))
+        objective = choose_objective(config, model, *batch)
+        seconds = seconds_per_step(objective, model, config["particles"], *batch)
         log = Log(folder, config, state)
         # Last of all, since what was built above has drawn random numbers of its own.
         set_random_state(state["rng"], config["seed"], device)
@@ -186,27 +198,29 @@ def main(arguments=None):
             """Write best.pt or last.pt: everything that is needed to go on."""
             state.update(step=step, best=best, best_step=best_step, done=done,
                          model=model.state_dict(), log=log.state(),
-                         optimizer=optimizer.state_dict(), rng=random_state(device),
+                         optimizer=optimizer.state_dict(), rng=of_all(random_state(device)),
                          shuffle={"epoch": shuffle.epoch, "position": shuffle.position})
-            evaluate.save_checkpoint(state, folder, name)
+            if rank() == 0:
+                evaluate.save_checkpoint(state, folder, name)
 
         print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {len(split['train']):,} training cells, steps {step:,} to "
-              f"{config['steps']:,} on {device}, at most about "
-              f"{clock((config['steps'] - step) * seconds)}")
+              f"{config['steps']:,} on {device}, counts {batches.where}, at most about "
+              f"{data.clock((config['steps'] - step) * seconds)}")
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
         done = step >= config["steps"] or (state["done"] and "steps" not in given)
         if done:
             print(f"{folder} has ended, at step {step:,}: more --steps would go on")
-        while not done and not stop:
-            x, d, *c = batches(next(shuffle))
+        while not done and not one_of_all(stop, step):
+            x, d, *c = next(shuffle)
             weight = ({"kl_weight": torch.tensor((step + 1) / config["kl_warmup"], device=device)}
                       if step + 1 < config["kl_warmup"] else {})
             # The ELBO: eq. 3, A.1
             value, terms = objective(model, x, d, config["particles"], *c, **weight)
             optimizer.zero_grad(set_to_none=True)
             (-value).backward()
+            average_gradients(model)
             if config["clip"]:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
             optimizer.step()
@@ -219,6 +233,7 @@ def main(arguments=None):
                     optimizer.load_state_dict(warm["optimizer"])
                 best, best_step = math.inf, step
                 touched = begin_masks(model)
+                as_first(model)
                 for name, parameter in model.named_parameters():
                     if name.startswith("effect_"):  # Adam's moments are in the old axes
                         optimizer.state.pop(parameter, None)
@@ -233,7 +248,12 @@ def main(arguments=None):
                 if masks_begin:
                     line["latents_touched"] = [round(n, 2) for n in touched]
                 if validate:
-                    loss = validation_loss(model, batches, split["validation"], config["particles"])
+                    loss = from_first(validation_loss(
+                        model, batches, split["validation"], config["particles"])
+                        if rank() == 0 else None)
+                    if not math.isfinite(loss):
+                        sys.exit("error: the validation loss was not finite: start a new run with "
+                                 "a lower --lr, or with --clip 100")
                     line["validation_loss"] = round(loss, 4)
                     has_masks = step >= config["masks_from"]
                     if loss < best and step >= config["kl_warmup"]:
@@ -246,23 +266,26 @@ def main(arguments=None):
                             done = True
                         else:
                             config["masks_from"] = min(config["masks_from"], step + 1)
-                            write_config(folder, config)
+                            if rank() == 0:
+                                write_config(folder, config)
                 done = done or step == config["steps"]
                 log.write(line, best, done)
                 if validate:
                     save("last.pt")  # after the line: what stands beyond last.pt is written again
-                if masks_begin:
+                if masks_begin and rank() == 0:
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(os.path.join(folder, "warm.pt"))
-        if stop:
+        if not done:
             log.check_finite(step)
             save("last.pt")
             print(f"\nstopped at step {step:,}; to go on: python train.py --resume {folder}")
-            sys.exit(128 + stop[0])
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
     print(f"{log.steps_here:,} steps in {time.time() - log.started:.0f} s; lowest validation loss "
           f"{best:.2f}, at step {best_step:,}" + ("; ended by --patience" if step < config["steps"]
                                                   else ""))
-    if config.get("simulated"):
+    if n_ranks() > 1:
+        dist.destroy_process_group()
+    if config.get("simulated") and rank() == 0:
         torch.set_float32_matmul_precision("highest")
         evaluate.main([folder, "--device", str(device)])
     else:
@@ -336,9 +359,11 @@ def first_state(config, device):
     # What the model knows of the training cells (n_t of A.1; the encoder's standardisation), and
     # its first weights.
     batches = data.Batches(screen, device)
-    x_mean, x_std = data.training_statistics(batches, split["train"])
+    x_mean, x_std, log_frequency, log_theta = data.training_statistics(batches, split["train"])
     by_screen = own_settings(0.64 * len(screen.rows), n_perturbations, config["n_latent"])
     config |= {option: by_screen[option] for option in by_screen if config[option] is None}
+    config["stream"] = batches.from_file
+    check_shares(config)
     if config["axes"] == "sparsest":
         config["masks_from"] = math.ceil(config["steps"] / 2)
     if config["kl_warmup"] >= (config["masks_from"] or config["steps"] + 1):
@@ -357,7 +382,7 @@ def first_state(config, device):
             for network in (model.encoder, model.decoder):
                 network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
-        model.start_from(*data.gene_moments(batches, split["train"]))
+        model.start_from(log_frequency, log_theta)
     return screen, {
         "config": config, "fingerprint": fingerprint, "gene_names": list(screen.gene_names),
         "perturbations": screen.perturbations, "model_arguments": arguments,
@@ -366,7 +391,7 @@ def first_state(config, device):
         "step": 0, "best": math.inf, "best_step": 0, "done": False,
         "model": model.state_dict(), "log": ({}, 0, 0.0),
         "optimizer": new_optimizer(model, config).state_dict(),
-        "rng": {"cpu": torch.get_rng_state()}, "shuffle": {"epoch": 0, "position": 0}}
+        "rng": [{"cpu": torch.get_rng_state()}], "shuffle": {"epoch": 0, "position": 0}}
 
 
 def resume_run(args, given):
@@ -382,6 +407,7 @@ def resume_run(args, given):
     # Masks begin at half of the steps that are asked for now, unless patience said when.
     moves = config["masks_from"] == math.ceil(config["steps"] / 2)
     config |= {k: given[k] for k in free if k in given}
+    check_shares(config)
     config["data"] = os.path.abspath(args.data) if args.data else config["data"]
     if config["steps"] < state["step"]:
         raise DataError(f"{folder} is at step {state['step']:,} already: --steps must be larger")
@@ -456,7 +482,7 @@ def seconds_per_step(objective, model, n_particles, x, d, c=None):
 
 @torch.no_grad()
 def validation_loss(model, batches, cells, n_particles):
-    """Mean over the validation cells of what `elbo` says of each, negated. Stops if not finite.
+    """Mean over the validation cells of what `elbo` says of each, negated.
 
     n_t is that of the training cells: the KL of t weighs as much beside a cell as in training.
     Always with the same random numbers, so that checkpoints are compared under the same noise, and
@@ -467,16 +493,7 @@ def validation_loss(model, batches, cells, n_particles):
         torch.manual_seed(0)
         for x, d, *c in batches.in_order(cells):
             total = total - elbo(model, x, d, n_particles, *c)[0].double() * len(x)
-    loss = float(total) / len(cells)
-    if not math.isfinite(loss):
-        sys.exit("error: the validation loss was not finite: start a new run with a lower --lr, or "
-                 "with --clip 100")
-    return loss
-
-
-def clock(seconds):
-    """90 -> 1:30."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+    return float(total) / len(cells)
 
 
 class Log:
@@ -491,6 +508,8 @@ class Log:
         self.started, self.steps_here = time.time(), 0
         self.since = self.started - seconds
         self.terminal = sys.stdout.isatty()
+        if rank() > 0:
+            return
         # The steps after last.pt are done again: their lines go.
         kept = [line for line in evaluate.read_log(folder) if line["step"] <= state["step"]]
         with data.replacing(self.path) as path, open(path, "w") as file:
@@ -498,6 +517,7 @@ class Log:
 
     def state(self):
         """What last.pt keeps of it."""
+        self.totals = average(self.totals)
         totals = {name: total.cpu() for name, total in self.totals.items()}
         return totals, self.n_steps, time.time() - self.since
 
@@ -511,6 +531,7 @@ class Log:
 
     def check_finite(self, step):
         """Stop before anything is saved if a loss was not finite."""
+        self.totals = average(self.totals)
         if self.totals and not math.isfinite(self.totals["loss"].item()):
             sys.exit(f"error: the loss was not finite in steps {step - self.n_steps + 1} to {step}:"
                      " start a new run with a lower --lr, or with --clip 100")
@@ -532,6 +553,8 @@ class Log:
 
     def write(self, line, best, done):
         """Write the line, and say it: on a terminal in place, elsewhere at each validation."""
+        if rank() > 0:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         self.since = time.time()  # validation is no training time
@@ -548,7 +571,7 @@ class Log:
             text += f"validation {line['validation_loss']:.2f}  "
         if best < math.inf:
             text += f"best validation {best:.2f}  "
-        text += f"{line['cells_per_second']:,} cells/s  {clock(left / self.steps_here)} left"
+        text += f"{line['cells_per_second']:,} cells/s  {data.clock(left / self.steps_here)} left"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a longer line would not be overwritten
             end = "\n" if done else ""
@@ -582,12 +605,138 @@ def random_state(device):
         {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_state(state, seed, device):
-    """Set them again; a GPU's that was not in use is seeded."""
-    torch.manual_seed(seed)
-    torch.set_rng_state(state["cpu"])
+def set_random_state(states, seed, device):
+    """Set them again, this process's of the list; what was not in use is seeded."""
+    torch.manual_seed(seed + 2**32 * rank())
+    state = dict(enumerate(states)).get(rank(), {})
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# ============================================================================================
+# Several processes: torchrun --nproc-per-node N train.py ...
+# ============================================================================================
+
+# Every process has the model, and makes the same steps with it. One random order of cells is for
+# all of them: each takes its share of every batch and draws its own latents, and gradients are
+# averaged. So two processes do what one does with the same --batch-size, but for masks and effects,
+# of which each draws its own. The first one (rank 0) validates, writes and prints.
+
+
+def begin_processes(device):
+    """Join the other processes, if torchrun has started several. Returns this one's device."""
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        return evaluate.choose_device(device)
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = evaluate.choose_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # They wait for each other where the first one validates: let it have the time.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=12))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_ranks():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def check_shares(config):
+    """Raise DataError where the cells of a batch cannot be shared out evenly."""
+    if config["batch_size"] % n_ranks():
+        raise DataError(f"--batch-size {config['batch_size']} is no multiple of {n_ranks()}, the "
+                        "number of processes")
+
+
+def together(exchange):
+    """A decorator: what all processes do together says in a sentence if one of them has ended."""
+    @functools.wraps(exchange)
+    def function(*arguments):
+        """The same."""
+        try:
+            return exchange(*arguments)
+        except RuntimeError:
+            raise DataError(f"process {rank()} stops, since another one has ended; if the run has "
+                            "begun, --resume goes on from its last validation") from None
+    return function
+
+
+@together
+def from_first(value=None):
+    """The first process's value, for all of them."""
+    values = [value]
+    if n_ranks() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+@together
+def of_all(value):
+    """The values of all processes, a list."""
+    values = [value] * n_ranks()
+    if n_ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@together
+def one_of_all(flag, step):
+    """Whether the flag of one is true. With several they ask each other every tenth step only, so
+    as not to wait for each other in each."""
+    if n_ranks() == 1 or step % 10:
+        return bool(flag) and n_ranks() == 1
+    flag = torch.tensor(float(bool(flag)))
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+@together
+def average(values):
+    """A dict of scalars on the device, averaged over processes."""
+    if n_ranks() == 1 or not values:
+        return values
+    mean = torch.stack(list(values.values()))
+    dist.all_reduce(mean)
+    return dict(zip(values, mean / n_ranks()))
+
+
+@together
+def average_gradients(model):
+    """The gradient of the whole batch: the mean of its shares, in one exchange for all parameters.
+
+    A batch, or a share, without a cell that they concern (of controls, say) gives parameters no
+    gradient: that is one of zero. But masks of one have none in any batch."""
+    parameters = [p for name, p in model.named_parameters()
+                  if not (model.masks_of_one and name.startswith("mask"))]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if n_ranks() == 1:
+        return
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat)
+    parts = (flat / n_ranks()).split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+@together
+def as_first(model):
+    """Make the model that of the first process."""
+    if n_ranks() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 # ============================================================================================
@@ -700,14 +849,14 @@ def benchmark(config, device):
     counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
     d = rng.integers(0, n_perturbations, (n_cells, most))
     batches = data.Batches(types.SimpleNamespace(counts=counts, d=d, c=None), device)
-    shuffle = data.Shuffle(cells, config["batch_size"], 0, device)
+    shuffle = data.Shuffle(batches, cells, config["batch_size"], 0)
     model = MODELS[config["model"]](
         np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),
         **{option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}).to(device)
-    optimizer, (x, d), loss = new_optimizer(model, config), batches(next(shuffle)), []
+    optimizer, (x, d), loss = new_optimizer(model, config), next(shuffle), []
     dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
     objective = choose_objective(config, model, x, d)
-    phases = {"batch": lambda: batches(next(shuffle)),
+    phases = {"batch": lambda: next(shuffle),
               "forward": lambda: loss.append(objective(model, x, d, config["particles"])[0]),
               "backward": lambda: (optimizer.zero_grad(), (-loss.pop()).backward()),
               "optimizer": optimizer.step}

@@ -2288,6 +2288,15 @@ def test_the_discrimination_scores_by_hand():
     many, other = np.random.default_rng(0).normal(size=(2, 700, 3))
     assert all(abs(np.mean(orientation) - 0.5) < 0.05 for orientation in scores(other, many))
     assert np.isnan(scores(observed[:1], observed[:1])).all()
+    # Of many conditions, a few are the rivals of each.
+    near, counted = many + 0.5 * other, np.random.default_rng(1).random(many.shape) > 0.1
+    some = evaluate.discrimination_scores(near, many, counted, most=50)
+    rivals = np.random.default_rng(0).permutation(700)[:50]
+    for i in (0, 3, 699, rivals[0]):
+        distance = np.abs(many[i] - near)[:, counted[i]].sum(1)
+        found = (distance[i] < distance[rivals[rivals != i]]).mean()
+        assert some[0, i] == pytest.approx(found, abs=1e-6)
+    assert np.allclose(some.mean(1), np.mean(scores(near, many, counted), 1), atol=0.02)
 
 
 def test_effect_metrics_by_hand():

@@ -7,16 +7,18 @@
 In reading order:
 
     h5ad in and out    a file, that may be damaged or hostile -> columns and counts: `read_h5ad`,
-                       `H5ad`; arrays -> a file: `write_h5ad`
+                       `H5ad`, `StoredCounts`; arrays -> a file: `write_h5ad`
     -- cut here --     what stands above needs h5py and numpy alone: copy it
     labels             what was done to each cell, as the dosages d of the model: `read_screen`
+    prepare            a file of any size -> one of the cells and genes that are wanted: `prepare`
     splits             train, validation and test cells, the paper's three ways: `split_cells`
     batches            of a screen on the device, in memory or in its file: `Batches`, `Shuffle`
     simulation         a screen of which the true masks and effects are known: `simulate`
 
 A matrix is read in two phases. `read_h5ad` reads names and a first block of values, to find where
 the counts are. `H5ad.counts` reads the cells and genes that are wanted, checks every value, and
-keeps them in the narrowest integer type: what is not wanted never takes memory.
+keeps them in the narrowest integer type: what is not wanted never takes memory. Counts that are
+larger than memory stay in the file (`H5ad.stored`) and are read piece by piece, as they are needed.
 
 The reader takes files of anndata 0.5 to 0.13. It never imports anndata, never unpickles, and
 follows no link out of the file. All that is wrong with a file or an option is raised as a
@@ -536,6 +538,7 @@ class _Matrix:
         self.dense = isinstance(node, h5py.Dataset)
         if self.dense:
             self.form, self.data, self.by_row = f"dense {node.dtype}", node, True
+            self.height = node.chunks[0] if node.chunks else 1  # rows that are stored together
             if node.shape != self.shape:
                 raise DataError(f"{name} has shape {node.shape}, but obs and var say {self.shape}")
         else:
@@ -548,6 +551,7 @@ class _Matrix:
                 raise DataError(f"{name} declares the shape {declared}, but obs and var say "
                                 f"{self.shape}")
             self.form, self.by_row = f"sparse {encoding[:3].upper()}", encoding.startswith("csr")
+            self.height = 1
             self._open_sparse(file)
         if self.data.dtype.kind not in "biuf":
             raise NotCounts(f"{name} holds values of type {self.data.dtype}, not counts")
@@ -672,9 +676,8 @@ class _Matrix:
         chunk of a dense matrix stay together, so that each chunk is read and unpacked once.
         """
         if self.dense:
-            height = self.data.chunks[0] if self.data.chunks else 1
-            first = wanted // height
-            start, end = (n * height * self.shape[1] for n in (first, first + 1))
+            first = wanted // self.height
+            start, end = (n * self.height * self.shape[1] for n in (first, first + 1))
         else:
             start, end = self.indptr[wanted], self.indptr[wanted + 1]
         cut = (start[1:] > end[:-1] + GAP) | (start[1:] // BLOCK > start[:-1] // BLOCK)
@@ -834,8 +837,8 @@ class StoredCounts:
     shape      (N, G), of the cells and genes that are wanted
     rows       (N,) positions of these cells in the file, rising
     n_bytes    what they would take in memory, at most about
-    by_row     whether some cells can be read without the others: not where they are sparse by
-               columns (CSC)
+    by_row     whether some cells can be read without many others: not where they are sparse by
+               columns (CSC), or dense in tall chunks
     """
 
     PART = 2**24  # values of a part of it
@@ -843,12 +846,12 @@ class StoredCounts:
     def __init__(self, path, matrix, rows, genes):
         self.path, self._matrix, self._genes, self._library = path, matrix, genes, None
         self._n_rounded = 0
-        self.rows, self.by_row = np.flatnonzero(rows), matrix.by_row
+        self.rows, self.by_row = np.flatnonzero(rows), matrix.by_row and matrix.height <= 512
         self.shape = (len(self.rows), int(genes.sum()))
         n_values = matrix.n_values(self.rows) * self.shape[1] / len(genes)
         self.n_bytes = int(n_values * (2 if matrix.dense else 4))
         # Of CSC every part takes a pass over the file: fewer of them.
-        self._n_parts = math.ceil(n_values / (self.PART if self.by_row else 8 * self.PART)) or 1
+        self._n_parts = math.ceil(n_values / (self.PART if self.by_row else 4 * self.PART)) or 1
 
     def take(self, cells=None):
         """Read some cells, rising positions among the N; all by default. Returns a Counts.
@@ -1026,23 +1029,28 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
                                 h5py.string_dtype())
 
     def write_column(group, name, values):
-        """Add a column. Text that repeats becomes categorical, numbers with missing ones floats."""
+        """Add a column. Text that repeats or is missing becomes categorical."""
         values = np.asarray(values)
-        if values.dtype.kind in "OU":
-            values = values.astype(object)
-            distinct = {*values.tolist()} - {None}
-            if not any(isinstance(value, str) for value in distinct):
-                values = values.astype(float)  # None becomes NaN
-            elif len(distinct) <= len(values) / 2:
-                place = {value: i for i, value in enumerate(sorted(distinct))} | {None: -1}
-                codes = np.array([place[value] for value in values], np.int32)
-                write(group, name, {"codes": codes, "categories": sorted(distinct)})
-                group[name].attrs.update({"encoding-type": "categorical", "ordered": False,
-                                          "encoding-version": "0.2.0"})
-                return
-            else:
-                values = _objects("" if value is None else value for value in values)
-        write(group, name, values)
+        distinct = {*values.tolist()} if values.dtype.kind in "OU" else ()
+        missing, distinct = None in distinct, {*distinct} - {None}
+        if any(isinstance(value, str) for value in distinct) and (
+                missing or len(distinct) <= len(values) / 2):
+            place = {value: i for i, value in enumerate(sorted(distinct))} | {None: -1}
+            codes = np.array([place[value] for value in values.tolist()], np.int32)
+            write(group, name, {"codes": codes, "categories": sorted(distinct)})
+            group[name].attrs.update({"encoding-type": "categorical", "ordered": False,
+                                      "encoding-version": "0.2.0"})
+        elif missing:  # numbers, or booleans
+            is_missing = np.array([value is None for value in values])
+            values = np.array([0 if value is None else value for value in values.tolist()])
+            if set(map(type, distinct)) == {bool}:
+                values = values.astype(bool)
+            write(group, name, {"values": values, "mask": is_missing})
+            kind = "boolean" if values.dtype == bool else "integer"
+            group[name].attrs.update({"encoding-type": f"nullable-{kind}",
+                                      "encoding-version": "0.1.0"})
+        else:
+            write(group, name, values)
 
     def write_counts(file, parts):
         """Add X, sparse by rows. Indices are int32, as scipy has them. (From 2**31 entries on it
@@ -1082,6 +1090,13 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         write(file, "layers", layers or {})
         write(file, "obsm", obsm or {})
         write(file, "uns", uns or {})
+
+
+def free(name, taken):
+    """The name, or one like it that is not taken."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 @contextlib.contextmanager
@@ -1243,14 +1258,16 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     labels = _read_any_labels(file, perturbation_column, control, combination_separator,
                               one_hot_prefix, exclude, keep)
     column, _, sets, label_notes = labels
-    wanted, rare, dropped = _choose_cells(file, labels, subset, min_cells, only_controls)
+    in_subset = _read_subset(file, subset or [])
+    wanted, rare, dropped = _choose_cells(in_subset, labels, min_cells, only_controls)
     split = _read_split(file, split_column) if split_column else None
 
     # Phase two: their counts. A cell without any says nothing of frequencies; its l_i would be 0.
     counts, rows = file.stored(wanted, genes), np.flatnonzero(wanted)
-    if stream and not counts.by_row:
-        raise DataError(f"{path}: {file.found}, whose cells cannot be read one by one, as --stream "
-                        "does: python data.py prepare IN.h5ad OUT.h5ad writes them by rows")
+    if not counts.by_row and (stream or stream is None and counts.n_bytes > memory()):
+        raise DataError(f"{path}: {file.found}, is stored so that cells cannot be read one by one, "
+                        "as --stream does and memory asks for: python data.py prepare IN.h5ad "
+                        "OUT.h5ad writes them by rows")
     if not (counts.by_row and counts.n_bytes > memory() / 2 if stream is None else stream):
         counts = file.counts(wanted, genes)
     n_wanted, rows = len(rows), rows[counts.drop_empty_cells()]
@@ -1259,6 +1276,7 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     if gene_column:
         notes.append(f"{counts.shape[1]:,} genes kept, true in var column {gene_column!r}")
     without_counts = n_wanted - len(rows)
+    notes += [_outside(in_subset, subset)] if not in_subset.all() else []
     notes += dropped + ([f"dropped {without_counts:,} cells without any count"]
                         if without_counts else [])
     if split is not None:
@@ -1317,11 +1335,15 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
                   None if split is None else split[1][rows], notes, file)
 
 
-def _choose_cells(file, labels, subset, min_cells, only_controls=False):
-    """Which cells are wanted, (cells,) bool; the perturbations that are too rare, a set; and lines
-    on what is dropped."""
+def _outside(in_subset, subset):
+    """A line on the cells that are not."""
+    return f"dropped {(~in_subset).sum():,} cells outside of {_shortened(' '.join(subset))}"
+
+
+def _choose_cells(in_subset, labels, min_cells, only_controls=False):
+    """Which cells of in_subset (cells,) are wanted, (cells,) bool; the perturbations that are too
+    rare, a set; and lines on what is dropped for its label."""
     column, values, sets, _ = labels
-    in_subset = _read_subset(file, subset or [])
     has_label = np.array([names is not None for names in sets])
     # The cells of a rare perturbation may leave another one with too few: until nothing changes.
     wanted, rare = in_subset & has_label, set()
@@ -1336,8 +1358,7 @@ def _choose_cells(file, labels, subset, min_cells, only_controls=False):
         wanted &= np.array([not (names and names & few) for names in sets])
     without = in_subset & ~has_label
     notes = []
-    for n, why in ((int((~in_subset).sum()), f"outside of {_shortened(' '.join(subset or []))}"),
-                   (int(without.sum()), f"whose label in {column} is missing or left out"
+    for n, why in ((int(without.sum()), f"whose label in {column} is missing or left out"
                     + (f": {_commonest(values[without], 8)}" if any(values[without]) else "")),
                    (int((in_subset & has_label & ~wanted).sum()), f"of {len(rare):,} perturbations "
                     f"that have fewer than {min_cells} (--min-cells)")):
@@ -1671,8 +1692,8 @@ def prepare(path, out, genes_file=None, gene_column=None, n_variable=None, n_con
     layer, subset, min_cells, labels    as in read_screen; labels are read if one of them is given
     recipe         one of RECIPES
 
-    Kept are all columns of obs and var, and uns/pathways. Memory: a few hundred bytes a cell, and
-    256 MB. Prints what is kept. Raises DataError for a wrong file or option.
+    Kept are all columns of obs and var, and uns/pathways. Takes a few hundred bytes of memory a
+    cell, and half a gigabyte. Prints what is kept. Raises DataError for a wrong file or option.
     """
     uns, lists, expected = {}, {}, None
     if recipe is not None:
@@ -1681,41 +1702,50 @@ def prepare(path, out, genes_file=None, gene_column=None, n_variable=None, n_con
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE_FILE)) as f:
             lists = json.load(f)
         uns = {"pathways": lists["pathways"]}
-    elif pathways := read_pathways(path):
-        uns = {"pathways": pathways}
     file = read_h5ad(path, layer)
     notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes"]
+    if not lists:
+        try:
+            uns = {"pathways": read_pathways(path) or {}}
+        except DataError as error:
+            notes.append(f"{error}: uns/pathways is left out")
 
     # The cells.
     if lists:
-        targets = {*lists["perturbation_genes"], "non-targeting"}
-        of_target = file.obs("gene").tolist()
-        wanted = np.array([gene in targets for gene in of_target])
+        targets, of_target = {*lists["perturbation_genes"]}, file.obs("gene").tolist()
+        wanted = np.array([gene in targets or gene == "non-targeting" for gene in of_target])
         missing = targets - set(of_target)
         notes += [f"{len(missing)} of the {len(targets)} targets are in no cell: "
                   f"{_shortened(', '.join(sorted(missing)))}"] if missing else []
     else:
         wanted = _read_subset(file, subset or [])
+    notes += [_outside(wanted, subset or ["them"])] if not wanted.all() else []
     sets = None
     if n_controls is not None or min_cells or any(v is not None for v in labels.values()):
         found = _read_any_labels(file, **labels)
-        chosen, _, dropped = _choose_cells(file, found, subset, min_cells)
-        wanted, sets, notes = wanted & chosen, found[2], notes + [*found[3], *dropped]
+        wanted, _, dropped = _choose_cells(wanted, found, min_cells)
+        sets, notes = found[2], notes + [*found[3], *dropped]
     if n_controls is not None:
         controls = np.flatnonzero(wanted & [names == frozenset() for names in sets])
         surplus = np.random.RandomState(seed).permutation(len(controls))[n_controls:]
         wanted[controls[surplus]] = False
         notes += [f"dropped {len(surplus):,} of {len(controls):,} controls"] if len(surplus) else []
-    if not wanted.any():
-        raise DataError(f"{path}: no cell is left: {'; '.join(notes)}")
+    rows = np.flatnonzero(wanted)
+    n_perturbations = len(set().union(*(sets[i] for i in rows))) if sets is not None else None
+    if not len(rows) or n_perturbations == 0:
+        raise DataError(f"{path}: no {'perturbed ' if len(rows) else ''}cell is left: "
+                        f"{'; '.join(notes)}")
 
     # The genes.
     genes = _read_gene_column(file, gene_column)
+    notes += [f"{genes.sum():,} genes are true in {gene_column}"] if gene_column else []
     if genes_file or lists:
         names = lists.get("measured_gene_names") or _read_lines(genes_file)
         in_list, note = _listed_genes(file, set(names))
         genes, notes = genes & in_list, [*notes, note]
-    if n_variable is not None and n_variable < genes.sum():
+    if n_variable is not None and n_variable >= genes.sum():
+        notes.append(f"no more than {genes.sum():,} genes: --variable-genes leaves none out")
+    elif n_variable is not None:
         deviance = binomial_deviance(file.stored(wanted, genes))
         rank = np.argsort(np.argsort(-deviance, kind="stable"))
         notes.append(f"the {n_variable:,} of {genes.sum():,} genes of largest binomial deviance")
@@ -1724,21 +1754,19 @@ def prepare(path, out, genes_file=None, gene_column=None, n_variable=None, n_con
         raise DataError(f"{path}: no gene is left: {'; '.join(notes)}")
     print(path, *notes, sep="\n  ")
 
-    stored, rows = file.stored(wanted, genes), np.flatnonzero(wanted)
+    stored = file.stored(wanted, genes)
     write_h5ad(
         out, X=stored.parts("writing", lambda counts: counts.sparse()),
-        obs={"_index": lambda: file.cell_names[rows]} | {
+        obs={free("_index", file.obs_columns): lambda: file.cell_names[rows]} | {
             column: lambda column=column: file.obs(column)[rows] for column in file.obs_columns},
-        var={"_index": file.gene_names[genes]} | {
+        var={free("_index", file.var_columns): file.gene_names[genes]} | {
             column: lambda column=column: file.var(column)[genes] for column in file.var_columns},
         uns=uns)
     stored.say_rounded()
-    kept = [len(rows), int(genes.sum())]
-    if sets is not None:
-        kept.append(len(set().union(*(sets[i] for i in rows))))
-    words = ("cells", "genes", "perturbations")
-    print(f"{out}: " + ", ".join(f"{n:,} {word}" for n, word in zip(kept, words)))
-    if expected and tuple(kept) != expected:
+    kept = len(rows), int(genes.sum()), n_perturbations
+    words = "cells", "genes", "perturbations"
+    print(f"{out}: " + ", ".join(f"{n:,} {w}" for n, w in zip(kept, words) if n is not None))
+    if expected and kept != expected:
         print("  expected were " + ", ".join(f"{n:,} {w}" for n, w in zip(expected, words))
               + ": this is not the file that the recipe is for, or it has changed")
 
@@ -1760,6 +1788,8 @@ def binomial_deviance(stored):
                          for weights in (x * np.log(x / l) + rest, x)])
 
     terms, total = sum(stored.parts("variable genes", sums))
+    if not total.any():
+        raise DataError(f"{stored.path}: the wanted cells have no counts of the wanted genes")
     p, every = np.maximum(total, 1e-300) / total.sum(), total.sum()
     return 2 * (terms - total * np.log(p) - (every - total) * np.log1p(-np.minimum(p, 1 - 1e-16)))
 
@@ -1788,6 +1818,8 @@ def _listed_genes(file, names):
     note = f"{n:,} of the {len(names):,} listed genes are in {where}"
     if missing:
         note += f"; not there: {_shortened(', '.join(missing))}"
+    if not n:
+        note += f", where genes are called {_shortened(', '.join(map(str, found[:3])))}"
     return np.array([name in names for name in found]), note
 
 
@@ -1882,7 +1914,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
 # Batches: of a screen that lies on the device, in memory or in its file
 # ============================================================================================
 
-PIECE = 2**16  # cells that are on the device at once where the whole screen is not
+PIECE = 2**16  # cells that are on the device at once where the whole screen is not, at most
 STRIP = 64  # neighbours in a file that are read together
 
 
@@ -1939,9 +1971,9 @@ class Piece:
         return x, *(v[cells] for v in self.labels)
 
     def _dense(self, cells):
-        """Counts.dense, on a GPU. Every row is read as if it were the longest one, and what is too much
-        goes to a column that is cut off: fixed shapes, so that a GPU need not tell the host how
-        many there are."""
+        """Counts.dense, on a GPU. Every row is read as if it were the longest one, and what is too
+        much goes to a column that is cut off: fixed shapes, so that the GPU need not tell the host
+        how many there are."""
         values, columns, indptr = self.tensors
         start, end = indptr[cells, None], indptr[cells + 1, None]  # (B, 1)
         entry = start + self.most  # (B, most)
@@ -1968,15 +2000,18 @@ class Batches:
         self.n_genes = self.counts.shape[1]
         self.labels = [labels for labels in (screen.d, screen.c) if labels is not None]
         self.from_file, n_bytes = isinstance(self.counts, StoredCounts), self.counts.n_bytes
-        self.where = f"in memory ({in_words(n_bytes)})"
+        # About 1 GB of counts at most, in whole batches of 512.
+        self.n_piece = min(PIECE, max(1, 2**21 * self.counts.shape[0] // max(1, n_bytes)) * 512)
+        self.where = f"in memory ({size_in_words(n_bytes)})"
         if self.from_file:
-            self.where = (f"in the file (in memory up to {in_words(n_bytes)}, of "
-                          f"{in_words(memory())})")
+            self.where = "in the file " + (
+                "(as asked for)" if n_bytes <= memory() / 2 else
+                f"(they may take {size_in_words(n_bytes)}, of {size_in_words(memory())} of memory)")
         elif self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             piecewise = n_bytes > 0.6 * free if piecewise is None else piecewise
-            self.where = (f"{self.where[:-1]}, {self.device} has {in_words(free)} free)"
-                          if piecewise else f"on {self.device} ({in_words(n_bytes)})")
+            self.where = (f"{self.where[:-1]}, {self.device} has {size_in_words(free)} free)"
+                          if piecewise else f"on {self.device} ({size_in_words(n_bytes)})")
         self.whole = None if piecewise or self.from_file else Piece(
             self.counts, self.labels, self.device)
 
@@ -2009,7 +2044,7 @@ class Batches:
 
     def cut(self, order, start=0):
         """order[start:] (an array of cells) in pieces to be loaded: always at the same places."""
-        size = len(order) if self.whole is not None else PIECE
+        size = self.n_piece if self.whole is None else max(1, len(order))
         for a in range(start - start % size, len(order), size):
             yield order[max(a, start):a + size]
 
@@ -2020,7 +2055,7 @@ class Batches:
                 yield piece(part)
 
 
-def in_words(n_bytes):
+def size_in_words(n_bytes):
     """2.1e9 -> 2.1 GB."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
@@ -2033,9 +2068,10 @@ class Shuffle:
     the middle of an epoch. Of several processes, each gets its share of every batch.
 
     From a file, reading cell by cell would be too slow. There an epoch takes strips of 64
-    neighbours in random order, and shuffles the cells of each 1,024 strips. In a file sorted by
-    perturbation, the number of cells of a rare perturbation in a batch has 1 + 64 size / 65,536
-    times the variance that it has in random order: 1.5 in batches of 512, 1.25 of 256.
+    neighbours in random order, and shuffles the cells of each piece of 1,024 strips (fewer where
+    cells are large). In a file sorted by perturbation, the number of a perturbation's cells in a
+    batch then has 1 + 64 size / 65,536 times the variance that it has in random order: 1.5 in
+    batches of 512, 1.25 in batches of 256.
     """
 
     def __init__(self, batches, cells, size, seed, epoch=0, position=0, rank=0, n_ranks=1):
@@ -2051,8 +2087,8 @@ class Shuffle:
         strips = rng.permutation(-(-n // STRIP))[:, None]
         order = (strips * STRIP + np.arange(STRIP)).ravel()
         order = order[order < n]  # the last strip may be shorter
-        for start in range(0, n, PIECE):
-            rng.shuffle(order[start:start + PIECE])
+        for start in range(0, n, self.batches.n_piece):
+            rng.shuffle(order[start:start + self.batches.n_piece])
         return self.cells[order]
 
     def _shares(self):
@@ -2254,8 +2290,9 @@ SCREEN_OPTIONS = (*LABEL_OPTIONS, "layer", "split_column", "gene_column", "subse
 MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
 
 
-def add_screen_options(parser):
-    """The options that say how a file is read, the same for data.py and train.py."""
+def add_screen_options(parser, training=True):
+    """The options that say how a file is read, the same for data.py and train.py; but for those
+    that a file is not prepared by."""
     group = parser.add_argument_group("reading the file")
     group.add_argument("--perturbation-column", metavar="COLUMN",
                        help="obs column of labels (default: well-known names are tried)")
@@ -2268,8 +2305,6 @@ def add_screen_options(parser):
                        help="in place of labels: 0/1 columns of obs with this prefix")
     group.add_argument("--layer", help="layer that holds the counts, or raw (default: X, else "
                                        "layers/counts, else raw/X)")
-    group.add_argument("--split-column", metavar="COLUMN",
-                       help="obs column that says train, validation or test (default: random)")
     group.add_argument("--gene-column", metavar="COLUMN",
                        help="var column that is true for the genes to keep (default: all are kept)")
     group.add_argument("--subset", metavar="COLUMN=VALUE", action="append",
@@ -2282,6 +2317,10 @@ def add_screen_options(parser):
     group.add_argument("--min-cells", metavar="N", type=int,
                        help=f"leave out perturbations of fewer cells (default: {MIN_CELLS}; with a "
                             "preset of the paper, and to prepare a file, none)")
+    if not training:
+        return
+    group.add_argument("--split-column", metavar="COLUMN",
+                       help="obs column that says train, validation or test (default: random)")
     group.add_argument("--covariate", metavar="COLUMN", action="append",
                        help="obs column, such as a donor or a batch, that the networks see; may be "
                             "repeated (ours)")
@@ -2302,7 +2341,10 @@ def main_of_prepare(arguments):
     """The command line of `prepare`."""
     parser = argparse.ArgumentParser(
         prog="data.py prepare", allow_abbrev=False,
-        description="Write some cells and genes of an .h5ad file of any size to another one.")
+        description="Write some cells and genes of an .h5ad file of any size to another one: X "
+        "sparse by rows, uncompressed, in the narrowest integer type (cast before computing), all "
+        "columns of obs and var, and uns/pathways. Where an option concerns labels (--controls, "
+        "--min-cells, --exclude, those that say where they are), cells without one are left out.")
     parser.add_argument("file", metavar="IN.h5ad")
     parser.add_argument("out", metavar="OUT.h5ad")
     parser.add_argument("--recipe", choices=list(RECIPES), help="the paper's cells and genes; "
@@ -2312,18 +2354,23 @@ def main_of_prepare(arguments):
                         help="of these, the N most variable ones (binomial deviance)")
     parser.add_argument("--controls", metavar="N", type=int, help="keep at most N control cells")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
-    add_screen_options(parser)
+    add_screen_options(parser, training=False)
     args = parser.parse_args(arguments)
     given = {k for k, v in vars(args).items() if v not in (None, 0)} - {"file", "out", "layer"}
     if args.recipe and given > {"recipe"}:
         raise DataError("--recipe says which cells and genes are kept: leave the other options out")
-    if given & {"split_column", "covariate"}:
-        raise DataError("--split-column and --covariate are for training: all columns are kept")
-    if os.path.exists(args.out) and os.path.samefile(args.file, args.out):
+    for n, least, option in ((args.variable_genes, 1, "--variable-genes"),
+                             (args.controls, 1, "--controls"), (args.seed, 0, "--seed"),
+                             (args.min_cells, 0, "--min-cells")):
+        if n is not None and not least <= n < 2**32:
+            raise DataError(f"{option} must be at least {least} and below 2^32, not {n}")
+    # Before hours of reading.
+    folder, exists = os.path.dirname(os.path.abspath(args.out)), os.path.exists(args.out)
+    if exists and os.path.exists(args.file) and os.path.samefile(args.file, args.out):
         raise DataError(f"{args.out} is the file that is read: choose another name")
-    for n, option in ((args.variable_genes, "--variable-genes"), (args.controls, "--controls")):
-        if n is not None and n < 1:
-            raise DataError(f"{option} must be at least 1, not {n}")
+    if exists and not os.path.isfile(args.out) or not os.access(folder, os.W_OK):
+        raise DataError(f"{args.out} cannot be written: a file in a folder that exists, and that "
+                        "you may write to, was expected")
     prepare(args.file, args.out, args.genes, args.gene_column, args.variable_genes, args.controls,
             args.seed, args.layer, args.subset, args.min_cells or 0, args.recipe,
             **{k: getattr(args, k) for k in LABEL_OPTIONS})
@@ -2333,8 +2380,9 @@ def main():
     """Print what the reader makes of a file, or prepare another one."""
     if sys.argv[1:2] == ["prepare"]:
         return main_of_prepare(sys.argv[2:])
-    parser = argparse.ArgumentParser(description="Print what the reader makes of an .h5ad file.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Print what the reader makes of an .h5ad file. (python data.py prepare --help: "
+        "write some of its cells and genes to another.)", allow_abbrev=False)
     parser.add_argument("file")
     add_screen_options(parser)
     args = parser.parse_args()

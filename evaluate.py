@@ -105,11 +105,11 @@ def discrimination_scores(predicted, observed, counted, device="cpu", most=1000)
     """
     predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
                            for v in (predicted, observed))
-    n, scores = len(observed), []
+    n, scores = len(observed), [torch.empty(0, device=device)]
     rivals = torch.from_numpy(np.random.default_rng(0).permutation(n)[:most]).to(device)
     left_out = [torch.from_numpy(v).to(device) for v in np.nonzero(~np.asarray(counted))]
     for own, others in ((observed, predicted), (predicted, observed)):
-        for block in torch.arange(n, device=device).split(most):
+        for block in torch.arange(n, device=device).split(most) if n else ():
             ranked = torch.cat([rivals, block]).unique()
             candidates = others[ranked]
             distance = torch.cdist(own[block], candidates, p=1)  # (block, ranked)
@@ -1108,7 +1108,7 @@ def table(metrics, scale=SCALES[0]):
 
 SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
 ROW = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
-NO_MATTER = ("data", "name", "preset", "compile", "stream", "log_every", "validate_every")
+NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every")
 
 
 def settings(metrics, without=()):
@@ -1507,13 +1507,6 @@ def effect_by_data(run, condition):
         None, None)
 
 
-def free(name, taken):
-    """The name, or one like it that is not taken."""
-    while name in taken:
-        name += "_"
-    return name
-
-
 def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
     """Write samples.h5ad: counts of n simulated cells of each condition, for scanpy and others.
 
@@ -1522,8 +1515,8 @@ def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
     there, and of its covariates.
     """
     screen, (dosages, spelled) = run.screen, dosages_of(run, conditions)
-    column = screen.label_column or free("condition", run.config["covariate"] or [])
-    index = free("cell", [column, *(run.config["covariate"] or [])])
+    column = screen.label_column or data.free("condition", run.config["covariate"] or [])
+    index = data.free("cell", [column, *(run.config["covariate"] or [])])
     labels = screen.obs(column) if screen.label_column else screen.conditions
     x, obs = [], {index: [], column: [], **{name: [] for name in run.config["covariate"] or []}}
     for d, name in zip(dosages, spelled):
@@ -1573,9 +1566,9 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     split = np.full(len(screen.d), "", dtype=object)
     for name, cells in run.split.items():
         split[cells] = name
-    obs = {free("cell", columns): screen.cell_names, **columns,
-           free("sams_vae_condition", columns): screen.conditions,
-           free("sams_vae_split", columns): split}
+    obs = {data.free("cell", columns): screen.cell_names, **columns,
+           data.free("sams_vae_condition", columns): screen.conditions,
+           data.free("sams_vae_split", columns): split}
     uns = {"perturbations": list(run.model_screen.perturbations)}
     if model.has_mask:
         uns["mask_probability"] = model.mask_probability().cpu().numpy()

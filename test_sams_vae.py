@@ -1466,18 +1466,20 @@ def test_what_we_write_is_opened_by_our_reader_and_by_anndata(tmp_path):
 
 def test_written_columns_keep_missing_values_and_text_that_repeats_is_categorical(tmp_path):
     columns = {"label": ["a", None, "a", "b"], "name": ["p", "q", None, "r"],
-               "number": [1, None, 3, 4], "flag": [True, False, True, True]}
+               "number": [1, None, 3, 2**53 + 1], "flag": [True, False, True, True],
+               "maybe": [True, None, False, True]}
     data.write_h5ad(tmp_path / "x.h5ad", X=np.ones((4, 1)), var={"gene": ["g"]}, obs={
         "cell": list("wxyz"), **{name: lambda v=values: data._objects(v) if None in v else v
                                  for name, values in columns.items()}})
     read = data.read_h5ad(tmp_path / "x.h5ad")
     assert read.obs("label").tolist() == columns["label"]
-    assert read.obs("name").tolist() == ["p", "q", "", "r"]
-    np.testing.assert_equal(read.obs("number"), [1, np.nan, 3, 4])
-    assert read.obs("flag").tolist() == columns["flag"]
+    for name in ("name", "number", "flag", "maybe"):
+        assert read.obs(name).tolist() == columns[name]
     anndata = pytest.importorskip("anndata")
     obs = anndata.read_h5ad(tmp_path / "x.h5ad").obs
     assert obs["label"].dtype == "category" and obs["label"].isna().tolist() == [0, 1, 0, 0]
+    assert obs["number"].dtype == "Int64" and obs["number"].iloc[3] == 2**53 + 1
+    assert obs["maybe"].dtype == "boolean" and obs["maybe"].isna().tolist() == [0, 1, 0, 0]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path):
@@ -1626,11 +1628,15 @@ def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64)
     monkeypatch.setattr(data.StoredCounts, "PART", 30)
     (tmp_path / "none.txt").write_text("zzz\n")
+    for out, words in (("no/y.h5ad", "a folder that exists"), (".", "a file in a folder")):
+        with pytest.raises(data.DataError, match=words):
+            prepare(tmp_path / "x.h5ad", tmp_path / out)
     for options, words in (((), "0.5 for cell '150', gene 'b'"), (("--controls", 0), "at least 1"),
+                           (("--seed", -1), "--seed must be at least 0"),
                            (("--genes", tmp_path / "none.txt"), "no gene is left"),
                            (("--genes", tmp_path / "no.txt"), "cannot be read as text"),
                            (("--recipe", "replogle-filtered", "--min-cells", 3), "leave the other"),
-                           (("--covariate", "a"), "are for training"),
+                           (("--control", "0"), "no obs column of a well-known name"),
                            (("--recipe", "replogle-filtered"), "no column 'gene'")):
         with pytest.raises(data.DataError, match=words):
             prepare(tmp_path / "x.h5ad", tmp_path / "y.h5ad", *options)
@@ -1672,12 +1678,15 @@ def test_a_screen_streams_where_it_may_take_half_of_the_memory_or_where_that_is_
     assert isinstance(data.read_screen(paths[0], stream=True).counts, data.StoredCounts)
     monkeypatch.setattr(data, "memory", lambda: 40)
     assert isinstance(data.read_screen(paths[0]).counts, data.StoredCounts)
-    assert "in the file (in memory up to 0.0 MB, of 0.0 MB)" in data.Batches(
+    assert "in the file (they may take 0.0 MB, of 0.0 MB of memory)" in data.Batches(
         data.read_screen(paths[0])).where
     assert isinstance(data.read_screen(paths[0], stream=False).counts, data.Counts)
     assert isinstance(data.read_screen(paths[1]).counts, data.Counts)
-    with pytest.raises(data.DataError, match="sparse CSC, whose cells cannot be read one by one"):
+    with pytest.raises(data.DataError, match="sparse CSC, is stored so that cells cannot be read"):
         data.read_screen(paths[1], stream=True)
+    monkeypatch.setattr(data, "memory", lambda: 10)
+    with pytest.raises(data.DataError, match="and memory asks for: python data.py prepare"):
+        data.read_screen(paths[1])
 
 
 def write_obs(path, **columns):
@@ -2142,7 +2151,8 @@ def test_batches_from_a_sorted_file_are_nearly_as_mixed_as_in_random_order():
 
     def variance(from_file):
         """Of the numbers per batch, over labels and batches, relative to a binomial one."""
-        batches = types.SimpleNamespace(from_file=from_file, pieces=lambda cells: None)
+        batches = types.SimpleNamespace(from_file=from_file, n_piece=data.PIECE,
+                                        pieces=lambda cells: None)
         shuffle = data.Shuffle(batches, cells, size, seed=0)
         found = [np.bincount(label[batch], minlength=n // per_label) for epoch in range(2)
                  for batch in shuffle.order(epoch).reshape(-1, size)]
@@ -3682,14 +3692,21 @@ def command(*arguments, **options):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_wrong_files_and_options_end_with_one_sentence_and_status_2(folder):
+def test_wrong_files_and_options_end_with_one_sentence_and_status_2(folder, monkeypatch, capsys):
     log = write_modern(folder / "log.h5ad", lambda f: f.create_dataset("X", data=np.log1p(MATRIX)))
     for arguments in (["data.py", log], ["train.py", "--data", log], ["evaluate.py", "runs/none"],
                       ["train.py", "--data", "screen.h5ad", "--perturbation-column", "split"],
                       ["data.py", "screen.h5ad", "--layer", "raw"],
                       ["train.py", "--resume", "runs/none"]):
-        status, _, errors = command(*arguments)
-        assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            data.run({"data.py": data, "train.py": train, "evaluate.py": evaluate}[
+                arguments[0]].main)
+        errors = capsys.readouterr().err
+        assert stopped.value.code == 2 and errors.count("\n") == 1, errors
+        assert errors.startswith("error: ")
+    status, _, errors = command("train.py", "--data", log)  # as it is run
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
     assert not os.path.exists("runs")
     status, out, errors = command("data.py", "screen.h5ad")
     assert status == 0 and errors == "" and "12 perturbations, 10 combinations" in out
@@ -3730,7 +3747,17 @@ def torchrun(*arguments, **options):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_two_processes_train_as_one_does_with_the_batches_of_both(folder):
+def test_processes_draw_different_random_numbers(monkeypatch):
+    draws = set()
+    for rank, seed in itertools.product(range(4), range(4)):
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        train.set_random_state([], seed, torch.device("cpu"))
+        draws.add(torch.randn(1).item())
+    assert len(draws) == 16
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_two_processes_train_as_one_does_with_the_batches_of_both(folder, monkeypatch):
     options = ["--data", "screen.h5ad", "--split-column", "split", "--steps", "6", "--clip", "1",
                *TINY[4:], "--batch-size", "64"]
     # One process does here what the two shall do: the halves of a batch each with its own random
@@ -3741,7 +3768,13 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both(folder):
     batches, optimizer = data.Batches(screen), train.new_optimizer(model, config)
     shuffles = [data.Shuffle(batches, state["split"]["train"].numpy(), 64, 0, 0, 0, rank, 2)
                 for rank in range(2)]
-    rng, model.masks_of_one = [state["rng"][0]["cpu"], torch.manual_seed(2**32).get_state()], True
+    train.set_random_state(state["rng"], 0, torch.device("cpu"))
+    rng, model.masks_of_one = [torch.get_rng_state()], True
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    train.set_random_state(state["rng"], 0, torch.device("cpu"))
+    monkeypatch.undo()
+    rng.append(torch.get_rng_state())
+    monkeypatch.chdir(folder)
     for step in range(1, 7):
         optimizer.zero_grad()
         for rank, shuffle in enumerate(shuffles):

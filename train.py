@@ -163,6 +163,8 @@ def main(arguments=None):
     args, given = parse_arguments(arguments)
     device = begin_processes(args.device)  # more than one if torchrun starts this
     if args.benchmark:
+        if n_ranks() > 1:
+            raise DataError("--benchmark is for one process: leave torchrun out")
         return benchmark(configuration(args, given), device)
     # A new run is written down at step 0. From here on, every run is one that is gone on with.
     if rank() == 0:
@@ -170,7 +172,10 @@ def main(arguments=None):
                                  new_run(args.name, configuration(args, given), device))
         from_first((folder, state["config"]))
     else:
-        folder, config = from_first()
+        try:
+            folder, config = from_first()
+        except DataError:  # the first one has said what is wrong
+            sys.exit(2)
         state = evaluate.load_checkpoint(folder, "last.pt") | {"config": config}
         screen = evaluate.as_the_model_sees(evaluate.read_screen_of(config, state), config["model"])
     config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
@@ -187,7 +192,7 @@ def main(arguments=None):
         shuffle = data.Shuffle(batches, split["train"], config["batch_size"], config["seed"],
                                **state["shuffle"], rank=rank(), n_ranks=n_ranks())
         # Any batch of the right size, to try --compile on; the shuffle does not move.
-        batch = batches(np.resize(split["train"], config["batch_size"]))
+        batch = batches(np.resize(split["train"], config["batch_size"] // n_ranks()))
         objective = choose_objective(config, model, *batch)
         seconds = seconds_per_step(objective, model, config["particles"], *batch)
         log = Log(folder, config, state)
@@ -205,7 +210,9 @@ def main(arguments=None):
 
         print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {len(split['train']):,} training cells, steps {step:,} to "
-              f"{config['steps']:,} on {device}, counts {batches.where}, at most about "
+              f"{config['steps']:,} on {device}, "
+              + (f"{n_ranks()} processes of {config['batch_size'] // n_ranks()} cells a step, "
+                 if n_ranks() > 1 else "") + f"counts {batches.where}, at most about "
               f"{data.clock((config['steps'] - step) * seconds)}")
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
@@ -283,9 +290,9 @@ def main(arguments=None):
     print(f"{log.steps_here:,} steps in {time.time() - log.started:.0f} s; lowest validation loss "
           f"{best:.2f}, at step {best_step:,}" + ("; ended by --patience" if step < config["steps"]
                                                   else ""))
-    if n_ranks() > 1:
-        dist.destroy_process_group()
-    if config.get("simulated") and rank() == 0:
+    if rank() > 0:
+        return
+    if config.get("simulated"):
         torch.set_float32_matmul_precision("highest")
         evaluate.main([folder, "--device", str(device)])
     else:
@@ -362,7 +369,7 @@ def first_state(config, device):
     x_mean, x_std, log_frequency, log_theta = data.training_statistics(batches, split["train"])
     by_screen = own_settings(0.64 * len(screen.rows), n_perturbations, config["n_latent"])
     config |= {option: by_screen[option] for option in by_screen if config[option] is None}
-    config["stream"] = batches.from_file
+    config |= {"stream": batches.from_file, "processes": n_ranks()}
     check_shares(config)
     if config["axes"] == "sparsest":
         config["masks_from"] = math.ceil(config["steps"] / 2)
@@ -406,7 +413,7 @@ def resume_run(args, given):
                         "--precision, --device and --data (a file that has moved) can be given")
     # Masks begin at half of the steps that are asked for now, unless patience said when.
     moves = config["masks_from"] == math.ceil(config["steps"] / 2)
-    config |= {k: given[k] for k in free if k in given}
+    config |= {k: given[k] for k in free if k in given} | {"processes": n_ranks()}
     check_shares(config)
     config["data"] = os.path.abspath(args.data) if args.data else config["data"]
     if config["steps"] < state["step"]:
@@ -607,7 +614,9 @@ def random_state(device):
 
 def set_random_state(states, seed, device):
     """Set them again, this process's of the list; what was not in use is seeded."""
-    torch.manual_seed(seed + 2**32 * rank())
+    # (On a CPU a generator takes 32 bits of its seed: rank times a large number would be too few.)
+    torch.manual_seed(seed if rank() == 0 else
+                      int(np.random.SeedSequence((seed, rank())).generate_state(1)[0]))
     state = dict(enumerate(states)).get(rank(), {})
     if "cpu" in state:
         torch.set_rng_state(state["cpu"])
@@ -654,7 +663,7 @@ def n_ranks():
 
 def check_shares(config):
     """Raise DataError where the cells of a batch cannot be shared out evenly."""
-    if config["batch_size"] % n_ranks():
+    if config["batch_size"] and config["batch_size"] % n_ranks():  # None: not known yet
         raise DataError(f"--batch-size {config['batch_size']} is no multiple of {n_ranks()}, the "
                         "number of processes")
 
@@ -666,9 +675,12 @@ def together(exchange):
         """The same."""
         try:
             return exchange(*arguments)
-        except RuntimeError:
+        except RuntimeError as error:
+            if n_ranks() == 1:
+                raise
             raise DataError(f"process {rank()} stops, since another one has ended; if the run has "
-                            "begun, --resume goes on from its last validation") from None
+                            "begun, --resume goes on from its last validation "
+                            f"({' '.join(str(error).split())[:100]})") from None
     return function
 
 
@@ -826,6 +838,7 @@ def configuration(args, given):
     if args.data and any(option.startswith("simulated") for option in given):
         raise DataError("--simulated-... options describe the screen that is simulated without "
                         "--data")
+    check_shares(config)
     return config
 
 

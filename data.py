@@ -1695,7 +1695,7 @@ def prepare(path, out, genes_file=None, gene_column=None, n_variable=None, n_con
     Kept are all columns of obs and var, and uns/pathways. Takes a few hundred bytes of memory a
     cell, and half a gigabyte. Prints what is kept. Raises DataError for a wrong file or option.
     """
-    uns, lists, expected = {}, {}, None
+    uns, lists, expected, start = {}, {}, None, time.monotonic()
     if recipe is not None:
         labels, controls, expected = RECIPES[recipe]
         n_controls, seed = controls["n_controls"], controls["seed"]
@@ -1769,6 +1769,8 @@ def prepare(path, out, genes_file=None, gene_column=None, n_variable=None, n_con
     if expected and kept != expected:
         print("  expected were " + ", ".join(f"{n:,} {w}" for n, w in zip(expected, words))
               + ": this is not the file that the recipe is for, or it has changed")
+    with contextlib.suppress(ImportError):  # on Windows
+        print(f"  in {clock(time.monotonic() - start)}, peak memory {size_in_words(peak_memory())}")
 
 
 def binomial_deviance(stored):
@@ -1927,6 +1929,14 @@ def memory():
     with contextlib.suppress(ValueError, OSError), open("/sys/fs/cgroup/memory.max") as file:
         limit = min(limit, int(file.read()))
     return limit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def peak_memory():
+    """The most memory that this process has held up to now, in bytes."""
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _tensor(array, device, pinned=False):

@@ -876,7 +876,8 @@ def benchmark(config, device):
     others = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
               "effects": lambda: average_treatment_effects(model, dosages, 1000)}
     phases["forward"](), phases["backward"](), optimizer.step()
-    peak = peak_memory(device)
+    peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+            data.peak_memory())
     with Products() as of_iwelbo:
         others["iwelbo"]()
     plain = choose_objective(config | {"compile": False}, model, x, d)
@@ -926,16 +927,6 @@ def medians(functions, repeats, device):
             torch.cuda.synchronize(device)
         times[name].append(time.perf_counter() - start)
     return {name: float(np.median(t)) for name, t in times.items()}
-
-
-def peak_memory(device):
-    """The most memory that this process has held on the device up to now, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 if __name__ == "__main__":

@@ -1844,7 +1844,7 @@ SPLITS = ("random", "norman-ood", "norman-data-efficiency")
 
 
 def split_cells(screen, seed=0, split="random", train_combinations=1.0):
-    """{"train", "validation", "test"}: positions among the screen's kept cells, rising.
+    """{"train", "validation", "test"}: positions among the screen's kept cells.
 
     The file's own split where the screen has one; else one of SPLITS, the tasks of the paper. (The
     proportions, and what comes first, are those of its authors' code.)
@@ -1898,7 +1898,6 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
             train = np.concatenate([more_train, train])
             validation = np.concatenate([more_validation, validation])
         parts = {"train": train, "validation": validation, "test": test}
-        parts = {name: np.sort(cells) for name, cells in parts.items()}
     for name, cells in parts.items():
         if not len(cells):
             raise DataError(f"{screen.path}: no cells are left for {name} ({len(screen.rows):,} "
@@ -2078,10 +2077,10 @@ class Shuffle:
     the middle of an epoch. Of several processes, each gets its share of every batch.
 
     From a file, reading cell by cell would be too slow. There an epoch takes strips of 64
-    neighbours in random order, and shuffles the cells of each piece of 1,024 strips (fewer where
-    cells are large). In a file sorted by perturbation, the number of a perturbation's cells in a
-    batch then has 1 + 64 size / 65,536 times the variance that it has in random order: 1.5 in
-    batches of 512, 1.25 in batches of 256.
+    neighbours (cells must rise) in random order, and shuffles the cells of each piece of 1,024
+    strips, fewer where cells are large. In a file sorted by perturbation, the number of a
+    perturbation's cells in a batch then has 1 + 64 size / 65,536 times the variance that it has in
+    random order: 1.5 in batches of 512, 1.25 in batches of 256.
     """
 
     def __init__(self, batches, cells, size, seed, epoch=0, position=0, rank=0, n_ranks=1):

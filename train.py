@@ -366,6 +366,8 @@ def first_state(config, device):
     # What the model knows of the training cells (n_t of A.1; the encoder's standardisation), and
     # its first weights.
     batches = data.Batches(screen, device)
+    if batches.from_file:  # in which neighbours are read together
+        split = {name: np.sort(cells) for name, cells in split.items()}
     x_mean, x_std, log_frequency, log_theta = data.training_statistics(batches, split["train"])
     by_screen = own_settings(0.64 * len(screen.rows), n_perturbations, config["n_latent"])
     config |= {option: by_screen[option] for option in by_screen if config[option] is None}

@@ -2074,13 +2074,14 @@ def test_batches_are_rows_of_the_counts_with_their_dosages(form, where, tmp_path
     monkeypatch.setattr(data, "PIECE", 2)
     screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS[form]),
                               stream=where == "from the file")
-    batches = data.Batches(screen, piecewise=where == "in pieces")
-    assert (batches.whole is not None) == (where == "whole")
-    x, d = batches(np.array([2, 0, 2]))
-    assert x.tolist() == MATRIX[[4, 0, 4]].tolist() and x.dtype == torch.float32
-    assert d.tolist() == [[0, 1], [-1, -1], [0, 1]]
-    values = torch.cat([x for x, _ in batches.in_order(np.array([2, 0, 1]), size=2)])
-    assert values.tolist() == MATRIX[[4, 0, 1]].tolist()
+    for device in ("cpu", "cuda")[:1 + torch.cuda.is_available()]:
+        batches = data.Batches(screen, device, piecewise=where == "in pieces")
+        assert (batches.whole is not None) == (where == "whole")
+        x, d = batches(np.array([2, 0, 2]))
+        assert x.tolist() == MATRIX[[4, 0, 4]].tolist() and x.dtype == torch.float32
+        assert d.tolist() == [[0, 1], [-1, -1], [0, 1]]
+        values = torch.cat([x for x, _ in batches.in_order(np.array([2, 0, 1]), size=2)])
+        assert values.tolist() == MATRIX[[4, 0, 1]].tolist()
     assert screen.counts.take(np.array([0, 2])).dense().tolist() == MATRIX[[0, 4]].tolist()
 
 

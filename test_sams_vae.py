@@ -1143,7 +1143,9 @@ SPOILED = {  # a chunk that cannot be unpacked, beside cells or genes that can b
     "columns of a dense matrix": (("X",), (5, 1), 5, (0, 3), "11111", "1110"),
     "rows of a matrix by rows": (("X/data", "X/indices"), (2,), 2, (6,), "11110", "1111"),
     "columns of a matrix by columns": (("X/data", "X/indices"), (2,), 2, (6,), "11111", "1110"),
-    "values of a matrix by rows": (("X/data",), (2,), 2, (6,), "11111", "1101")}
+    "values of a matrix by rows": (("X/data",), (2,), 2, (6,), "11111", "1101"),
+    "a gap in a dense matrix": (("X",), (1, 4), 10**6, (2, 0), "11011", "1111"),
+    "a gap in a matrix by rows": (("X/data", "X/indices"), (1,), 10**6, (2,), "10010", "1111")}
 
 
 @pytest.mark.parametrize("what", SPOILED)
@@ -1163,6 +1165,8 @@ def test_blocks_without_a_wanted_cell_or_gene_are_not_read(what, tmp_path, monke
             file[part].id.write_direct_chunk(spoiled, b"no deflate stream")
 
     monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(data, "GAP", 0)
+    monkeypatch.setattr(data._Matrix, "check_first_block", lambda matrix: None)
     read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write))
     assert (read.counts(rows, genes).dense() == MATRIX[rows][:, genes]).all()
     with pytest.raises(data.DataError, match="cannot be read, it may be truncated or damaged"):
@@ -1687,6 +1691,17 @@ def test_a_screen_streams_where_it_may_take_half_of_the_memory_or_where_that_is_
     monkeypatch.setattr(data, "memory", lambda: 10)
     with pytest.raises(data.DataError, match="and memory asks for: python data.py prepare"):
         data.read_screen(paths[1])
+    tall = write_modern(tmp_path / "tall.h5ad", lambda file: file.create_dataset(
+        "X", data=MATRIX, chunks=(600, 4), maxshape=(None, None)))
+    with pytest.raises(data.DataError, match="dense int64, is stored so that cells cannot be read"):
+        data.read_screen(tall, stream=True)
+
+
+def test_a_piece_takes_about_a_gigabyte_at_most_however_large_cells_are(tmp_path):
+    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4")), stream=True)
+    for per_cell, n in ((10, 2**16), (2**15, 2**15), (2**40, 512)):
+        screen.counts.n_bytes = per_cell * len(screen.rows)
+        assert data.Batches(screen).n_piece == n
 
 
 def write_obs(path, **columns):
@@ -2126,6 +2141,9 @@ def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resu
             again = data.Shuffle(batches, cells, size, 1, shuffle.epoch, shuffle.position)
             assert visits(again, 3) == all_of_it[n * size:(n + 3) * size]
             next(shuffle)
+    # What is read at once after a resume is what would have been, less what is done.
+    pieces = [part.tolist() for part in batches.cut(np.arange(20), 10)]
+    assert pieces == ([[*range(10, 16)], [*range(16, 20)]] if stream else [[*range(10, 20)]])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -2133,15 +2151,14 @@ def test_processes_share_every_batch_of_one_order(stream, tmp_path, monkeypatch)
     monkeypatch.setattr(data, "PIECE", 8)
     monkeypatch.setattr(data, "STRIP", 4)
     batches, cells = numbered_cells(tmp_path / "x.h5ad", 50, stream), np.arange(3, 40)
-    alone = data.Shuffle(batches, cells, 12, seed=0)
     for n_ranks in (2, 3):
-        alone = data.Shuffle(batches, cells, 12, seed=0, epoch=1, position=5)
-        ranks = [data.Shuffle(batches, cells, 12, 0, 1, 5, rank, n_ranks)
+        alone = data.Shuffle(batches, cells, 12, seed=0, epoch=1, position=11)  # after 4 of 12
+        ranks = [data.Shuffle(batches, cells, 12, 0, 1, 11, rank, n_ranks)
                  for rank in range(n_ranks)]
         for _ in range(20):
             x, shares = next(alone)[0], [next(rank)[0] for rank in ranks]
             assert [len(share) for share in shares] == [12 // n_ranks] * n_ranks
-            assert sorted(torch.cat(shares).tolist()) == sorted(x.tolist())
+            assert torch.equal(torch.cat(shares), x)
             assert len({(rank.epoch, rank.position) for rank in [alone, *ranks]}) == 1
 
 
@@ -3717,7 +3734,9 @@ def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 512)
     data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=40, n_pairs=10, n_genes=40)
     found = []
-    train_on_screen("run", "--stream", "--steps", "4")
+    train.main(["--data", "screen.h5ad", "--stream", "--name", "run", *TINY[4:], "--steps", "4"])
+    split = evaluate.load_checkpoint("runs/run", "last.pt")["split"]
+    assert all((cells.diff() > 0).all() for cells in split.values())  # neighbours stay neighbours
     for stream in (True, False):
         for name in ("last.pt", "best.pt"):
             state = evaluate.load_checkpoint("runs/run", name)
@@ -3800,6 +3819,7 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both(folder, monkey
     for key, value in model.state_dict().items():
         torch.testing.assert_close(state["model"][key], value, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(state["rng"][rank]["cpu"], rng[rank]) for rank in range(2))
+    assert state["config"]["processes"] == 2
 
     # Resumed, one of them is killed: the other says so, and what is left can be resumed by one.
     second = torchrun("--resume", "runs/two", "--steps", "1000000")

@@ -29,8 +29,13 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
+import glob
+import hashlib
 import math
+import mmap
 import os
+import re
+import signal
 import sys
 import time
 
@@ -40,10 +45,26 @@ import numpy as np
 BLOCK = 2**20  # values per block of a streaming pass: small enough for the caches
 GAP = 2**14  # so many unwanted values between wanted ones are read with them: that is faster
 COUNT_TYPES = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # also turns of direction
+
+
+def printable(text, most=2000):
+    """Text for a line on a terminal: control characters as \\x1b, and so many characters at most.
+    A file's names of columns and layers can be anything."""
+    text = CONTROL.sub(lambda match: repr(match[0])[1:-1], str(text))
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def say(*lines):
+    """Print lines that hold text from files, the second and later ones indented."""
+    print(*map(printable, lines), sep="\n  ")
 
 
 class DataError(ValueError):
     """What is wrong with a file or an option, and what to do: one sentence for the user."""
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class NotCounts(DataError):
@@ -61,8 +82,8 @@ def _h5_file(path):
     path = os.fspath(path)
     with _reading(path):
         # HDF5 calls all of these "unable to open file (file signature not found)".
-        if os.path.isdir(path):
-            raise DataError("is a folder; an .h5ad file was expected")
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
+            raise DataError("is a folder, a pipe or a device; an .h5ad file was expected")
         with open(path, "rb") as file:
             head = file.read(8)
         if not head:
@@ -71,6 +92,7 @@ def _h5_file(path):
             raise DataError("is compressed as a whole; unpack it first: gunzip FILE.gz")
         if not h5py.is_hdf5(path):
             raise DataError(f"is not an HDF5 file, it starts with {head!r}")
+        _try_text(path)
         with h5py.File(path, "r") as file:
             # Two other formats of single cells that are HDF5 too.
             top = _keys(file)
@@ -112,9 +134,9 @@ def _member(file, name, required=True):
     An external link, an external raw storage or a virtual data set could make a file read any other
     file of this machine; they are refused, and so are links that dangle or loop.
     """
-    node, parts, followed = file, [p for p in name.split("/") if p], 0
+    node, parts, followed, of_link = file, [p for p in name.split("/") if p], 0, 0
     while parts:
-        part = parts.pop(0)
+        part, of_link = parts.pop(0), of_link - 1  # below 0: it was asked for, by no link
         # getlink asks what kind of link it is and does not follow it; file[name] would.
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
         if isinstance(link, h5py.HardLink):  # the usual case: the object itself
@@ -125,11 +147,12 @@ def _member(file, name, required=True):
             if followed > 32:
                 raise DataError(f"{name} is a loop of soft links")
             node = file if link.path.startswith("/") else node
-            parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
+            target = [p for p in link.path.split("/") if p not in ("", ".")]
+            parts, of_link = target + parts, len(target) + max(of_link, 0)
         elif link is not None:
             raise DataError(f"{name} is a link out of the file, which is not followed: "
                             "copy the data into the file")
-        elif followed:
+        elif of_link >= 0:
             raise DataError(f"{name} is a soft link to something that is not in the file")
         elif required:
             present = _keys(node) if isinstance(node, h5py.Group) else []
@@ -164,6 +187,12 @@ def _check_storage(file, name, dataset):
         grid = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
         least = declared / 1100 if creation.get_nfilters() else declared
         complete = stored >= least and dataset.id.get_num_chunks() >= grid
+        if complete and grid <= 10**5 and hasattr(dataset.id, "chunk_iter"):  # takes 0.2 s at most
+            # Where the index of chunks is damaged, one that is there is not found: zeros.
+            places = set()
+            dataset.id.chunk_iter(lambda chunk: places.add(chunk.chunk_offset))
+            complete = sum(all(p % c == 0 and p < n for p, c, n in zip(
+                place, dataset.chunks, dataset.shape)) for place in places) == grid
     elif creation.get_layout() == h5py.h5d.CONTIGUOUS:
         # One stretch of the file; the storage size is only what is declared, so look where it ends.
         offset = dataset.id.get_offset()  # None: never allocated
@@ -184,8 +213,96 @@ def _keys(group):
 
 def _attribute(node, name):
     """An attribute, decoded where it is bytes (fixed-length strings); None where there is none."""
-    value = node.attrs.get(name)
+    if name not in node.attrs:
+        return None
+    _check_type(f"the attribute {name} of {node.name}", node.attrs.get_id(name).dtype)
+    value = node.attrs[name]
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _check_type(name, dtype):
+    """Refuse values of variable length that are no text: HDF5 crashes on damaged ones."""
+    if dtype.kind == "O" and not (h5py.check_string_dtype(dtype) or h5py.check_ref_dtype(dtype)):
+        raise DataError(f"{name} holds values that are neither text nor numbers")
+
+
+_TRIED = set()  # files whose text was read without harm
+SECONDS = 5  # of computing for this, at least: a million strings take about one
+
+
+def _try_text(path):
+    """Read the text of a file in a child process; raise DataError if that does not end well.
+
+    HDF5 keeps text of variable length in heaps. With a hole in one of them, as a broken download
+    may have, it goes round in circles for ever, and Ctrl-C does not stop it; and heaps can be made
+    so that a small file holds gigabytes of text. (Windows has no fork: nothing is tried there.)
+    """
+    path, status = os.path.abspath(path), os.stat(path)
+    version = path, status.st_size, status.st_mtime_ns
+    if version in _TRIED or not hasattr(os, "fork"):
+        return
+    place = mmap.mmap(-1, 4096)  # memory that both processes see: what is being read
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            code = _read_text(path, status.st_size, place)
+        finally:  # whatever was raised will be raised by the parent's reading, too
+            os._exit(code)
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:  # Ctrl-C
+        os.kill(child, signal.SIGKILL)
+        raise
+    if status:
+        name = place[:].rstrip(b"\0").decode("utf-8", "replace") or "it"
+        raise DataError(f"{name} holds " + (
+            "damaged text, on which HDF5 crashes or works for ever: copy or download the file anew"
+            if os.WIFSIGNALED(status) else "more text than the file has bytes"))
+    _TRIED.add(version)
+
+
+def _read_text(path, n_bytes, place):
+    """Read all text that the functions below may ask for; whether it is longer than the file."""
+    import resource  # not on Windows
+
+    seen, n_values, length = set(), 0, 0
+
+    def allow_time():
+        """Of computing, so that a slow disk is not taken for damage."""
+        seconds = int(SECONDS + len(seen) / 50 + n_values / 50_000)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+
+    with h5py.File(path, "r") as file:
+        uns = _member(file, "uns", required=False) or ()
+        names = ["obs", "var", "raw/var", "raw.var", "X", "raw/X", "raw.X", "layers",
+                 "uns/pathways", "uns/simulation",
+                 *(f"uns/{name}" for name in _keys(uns) if name.endswith("_categories"))]
+        while names and length <= n_bytes:
+            name = names.pop()
+            place[:] = name.encode()[:len(place)].ljust(len(place), b"\0")
+            allow_time()
+            with contextlib.suppress(Exception):
+                node = _member(file, name)
+                address = h5py.h5o.get_info(node.id).addr
+                if address in seen:
+                    continue
+                seen.add(address)
+                for attribute in node.attrs:
+                    _attribute(node, attribute)
+                if isinstance(node, h5py.Group):
+                    names += [f"{name}/{key}" for key in _keys(node)]
+                    continue
+                for column, dtype in ([(node, node.dtype)] if not node.dtype.names else
+                                      [(node.fields(n), node.dtype[n]) for n in node.dtype.names]):
+                    a, n = 0, 1  # in growing parts: all of a part may share one long text
+                    while (dtype.kind == "O" and h5py.check_string_dtype(dtype) and a < node.size
+                           and length <= n_bytes):
+                        length += sum(map(len, column[a:a + n] if node.shape else [column[()]]))
+                        n_values, a, n = n_values + n, a + n, min(2 * n, 2**16)
+                        allow_time()
+    return length > n_bytes
 
 
 # ============================================================================================
@@ -217,7 +334,9 @@ def _to_numpy(name, raw):
         if not all(isinstance(v, (bytes, str)) for v in raw):
             raise DataError(f"{name} holds values that are neither text nor numbers")
         text = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in raw.tolist()]
-        return _objects(text)
+        # Like what is no UTF-8, control characters become the replacement character: some would
+        # command the terminal, and a NUL could not be written again.
+        return _objects(v if v.isprintable() else CONTROL.sub("\ufffd", v) for v in text)
     if raw.dtype.kind not in "biuf":
         raise DataError(f"{name} holds values of type {raw.dtype}, neither text nor numbers")
     return raw.astype(raw.dtype.newbyteorder("="), copy=False)  # "=": this machine's byte order
@@ -236,6 +355,7 @@ def _plain(file, name, rows=()):
     node = _member(file, name)
     if not isinstance(node, h5py.Dataset):
         raise DataError(f"{name} is a group where a data set was expected")
+    _check_type(name, node.dtype)
     # Until 0.7 there is no such attribute. An unknown one may mean that values are no values.
     if _attribute(node, "encoding-type") not in (None, "array", "string-array", "string"):
         raise DataError(f"{name} has the unknown encoding {_attribute(node, 'encoding-type')!r}")
@@ -276,6 +396,7 @@ def _column(file, table, column, rows=()):
     slice `rows`."""
     frame, name = _member(file, table), f"{table}/{column}"
     if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: one compound data set
+        _check_type(name, frame.dtype[column])
         values = _to_numpy(name, frame.fields(column)[rows])
         coded = values.dtype.kind in "iu" and column != _index_name(file, table)
         if coded and _member(file, f"uns/{column}_categories", required=False) is not None:
@@ -286,12 +407,13 @@ def _column(file, table, column, rows=()):
         categories = _plain_or_nullable(file, f"{name}/categories")
         return _decode(name, _plain(file, f"{name}/codes", rows), categories)
     values = _plain_or_nullable(file, name, rows)
-    categories = node.attrs.get("categories")
+    categories = _attribute(node, "categories")
     if isinstance(categories, h5py.Reference):  # 0.7: a reference into obs/__categories
         categories = file[categories]  # not through _member: check what it checks
         if not isinstance(categories, h5py.Dataset):
             raise DataError(f"{name} refers to categories that are not a data set")
         _check_storage(file, f"categories of {name}", categories)
+        _check_type(f"categories of {name}", categories.dtype)
         return _decode(name, values, _to_numpy(name, categories[()]))
     return values
 
@@ -334,10 +456,12 @@ def _column_names(file, table):
     if isinstance(frame, h5py.Dataset):
         return [name for name in frame.dtype.names if name != index]
     names = [c for c in _keys(frame) if c not in (index, "__categories")]
-    # Members of a group have no order: an attribute lists them. Trust it for the order only.
-    order = [c.decode("utf-8", "replace") if isinstance(c, bytes) else c
-             for c in np.ravel(frame.attrs.get("column-order", [])).tolist()]
-    return [c for c in order if c in names] + [c for c in names if c not in order]
+    # Members of a group have no order: an attribute lists them. One that is listed and not there
+    # stays in the list, so that whoever needs it says so.
+    listed = _attribute(frame, "column-order")
+    order = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
+             for c in np.ravel([] if listed is None else listed).tolist()]
+    return list(dict.fromkeys(c for c in [*order, *names] if c != index))
 
 
 # ============================================================================================
@@ -400,18 +524,29 @@ class Counts:
             row[self.columns[start:end].astype(np.intp)] = self.values[start:end]
         return out
 
-    def library(self):
-        """Total counts of each cell, (N,) int64."""
-        if self.indptr is None:
-            return self.values.sum(1, dtype=np.int64)
+    def library(self, weights=None):
+        """Total counts of each cell, (N,) int64; with weights (G,) int64, their weighted sum."""
         total, height = np.zeros(self.shape[0], np.int64), max(1, BLOCK // max(1, self.shape[1]))
-        for r in range(0, len(total), height):  # a block at a time: reduceat makes a copy of int64
+        for r in range(0, len(total), height):  # a block at a time: what follows makes copies
+            if self.indptr is None:
+                block = self.values[r:r + height]
+                total[r:r + height] = (block.sum(1, dtype=np.int64) if weights is None else
+                                       block.astype(np.int64) @ weights)
+                continue
             indptr = self.indptr[r:r + height + 1]
+            block = self.values[indptr[0]:indptr[-1]]
+            if weights is not None:
+                block = block.astype(np.int64) * weights[self.columns[indptr[0]:indptr[-1]]]
             # It adds from each start to the next, and where these are the same it takes one entry.
             some = np.flatnonzero(np.diff(indptr))
-            block = self.values[indptr[0]:indptr[-1]]
             total[r + some] = np.add.reduceat(block, indptr[some] - indptr[0], dtype=np.int64)
         return total
+
+    def hashes(self):
+        """A hash of each cell's counts, (N,) int64, the same however they are stored: their sum
+        modulo 2^64, with a fixed random weight for each gene."""
+        weights = hashlib.shake_128(b"genes").digest(8 * self.shape[1])
+        return self.library(np.frombuffer(weights, np.dtype("<i8")).astype(np.int64))
 
     def drop_empty_cells(self):
         """Forget the cells without any count. Returns which of the cells remain, (N,) bool.
@@ -546,8 +681,9 @@ class _Matrix:
             encoding = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
             if encoding not in ("csr_matrix", "csr", "csc_matrix", "csc"):
                 raise DataError(f"{name} has the unknown encoding {encoding!r}")
-            declared = node.attrs.get("shape", node.attrs.get("h5sparse_shape", self.shape))
-            if np.ravel(declared).tolist() != list(self.shape):
+            declared = _attribute(node, "shape")
+            declared = _attribute(node, "h5sparse_shape") if declared is None else declared
+            if declared is not None and np.ravel(declared).tolist() != list(self.shape):
                 raise DataError(f"{name} declares the shape {declared}, but obs and var say "
                                 f"{self.shape}")
             self.form, self.by_row = f"sparse {encoding[:3].upper()}", encoding.startswith("csr")
@@ -844,7 +980,7 @@ class StoredCounts:
     PART = 2**24  # values of a part of it
 
     def __init__(self, path, matrix, rows, genes):
-        self.path, self._matrix, self._genes, self._library = path, matrix, genes, None
+        self.path, self._matrix, self._genes, self._sums = path, matrix, genes, None
         self._n_rounded = 0
         self.rows, self.by_row = np.flatnonzero(rows), matrix.by_row and matrix.height <= 512
         self.shape = (len(self.rows), int(genes.sum()))
@@ -870,8 +1006,8 @@ class StoredCounts:
     def say_rounded(self):
         """Print how many of the values read so far were rounded, if any were."""
         if self._n_rounded:
-            print(f"{self.path}: {self._n_rounded:,} values of {self._matrix.name} within 1e-6 of "
-                  "an integer were rounded to it")
+            say(f"{self.path}: {self._n_rounded:,} values of {self._matrix.name} within 1e-6 of an "
+                "integer were rounded to it")
 
     def parts(self, what, function):
         """function(Counts) of all cells, part after part in order. On a terminal, says how far
@@ -884,12 +1020,21 @@ class StoredCounts:
                 print(f"\r{what}: {(i + 1) / self._n_parts:.0%}, {clock(left)} left ",
                       end="\n" if i + 1 == self._n_parts else "", file=sys.stderr, flush=True)
 
-    def library(self):
-        """Total counts of each cell, (N,) int64. The first time, all is read, and so checked."""
-        if self._library is None:
-            self._library = np.concatenate(list(self.parts("reading", Counts.library)))
+    def _all_sums(self):
+        """Library sizes and hashes, (2, N). The first time, all is read, and so checked."""
+        if self._sums is None:
+            self._sums = np.concatenate(list(self.parts("reading", lambda counts: np.stack(
+                [counts.library(), counts.hashes()]))), axis=1)
             self.say_rounded()
-        return self._library
+        return self._sums
+
+    def library(self):
+        """Total counts of each cell, (N,) int64."""
+        return self._all_sums()[0]
+
+    def hashes(self):
+        """As Counts.hashes."""
+        return self._all_sums()[1]
 
     def dense(self, rows):
         """As Counts.dense."""
@@ -899,7 +1044,7 @@ class StoredCounts:
     def drop_empty_cells(self):
         """As Counts.drop_empty_cells."""
         kept = self.library() > 0
-        self.rows, self._library = self.rows[kept], self._library[kept]
+        self.rows, self._sums = self.rows[kept], self._sums[:, kept]
         self.shape = (len(self.rows), self.shape[1])
         return kept
 
@@ -949,7 +1094,7 @@ def read_h5ad(path, layer=None):
                 problem = problem or error
                 continue
             if layer is None and name != "X":
-                print(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
+                say(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
             return H5ad(os.fspath(path), matrix, var)
         tried = [matrices[n][0] for n in asked]
         raise NotCounts(f"{problem}; {_where_counts_may_be(file, tried)}")
@@ -1014,14 +1159,17 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
 
     def write_table(file, name, columns):
         """Add obs or var: a dict of columns whose attributes name the index and the order."""
-        (index, names), *others = columns.items()
+        (index, names), *columns = columns.items()
         write(file, name, {index: names() if callable(names) else names})
-        for column, values in others:
+        others = []
+        for column, values in columns:
+            # HDF5 takes a name for a path.
+            column = free("_" if column in ("", ".") else column.replace("/", "_"), file[name])
             try:
                 write_column(file[name], column, values() if callable(values) else values)
+                others.append(column)
             except DataError as error:
-                print(f"{error}: this column is left out")
-        others = [column for column, _ in others if column in file[name]]
+                say(f"{error}: this column is left out")
         file[name].attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
                                  "_index": index})
         # With its type, since an empty list would become floats.
@@ -1103,14 +1251,27 @@ def free(name, taken):
 def replacing(path):
     """A temporary name beside `path` that is renamed to it if and only if the block succeeds.
 
-    Renaming is one step within a file system: `path` is the old file or the new one, never a part.
+    Renaming is one step within a file system: `path` is the old file or the new one, never a part,
+    also where the power fails. Raises DataError where it cannot be written: a full disk, say.
     """
-    temporary = f"{os.fspath(path)}.{os.getpid()}.writing"
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.writing"
     try:
+        for left in glob.glob(f"{glob.escape(path)}.*.writing") if os.name == "posix" else ():
+            try:  # does the process live that was writing it?
+                os.kill(int(left.split(".")[-2]), 0)
+            except (ProcessLookupError, ValueError):
+                os.remove(left)
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the latter of HDF5
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else " ".join(
+            str(error).split())[:200]
+        raise DataError(f"{path}: cannot be written: {reason}") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):  # it was renamed, or never made
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             os.remove(temporary)
 
 
@@ -1120,9 +1281,7 @@ def replacing(path):
 
 # The other imports stand here, and not at the top, so that the part above can be cut out as it is.
 import argparse
-import hashlib
 import json
-import re
 
 import torch
 
@@ -1209,7 +1368,7 @@ class Screen:
         return self.file.obs(column)[self.rows]
 
     def fingerprint(self):
-        """A hash of all names, dosages and library sizes in order: the same for the same screen.
+        """A hash of all names, dosages and counts in order: the same for the same screen.
 
         A trained model belongs to one: its parameters are in the order of genes and perturbations,
         and its splits are positions of cells.
@@ -1217,7 +1376,7 @@ class Screen:
         names = "\n".join([*self.gene_names, *self.cell_names, *self.perturbations,
                            *self.covariates])
         digest = hashlib.sha256(names.encode("utf-8", "replace"))
-        digest.update(self.d.tobytes() + self.counts.library().tobytes())
+        digest.update(self.d.tobytes() + self.counts.hashes().tobytes())
         if self.c is not None:
             digest.update(self.c.tobytes())
         return digest.hexdigest()
@@ -1587,6 +1746,9 @@ def _read_one_hot(file, prefix):
     columns = {c: np.array([np.nan if v is None else v for v in values], np.float64)
                for c, values in columns.items()
                if not any(isinstance(v, str) for v in values.tolist())}
+    if prefix in columns:
+        raise DataError(f"{file.path}: obs column {prefix!r} is all prefix and names no "
+                        "perturbation: rename it, or name labels with --perturbation-column")
     for c, values in columns.items():
         wrong = values[~np.isnan(values) & ~np.isin(values, (0, 1))]
         if len(wrong):
@@ -1752,7 +1914,7 @@ def prepare(path, out, genes_file=None, gene_column=None, n_variable=None, n_con
         genes[genes] = rank < n_variable
     if not genes.any():
         raise DataError(f"{path}: no gene is left: {'; '.join(notes)}")
-    print(path, *notes, sep="\n  ")
+    say(path, *notes)
 
     stored = file.stored(wanted, genes)
     write_h5ad(
@@ -2336,14 +2498,31 @@ def add_screen_options(parser, training=True):
 
 
 def run(main):
-    """Run a command; a DataError becomes one sentence on standard error and exit status 2."""
+    """Run a command; what is wrong with a file, an option or the machine becomes one sentence on
+    standard error and exit status 2."""
     try:
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
         main()
+        if sys.stdout:
+            sys.stdout.flush()
+        return
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        problem = str(error)
+    except BrokenPipeError:
+        problem = "standard output is closed"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will write there
+    except OSError as error:
+        problem = f"{os.fsdecode(error.filename or 'a file')}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        problem = ("not enough memory: a smaller model, --batch-size or --particles takes less "
+                   f"({str(error).splitlines()[-1]})")
     except KeyboardInterrupt:
         sys.exit(130)
+    print(f"error: {printable(problem)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main_of_prepare(arguments):
@@ -2398,9 +2577,7 @@ def main():
     options = {name: getattr(args, name) for name in SCREEN_OPTIONS}
     options["min_cells"] = MIN_CELLS if args.min_cells is None else args.min_cells
     screen = read_screen(args.file, **options)
-    print(f"{screen.path}")
-    for note in screen.notes:
-        print(f"  {note}")
+    say(screen.path, *screen.notes)
     sizes = {name: len(cells) for name, cells in split_cells(screen).items()}
     print("  split: " + ", ".join(f"{n:,} {name}" for name, n in sizes.items()))
 

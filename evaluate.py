@@ -25,6 +25,7 @@ import csv
 import ctypes
 import difflib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -507,14 +508,32 @@ def with_controls(cells, train, is_control):
 
 def save_checkpoint(state, folder, name):
     """Write runs/NAME/best.pt or last.pt, whole or not at all. See `new_run` in train.py."""
-    with data.replacing(os.path.join(folder, name)) as path:
-        torch.save(state, path)
+    state["seal"] = seal({k: v for k, v in state.items() if k != "seal"})
+    with data.replacing(os.path.join(folder, name)) as path, open(path, "wb") as file:
+        torch.save(state, file)
+
+
+def seal(value):
+    """A hash of dicts, lists, tensors, numbers and text: what is read is what was written."""
+    digest, waiting = hashlib.blake2b(), [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [len(value), *value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += [len(value), *value]
+        elif isinstance(value, torch.Tensor):
+            waiting += [str(value.dtype), list(value.shape)]
+            digest.update(value.detach().cpu().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 def load_checkpoint(folder, name):
     """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code.
 
-    Raises DataError where it is missing, damaged, or no checkpoint."""
+    Raises DataError where it is missing, no checkpoint, or not to the last bit what was saved."""
     path = os.path.join(folder, name)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -530,8 +549,10 @@ def load_checkpoint(folder, name):
         raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
     except Exception as error:  # damaged files raise a dozen kinds of exception
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "stream" not in checkpoint.get("config", {}):
+    if not isinstance(checkpoint, dict) or "seal" not in checkpoint:
         raise DataError(f"{path}: is no checkpoint of this version of train.py")
+    if checkpoint["seal"] != seal({k: v for k, v in checkpoint.items() if k != "seal"}):
+        raise DataError(f"{path}: is damaged or was changed, it is not what train.py wrote")
     return checkpoint
 
 
@@ -539,6 +560,9 @@ def build_model(checkpoint):
     """The model of a checkpoint, with its weights, on the CPU."""
     model = MODELS[checkpoint["config"]["model"]](**checkpoint["model_arguments"])
     model.load_state_dict(checkpoint["model"])
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise DataError("the weights of this run are not all finite: start a new one with a lower "
+                        "--lr, or with --clip 100")
     return model
 
 
@@ -558,12 +582,19 @@ def as_the_model_sees(screen, model):
 
 
 def read_log(folder):
-    """The lines of log.jsonl as dicts; a last line that was cut off does not count."""
-    try:
-        with open(os.path.join(folder, "log.jsonl")) as file:
-            return [json.loads(line) for line in file if line.endswith("}\n")]
-    except FileNotFoundError:
-        return []
+    """The lines of log.jsonl as dicts. What is no line of numbers with a step and a loss does not
+    count, such as a last one that was cut off."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(
+            os.path.join(folder, "log.jsonl"), errors="replace") as file:
+        for text in file:
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                line = json.loads(text)
+                numbers = np.hstack([v for v in line.values()])
+                if text.endswith("\n") and {"step", "loss"} <= {*line} and (
+                        numbers.dtype.kind in "if" and np.isfinite(numbers).all()):
+                    lines.append(line)
+    return lines
 
 
 def choose_device(name=None):
@@ -657,7 +688,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
     metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
     metrics = without_nan(metrics)
     with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
-        json.dump(metrics, file, indent=2)
+        json.dump(metrics | {"seal": seal(json.loads(json.dumps(metrics)))}, file, indent=2)
     return metrics
 
 
@@ -1859,12 +1890,13 @@ def evaluated(folder, options):
         with open(os.path.join(folder, "metrics.json")) as file:
             metrics = json.load(file)
         steps = [load_checkpoint(folder, name)["step"] for name in ("best.pt", "last.pt")]
-        same = (metrics["format"] == FORMAT and [metrics["step"], metrics["last_step"]] == steps
+        same = (metrics.pop("seal") == seal(metrics) and metrics["format"] == FORMAT
+                and [metrics["step"], metrics["last_step"]] == steps
                 and metrics["options"].items() >= options.items()
                 and all(os.path.exists(os.path.join(folder, name)) for name in (
                     "effects.h5ad", "iwelbo.csv", "top_genes.csv")))
         return metrics if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

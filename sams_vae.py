@@ -84,6 +84,10 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     log_theta    (G,) or ()     used between -20 and 20: above, it is a Poisson distribution within
                                 floating-point precision; below, a gene that is nearly always zero
     returns      (..., B)       nats
+
+    For large theta it is a small difference of large numbers. In single precision, for counts
+    spread over 2,000 genes, it was within 0.02 nats at 100,000 counts a cell and 0.1 at a million;
+    in training, where sums are in single precision too, within 0.3 and 2.4.
     """
     x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype).clamp(-20, 20)
     theta = log_theta.double().exp().expand(x.shape[-1:])  # (G,)
@@ -93,9 +97,12 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     s = log_rho + (log_library - log_theta)  # (..., B, G): the largest arrays of a training step
     softplus = F.softplus(s)
     # Summed before they are subtracted: fewer large arrays. (And no softplus @ theta, which would
-    # be computed in bfloat16 where matrix products are.)
-    mean_terms = (x * (s - softplus)).sum(-1) - (softplus * theta.to(s.dtype)).sum(-1)
-    return log_gammas.sum(-1).to(s.dtype) + mean_terms
+    # be computed in bfloat16 where matrix products are.) In training, double sums would take a
+    # fifth of this function's time.
+    exact = None if torch.is_grad_enabled() else torch.float64
+    mean_terms = ((x * (s - softplus)).sum(-1, dtype=exact)
+                  - (softplus * theta.to(s.dtype)).sum(-1, dtype=exact))
+    return (log_gammas.sum(-1).to(mean_terms.dtype) + mean_terms).to(s.dtype)
 
 
 # ============================================================================================

@@ -7,6 +7,7 @@ anndata and scikit-learn run where these are installed, those against a GPU wher
 """
 
 import collections
+import contextlib
 import copy
 import csv
 import functools
@@ -111,6 +112,42 @@ def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
     ours = nb_log_likelihood(x, mean.log(), torch.full((4,), math.log(1e7)))
     poisson = torch.distributions.Poisson(mean.double()).log_prob(x.double()).sum()
     assert abs(ours.item() - poisson.item()) < 2e-3
+
+
+@pytest.mark.parametrize("n_counts, within", [(10_000, 0.005), (100_000, 0.03), (1_000_000, 0.2)])
+def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(n_counts, within):
+    torch.manual_seed(0)
+    logits = 1.5 * torch.randn(8, 2000)
+    x = torch.poisson(n_counts * logits.softmax(-1))
+    log_rho = (logits + 0.05 * torch.randn(3, 8, 2000)).log_softmax(-1)
+    library = x.sum(-1, keepdim=True).log()
+    for log_theta in (-2.0, 2.0, 8.0, 15.0, 20.0):
+        log_theta = torch.tensor(log_theta)
+        exact = nb_log_likelihood(x, *(v.double() for v in (log_rho, log_theta, library)))
+        with torch.no_grad():  # as in evaluation
+            assert (nb_log_likelihood(x, log_rho, log_theta, library) - exact).abs().max() < within
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 1], [0, 0, 1_000_000], [1, 0, 999_999]])
+@pytest.mark.parametrize("theta", [1e-6, 1e-3, 1.0, 1e4, 1e8])
+def test_nb_of_one_count_and_of_a_million_has_the_value_and_gradients_of_torch_distributions(
+        counts, theta):
+    x = torch.tensor([counts], dtype=torch.float64)
+    log_rho = torch.tensor([[-9.0, -2.0, -0.2]], dtype=torch.float64).requires_grad_()
+    log_theta = torch.tensor(theta, dtype=torch.float64).log().expand(3).clone().requires_grad_()
+    library = x.sum(-1, keepdim=True).log()
+    ours = nb_log_likelihood(x, log_rho, log_theta, library).sum()
+    trusted = torch.distributions.NegativeBinomial(
+        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x).sum()
+    rounding = sum(counts) * math.exp(-20)  # F.softplus(s) is s above 20
+    torch.testing.assert_close(ours, trusted, rtol=1e-7, atol=1e-6 + rounding)
+    torch.testing.assert_close(torch.autograd.grad(ours, (log_rho, log_theta)),
+                               torch.autograd.grad(trusted, (log_rho, log_theta)),
+                               rtol=1e-5, atol=1e-3)
+    in_float = nb_log_likelihood(*(v.detach().float() for v in (x, log_rho, log_theta, library)))
+    rounding = sum(counts) * 30 * 2**-24  # of s, which is below 30, for each count
+    torch.testing.assert_close(in_float.double().sum(), ours.detach(), rtol=1e-5,
+                               atol=1e-3 + rounding)
 
 
 def test_nb_is_finite_with_finite_gradients_for_every_theta():
@@ -1422,6 +1459,128 @@ def test_what_is_no_h5ad_file_is_refused_in_one_sentence(tmp_path):
             data.read_h5ad(tmp_path / name)
 
 
+def with_hole(path, signature, width=512):
+    """Zero a sector behind the last place where the file has this signature."""
+    content = bytearray(open(path, "rb").read())
+    start = (content.rindex(signature) // width + 1) * width
+    content[start:start + width] = bytes(width)
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("where", ["name", "column", "category", "attribute"])
+def test_text_on_which_hdf5_works_for_ever_ends_in_a_sentence(where, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SECONDS", 1)
+    path, many = str(tmp_path / "x.h5ad"), [f"a name of cell {i}" for i in range(2000)]
+    with h5py.File(path, "w") as file:
+        write_frame(file, "var", GENES)
+        write_frame(file, "obs", many if where == "name" else np.arange(2000).astype(str))
+        if where == "column":
+            write_frame(file, "obs/nested", many)
+        if where == "category":
+            categorical(file["obs"], "label", many, np.zeros(2000))
+        if where == "attribute":
+            file["obs"].attrs["column-order"] = text(many)
+        file["X"] = np.ones((2000, 4), np.uint8)
+    data.read_h5ad(path)
+    with_hole(path, b"GCOL")
+    with pytest.raises(data.DataError, match="x.h5ad: .* on which HDF5 crashes or works for ever"):
+        data.read_h5ad(path)
+
+
+def test_text_that_shares_its_bytes_is_refused_before_it_takes_memory(tmp_path):
+    def write(file):
+        file["X"] = MATRIX
+        file["obs"].create_dataset("label", data=text(["long" * 20_000, *"abcd"]),
+                                   dtype=h5py.string_dtype())
+
+    path = write_modern(tmp_path / "x.h5ad", write)
+    data.read_h5ad(path)
+    with h5py.File(path) as file:
+        start = file["obs/label"].id.get_offset()
+    content = bytearray(open(path, "rb").read())
+    content[start:start + 80] = 5 * content[start:start + 16]  # all refer to the first one
+    open(path, "wb").write(content)
+    with pytest.raises(data.DataError, match="obs/label holds more text than the file has bytes"):
+        data.read_h5ad(path)
+
+
+def test_values_of_variable_length_that_are_no_text_are_refused_unread(tmp_path):
+    sequences = np.array([np.arange(3)] * 5 + [None], dtype=object)[:-1]
+
+    def column(group, name):
+        group.create_dataset(name, data=sequences, dtype=h5py.vlen_dtype(np.int32))
+
+    path = write_modern(tmp_path / "x.h5ad", dense("f4"), column)
+    for name in ("condition", "order"):
+        with pytest.raises(data.DataError, match="neither text nor numbers"):
+            data.read_h5ad(path).obs("condition")
+        with h5py.File(path, "a") as file:  # and in an attribute
+            if name == "condition":
+                del file["obs/condition"]
+                file["obs"].attrs.create("column-order", sequences,
+                                         dtype=h5py.vlen_dtype(np.int32))
+
+
+def test_a_chunk_that_its_index_does_not_find_is_no_chunk_of_zeros(tmp_path):
+    path = write_modern(tmp_path / "x.h5ad", lambda file: file.create_dataset(
+        "X", data=MATRIX.astype("f4"), chunks=(1, 4)))
+    content = bytearray(open(path, "rb").read())
+    # A key of the index: size, filters, and the chunk's place in (cells, genes, bytes).
+    key = np.array([16, 0], "<u4").tobytes() + np.array([3, 0, 0], "<u8").tobytes()
+    start = content.index(key)
+    content[start + 8] = 2
+    open(path, "wb").write(content)
+    with pytest.raises(data.DataError, match="X declares .* the file does not hold them"):
+        data.read_h5ad(path)
+
+
+def test_what_is_no_file_on_a_disk_is_refused_and_not_waited_for(tmp_path):
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(data.DataError, match="a folder, a pipe or a device"):
+            data.read_h5ad(tmp_path / "pipe")
+
+
+def test_a_member_that_is_absent_behind_a_soft_link_is_absent_and_not_damaged(tmp_path):
+    def write(file):
+        file["X"] = MATRIX
+        file.create_group("elsewhere")["other"] = 1
+        file["uns"] = h5py.SoftLink("/elsewhere")
+
+    path = write_modern(tmp_path / "x.h5ad", write)
+    assert data.read_pathways(path) is None and data.read_simulation(path) is None
+    with h5py.File(path, "a") as file:
+        file["elsewhere/pathways"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(data.DataError, match="soft link to something that is not in the file"):
+        data.read_pathways(path)
+
+
+def test_what_files_call_things_is_printable_and_can_be_written_again(tmp_path, capsys):
+    names, labels = ["a\x1b[31mb", "."], [b"ctrl\0x", b"ctrl", b"X\x07\x1b[2J", b"ctrl", b"Y"]
+    with h5py.File(tmp_path / "x.h5ad", "w") as file:
+        obs = np.zeros(5, [("index", "S8"), ("condition", "S9"), *((n, "i4") for n in names),
+                           ("path/like", "S3"), ("long" * 5000, "f4")])
+        obs["index"], obs["condition"], obs["path/like"] = CELLS, labels, b"abc"
+        file["obs"] = obs
+        write_frame(file, "var", ["A\x1b", "B", "C", "D\n"])
+        file["X"] = MATRIX
+    read = data.read_h5ad(tmp_path / "x.h5ad")
+    assert read.obs("condition")[2] == "X\ufffd\ufffd[2J" and read.gene_names[0] == "A\ufffd"
+    for wrong in (lambda: read.obs("none"), lambda: data.read_screen(read.path, "a\x1b[31mb")):
+        with pytest.raises(data.DataError) as error:
+            wrong()
+        assert str(error.value).isprintable() and len(str(error.value)) <= 2000
+    data.say(*read.obs_columns)
+    assert "a\\x1b[31mb" in capsys.readouterr().out
+    prepare(tmp_path / "x.h5ad", tmp_path / "y.h5ad")
+    again = data.read_h5ad(tmp_path / "y.h5ad")
+    assert again.obs_columns[1:4] == ["a\x1b[31mb", "_", "path_like"]
+    assert again.obs("condition").tolist() == read.obs("condition").tolist()
+    assert again.obs("path_like").tolist() == ["abc"] * 5
+
+
 def test_a_column_of_another_length_or_a_missing_one_is_refused(tmp_path):
     path = write_modern(tmp_path / "x.h5ad", lambda f: (dense("f4")(f), f.__setitem__(
         "obs/short", [1, 2])))
@@ -1807,6 +1966,25 @@ def test_one_hot_columns_hold_0_and_1_and_a_missing_value_is_a_missing_label(tmp
     path = write_obs(tmp_path / "y.h5ad", guide_A=[0, 2], guide_B=[0, 1])
     with pytest.raises(data.DataError, match="'guide_A' holds 2"):
         data.read_screen(path, one_hot_prefix="guide_")
+
+
+def test_a_label_column_that_is_listed_and_not_there_is_refused(tmp_path):
+    path = str(tmp_path / "x.h5ad")
+    for one in ("guide_B", "condition"):
+        obs = {"guide_A": np.array([0, 1, 0, 0]), "guide_B": np.array([0, 0, 1, 0])} if (
+            one == "guide_B") else {"condition": text(["ctrl", "A", "B", "ctrl"]),
+                                    "perturbation": text(["ctrl", "A", "ctrl", "ctrl"])}
+        write_obs(path, **obs)
+        with h5py.File(path, "a") as file:
+            del file[f"obs/{one}"]
+        with pytest.raises(data.DataError, match=f"obs/{one} is missing"):
+            data.read_screen(path)
+
+
+def test_a_one_hot_column_that_is_called_like_the_prefix_names_no_perturbation(tmp_path):
+    path = write_obs(tmp_path / "x.h5ad", guide_A=[0, 1, 0, 0], guide_=[0, 0, 1, 0])
+    with pytest.raises(data.DataError, match="obs column 'guide_' is all prefix"):
+        data.read_screen(path)
 
 
 def test_a_damaged_label_column_is_an_error_and_not_passed_over_for_another(tmp_path):
@@ -2625,7 +2803,7 @@ def test_masks_begin_at_half_of_the_steps_that_a_resumed_run_is_given_if_they_ha
         state["step"] = step
         evaluate.save_checkpoint(state, "runs/run", "last.pt")
         args, given = train.parse_arguments(["--resume", "runs/run", "--steps", str(steps)])
-        assert train.resume_run(args, given)[2]["config"]["masks_from"] == expected
+        assert train.resume_run(args, given, contextlib.ExitStack())[2]["config"]["masks_from"] == expected
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -2992,9 +3170,8 @@ def test_training_uses_the_evaluation_and_not_the_other_way_round():
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(data.DataError, match="the loss was not finite in steps 1 to 2:"):
         train_on_screen("bad", "--steps", "50", "--lr", "4e9")
-    assert "the loss was not finite in steps 1 to 2:" in stopped.value.code
     assert evaluate.load_checkpoint("runs/bad", "last.pt")["step"] == 0
 
 
@@ -3783,7 +3960,8 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both(folder, monkey
     # One process does here what the two shall do: the halves of a batch each with its own random
     # numbers, the mean of their gradients, and at step 3 the axes of the first.
     args, given = train.parse_arguments([*options, "--name", "one"])
-    _, screen, state = train.new_run("one", train.configuration(args, given), torch.device("cpu"))
+    _, screen, state = train.new_run("one", train.configuration(args, given), torch.device("cpu"),
+                                     contextlib.ExitStack())
     config, model = state["config"], evaluate.build_model(state)
     batches, optimizer = data.Batches(screen), train.new_optimizer(model, config)
     shuffles = [data.Shuffle(batches, state["split"]["train"].numpy(), 64, 0, 0, 0, rank, 2)

@@ -159,7 +159,7 @@ PRESETS = {
 
 
 def main(arguments=None):
-    """Train: a run, a model, the loop, the log."""
+    """Train: read the options, begin a run or go on with one, train, evaluate a simulated one."""
     args, given = parse_arguments(arguments)
     device = begin_processes(args.device)  # more than one if torchrun starts this
     if args.benchmark:
@@ -167,17 +167,33 @@ def main(arguments=None):
             raise DataError("--benchmark is for one process: leave torchrun out")
         return benchmark(configuration(args, given), device)
     # A new run is written down at step 0. From here on, every run is one that is gone on with.
-    if rank() == 0:
-        folder, screen, state = (resume_run(args, given) if args.resume is not None else
-                                 new_run(args.name, configuration(args, given), device))
-        from_first((folder, state["config"]))
+    with contextlib.ExitStack() as lock:  # of the run's folder
+        if rank() == 0:
+            folder, screen, state = (
+                resume_run(args, given, lock) if args.resume is not None else
+                new_run(args.name, configuration(args, given), device, lock))
+            from_first((folder, state["config"]))
+        else:
+            try:
+                folder, config = from_first()
+            except DataError:  # the first one has said what is wrong
+                sys.exit(2)
+            state = evaluate.load_checkpoint(folder, "last.pt") | {"config": config}
+            screen = evaluate.as_the_model_sees(
+                evaluate.read_screen_of(config, state), config["model"])
+        train(folder, screen, state, device, "steps" in given)
+    if rank() > 0:
+        return
+    if state["config"].get("simulated"):
+        torch.set_float32_matmul_precision("highest")
+        evaluate.main([folder, "--device", str(device)])
     else:
-        try:
-            folder, config = from_first()
-        except DataError:  # the first one has said what is wrong
-            sys.exit(2)
-        state = evaluate.load_checkpoint(folder, "last.pt") | {"config": config}
-        screen = evaluate.as_the_model_sees(evaluate.read_screen_of(config, state), config["model"])
+        print(f"next: python evaluate.py {folder}")
+
+
+def train(folder, screen, state, device, more_steps):
+    """The loop: go on from a state, to the number of steps, until a signal comes or, unless
+    more_steps were asked for, until it is done by --patience. Ends the program at a signal."""
     config, split = state["config"], {k: v.numpy() for k, v in state["split"].items()}
     step, best, best_step = state["step"], state["best"], state["best_step"]
     print("  split: " + ", ".join(f"{len(cells):,} {name}" for name, cells in split.items()))
@@ -216,7 +232,7 @@ def main(arguments=None):
               f"{data.clock((config['steps'] - step) * seconds)}")
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
-        done = step >= config["steps"] or (state["done"] and "steps" not in given)
+        done = step >= config["steps"] or (state["done"] and not more_steps)
         if done:
             print(f"{folder} has ended, at step {step:,}: more --steps would go on")
         while not done and not one_of_all(stop, step):
@@ -259,8 +275,8 @@ def main(arguments=None):
                         model, batches, split["validation"], config["particles"])
                         if rank() == 0 else None)
                     if not math.isfinite(loss):
-                        sys.exit("error: the validation loss was not finite: start a new run with "
-                                 "a lower --lr, or with --clip 100")
+                        raise DataError("the validation loss was not finite: start a new run with "
+                                        "a lower --lr, or with --clip 100")
                     line["validation_loss"] = round(loss, 4)
                     has_masks = step >= config["masks_from"]
                     if loss < best and step >= config["kl_warmup"]:
@@ -290,13 +306,6 @@ def main(arguments=None):
     print(f"{log.steps_here:,} steps in {time.time() - log.started:.0f} s; lowest validation loss "
           f"{best:.2f}, at step {best_step:,}" + ("; ended by --patience" if step < config["steps"]
                                                   else ""))
-    if rank() > 0:
-        return
-    if config.get("simulated"):
-        torch.set_float32_matmul_precision("highest")
-        evaluate.main([folder, "--device", str(device)])
-    else:
-        print(f"next: python evaluate.py {folder}")
 
 
 # ============================================================================================
@@ -304,33 +313,34 @@ def main(arguments=None):
 # ============================================================================================
 
 
-def new_run(name, config, device):
+def new_run(name, config, device, lock):
     """Begin a run: its folder, its screen, and the state that last.pt holds at step 0.
 
     Raises DataError for a wrong file or option, and leaves nothing then."""
-    if config["data"] is not None:  # the folder comes last: reading may take long, and fail
+    simulated = config["data"] is None
+    if not simulated:  # the folder comes last: reading may take long, and fail
         screen, state = first_state(config, device)
-        folder = new_folder(name, config)
-    else:
-        folder = new_folder(name, config)
-        config |= {"data": os.path.abspath(f"{folder}/simulated.h5ad"), "simulated": True}
-        try:
+    folder = new_folder(name, config, lock)
+    try:
+        if simulated:
+            config |= {"data": os.path.abspath(f"{folder}/simulated.h5ad"), "simulated": True}
             data.simulate(config["data"], config["simulated_seed"],
                           config["simulated_perturbations"], config["simulated_cells"],
                           config["simulated_effect"], n_pairs=config["simulated_pairs"],
                           batch_effect=config["simulated_batch"])
             screen, state = first_state(config, device)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-    evaluate.save_checkpoint(state, folder, "last.pt")
-    write_config(folder, config)
+        write_config(folder, config)
+        evaluate.save_checkpoint(state, folder, "last.pt")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder, screen, state
 
 
-def new_folder(name, config):
-    """Create runs/NAME; without a name, one made of the options that is still free."""
-    source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0]
+def new_folder(name, config, lock):
+    """Create runs/NAME, locked; without a name, one made of the options that is still free. One
+    that a killed start has left is free, too."""
+    source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0][:80]
     guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
                                            ("effects", config["correlated_effects"]),
                                            ("sparsest", config["axes"] == "sparsest")) if on)
@@ -340,20 +350,54 @@ def new_folder(name, config):
     base, n = name or f"{base}-seed{config['seed']}", 1
     while True:
         folder = os.path.join("runs", base if n == 1 else f"{base}-{n}")
+        is_new = True
         try:
             os.makedirs(folder)  # of several processes, one makes it
-            return folder
         except FileExistsError:
-            if name:
-                raise DataError(f"{folder} exists: choose another --name, or --resume {folder}"
-                                ) from None
+            is_new = False
+        with contextlib.suppress(DataError):  # another process has it
+            locked = lock.enter_context(alone_in(folder))
+            if is_new or locked and os.path.isdir(folder) and all(
+                    left.endswith(("simulated.h5ad", "config.json", ".writing"))
+                    for left in os.listdir(folder)):
+                return folder
+            lock.close()
+        if name:
+            raise DataError(f"{folder} exists: choose another --name, or --resume {folder}")
         n += 1
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Lock a run's folder, as two processes that train one run would write over each other's files.
+    The system frees it when this process ends, in whatever way. Gives whether that can be done.
+    Raises DataError where another process has locked it."""
+    try:
+        import fcntl  # not on Windows
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # or there is no such folder
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except BlockingIOError:
+        os.close(handle)
+        raise DataError(f"{folder}: another process is training this run: wait for it, or stop it"
+                        ) from None
+    except OSError:  # a file system without locks
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(handle)
 
 
 def first_state(config, device):
     """The screen of a new run as its model sees it, and the state of step 0."""
     screen = evaluate.read_screen_of(config)
-    print(screen.path, *screen.notes, sep="\n  ")
+    data.say(screen.path, *screen.notes)
     split = data.split_cells(screen, config["split_seed"], config["split"],
                              config["train_combinations"])
     fingerprint, n_perturbations = screen.fingerprint(), len(screen.perturbations)
@@ -403,9 +447,10 @@ def first_state(config, device):
         "rng": [{"cpu": torch.get_rng_state()}], "shuffle": {"epoch": 0, "position": 0}}
 
 
-def resume_run(args, given):
-    """Go on with args.resume: its folder, its screen, and the state of last.pt."""
+def resume_run(args, given, lock):
+    """Go on with args.resume: its folder, locked, its screen, and the state of last.pt."""
     folder = args.resume.rstrip("/")
+    lock.enter_context(alone_in(folder))
     state = evaluate.load_checkpoint(folder, "last.pt")
     # What may change: how long and how fast, not what is trained. A file may have moved; the
     # fingerprint says whether it is the same.
@@ -423,7 +468,7 @@ def resume_run(args, given):
     if moves and state["step"] < config["masks_from"]:
         config["masks_from"] = max(state["step"] + 1, math.ceil(config["steps"] / 2))
     screen = evaluate.read_screen_of(config, state)
-    print(screen.path, *screen.notes, sep="\n  ")
+    data.say(screen.path, *screen.notes)
     write_config(folder, config)
     return folder, evaluate.as_the_model_sees(screen, config["model"]), state
 
@@ -542,8 +587,8 @@ class Log:
         """Stop before anything is saved if a loss was not finite."""
         self.totals = average(self.totals)
         if self.totals and not math.isfinite(self.totals["loss"].item()):
-            sys.exit(f"error: the loss was not finite in steps {step - self.n_steps + 1} to {step}:"
-                     " start a new run with a lower --lr, or with --clip 100")
+            raise DataError(f"the loss was not finite in steps {step - self.n_steps + 1} to {step}:"
+                            " start a new run with a lower --lr, or with --clip 100")
 
     def means(self, step, epoch, model):
         """The next line, as a dict; begins anew."""
@@ -583,10 +628,13 @@ class Log:
         text += f"{line['cells_per_second']:,} cells/s  {data.clock(left / self.steps_here)} left"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a longer line would not be overwritten
-            end = "\n" if done else ""
-            print("\r" + text[:width].ljust(width), end=end, flush=True)
+            text, end = "\r" + text[:width].ljust(width), "\n" if done else ""
         elif "validation_loss" in line:
-            print(text, flush=True)
+            end = "\n"
+        else:
+            return
+        with contextlib.suppress(OSError):  # a run outlives its terminal
+            print(text, end=end, flush=True)
 
 
 @contextlib.contextmanager
@@ -599,8 +647,10 @@ def signals_remembered():
         came.append(number)
         signal.signal(number, handlers[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, remember)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last where a terminal closes
+        number = getattr(signal, name, None)  # not on Windows
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            handlers[number] = signal.signal(number, remember)
     try:
         yield came
     finally:

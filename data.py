@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import io
 import math
 import mmap
 import os
@@ -1141,6 +1142,7 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
     """
     def write(group, name, value):
         """Add one element, with the attributes by which anndata tells what it is."""
+        disk.check()
         if isinstance(value, dict):
             node = group.create_group(name)
             node.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
@@ -1205,6 +1207,7 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         wants int64, twice the size: then anndata opens the file with backed="r" only.)"""
         group, indptr, options = file.create_group("X"), [np.zeros(1, np.int64)], None
         for counts in parts:
+            disk.check()
             start, end = indptr[-1][-1], indptr[-1][-1] + counts.indptr[-1]
             if options is None:  # chunks that suit a small file, too
                 options = dict(maxshape=(None,), chunks=(int(min(2**16, end + 1)),),
@@ -1226,7 +1229,7 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0",
                             "shape": (len(indptr) - 1, counts.shape[1])})
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, _Disk(temporary, "w+") as disk, h5py.File(disk, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         if isinstance(X, collections.abc.Iterator):
             write_counts(file, X)
@@ -1238,6 +1241,41 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         write(file, "layers", layers or {})
         write(file, "obsm", obsm or {})
         write(file, "uns", uns or {})
+
+
+class _Disk(io.FileIO):
+    """A file that HDF5 can always write to. On a full disk HDF5 fails again and again while it
+    closes, with tracebacks or a crash: here it is told that all is well, and we say what was not.
+    """
+
+    error = None
+
+    def write(self, values):
+        """Write all of them, unless it has failed before. What fails, `check` raises."""
+        left = memoryview(values).cast("B")
+        try:
+            while len(left) and self.error is None:
+                left = left[super().write(left):]
+        except OSError as error:
+            self.error = error
+        return len(values)
+
+    def truncate(self, size=None):
+        """Likewise."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+    def check(self):
+        """Raise the OSError of what failed, if anything did."""
+        if self.error is not None:
+            raise self.error
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        self.check()
 
 
 def free(name, taken):
@@ -1266,8 +1304,9 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter of HDF5
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else " ".join(
+    except (OSError, RuntimeError) as error:  # the latter by HDF5 and torch
+        numbers = [getattr(e, "errno", None) for e in (error, error.__context__)]
+        reason = os.strerror(next(filter(None, numbers))) if any(numbers) else " ".join(
             str(error).split())[:200]
         raise DataError(f"{path}: cannot be written: {reason}") from error
     finally:
@@ -2513,12 +2552,13 @@ def run(main):
         problem = "standard output is closed"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will write there
     except OSError as error:
-        problem = f"{os.fsdecode(error.filename or 'a file')}: {error.strerror or error}"
+        problem = (f"{os.fsdecode(error.filename or 'reading or writing failed')}: "
+                   f"{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("allocate|overflow", str(error)):
             raise
-        problem = ("not enough memory: a smaller model, --batch-size or --particles takes less "
-                   f"({str(error).splitlines()[-1]})")
+        problem = ("not enough memory: a smaller model or fewer particles, cells in a batch or "
+                   f"genes take less ({str(error).splitlines()[-1]})")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {printable(problem)}", file=sys.stderr)

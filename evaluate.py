@@ -1583,8 +1583,12 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     torch.manual_seed(evaluation_seed)
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
     # In files, not in memory: there may be many cells.
-    basal, total = (np.memmap(tempfile.TemporaryFile(dir=run.folder), np.float32,
-                              shape=(len(screen.d), model.n_latent)) for _ in range(2))
+    shape, files = (len(screen.d), model.n_latent), []
+    for _ in range(2):
+        files.append(tempfile.TemporaryFile(dir=run.folder))
+        if hasattr(os, "posix_fallocate"):  # else a full disk would be noticed by a crash
+            os.posix_fallocate(files[-1].fileno(), 0, 4 * math.prod(shape))
+    basal, total = (np.memmap(file, np.float32, shape=shape) for file in files)
     n = 0
     for x, d, *c in run.batches.in_order(np.arange(len(screen.d))):
         z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)

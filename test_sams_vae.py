@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -3016,6 +3017,218 @@ def test_another_file_or_the_same_cells_in_another_order_are_refused(folder):
                 lambda: evaluate.main(["runs/run", "--data", "other.h5ad"])):
         with pytest.raises(data.DataError, match="another order"):
             run()
+
+
+def test_the_fingerprint_depends_on_every_count_and_not_on_how_they_are_stored(folder):
+    file, found = data.read_h5ad("screen.h5ad"), set()
+    obs, x = {"cell": file.cell_names, "condition": file.obs("condition")}, file.counts().dense()
+    for counts in (x, x.astype(float), iter([data.Counts(x.shape, x).sparse()])):
+        data.write_h5ad("again.h5ad", X=counts, obs=obs, var={"gene": file.gene_names})
+        found |= {data.read_screen("again.h5ad", stream=stream).fingerprint()
+                  for stream in (False, True)}
+    with h5py.File("again.h5ad", "a") as out:
+        del out["X"]
+        write_sparse(out, "X", x, by_row=False)
+    found.add(data.read_screen("again.h5ad").fingerprint())
+    assert len(found) == 1
+    swapped = x.copy()
+    swapped[7, [0, 1, 2]] += np.array([1, 0, 1], np.uint16)
+    same_library = x.copy()
+    same_library[7, 1] += 2  # as many in all, at other genes
+    for counts in (swapped, same_library, x[:, ::-1], np.roll(x, 1, axis=0)):
+        data.write_h5ad("other.h5ad", X=counts, obs=obs, var={"gene": file.gene_names})
+        found.add(data.read_screen("other.h5ad").fingerprint())
+    assert len(found) == 5
+
+
+def test_no_bit_of_a_checkpoint_flips_without_a_word(folder):
+    train_on_screen("run", "--steps", "2")
+    content, rng = open("runs/run/last.pt", "rb").read(), np.random.default_rng(0)
+    whole, refused = evaluate.load_checkpoint("runs/run", "last.pt"), 0
+    for position in rng.integers(0, 8 * len(content), 100).tolist():
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        with open("runs/run/last.pt", "wb") as file:
+            file.write(damaged)
+        try:
+            assert evaluate.load_checkpoint("runs/run", "last.pt")["seal"] == whole["seal"]
+        except data.DataError as error:
+            assert str(error).startswith("runs/run/last.pt: ")
+            refused += 1
+    assert refused > 50  # the others are in the gaps between the tensors
+
+
+def test_checkpoints_metrics_and_logs_of_another_content_are_not_believed(folder, capsys):
+    train_on_screen("run", "--steps", "4")
+    evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2"])
+    whole = evaluate.load_checkpoint("runs/run", "last.pt")
+    for change in ({"step": "4"}, {"config": []}, {"split": {}}, {"shuffle": {"epoch": -1}},
+                   {"model": {k: v * np.nan if v.is_floating_point() else v
+                              for k, v in whole["model"].items()}},
+                   {"gene_names": whole["gene_names"][::-1]}, {"rng": [{"cpu": torch.zeros(3)}]},
+                   {"model_arguments": whole["model_arguments"] | {"n_latent": 5}}):
+        torch.save(whole | change, "runs/run/last.pt")
+        for main, arguments in ((train.main, ["--resume", "runs/run", "--steps", "6"]),
+                                (evaluate.main, ["runs/run", "--again"])):
+            with pytest.raises(data.DataError, match="last.pt: is damaged or was changed"):
+                main(arguments)
+    for value in ([], 3, {"config": {}}):
+        torch.save(value, "runs/run/last.pt")
+        with pytest.raises(data.DataError, match="is no checkpoint of this version"):
+            evaluate.load_checkpoint("runs/run", "last.pt")
+    evaluate.save_checkpoint(whole, "runs/run", "last.pt")
+    evaluate.save_checkpoint(whole | {"model": {
+        k: v * np.nan if v.is_floating_point() else v for k, v in whole["model"].items()}},
+        "runs/run", "best.pt")
+    with pytest.raises(data.DataError, match="weights of this run are not all finite"):
+        evaluate.main(["runs/run", "--again"])
+    evaluate.save_checkpoint(whole, "runs/run", "best.pt")
+
+    assert evaluate.evaluated("runs/run", {})
+    metrics = json.load(open("runs/run/metrics.json"))
+    for change in (lambda m: m.update(effects={}), lambda m: m.update(step="4"),
+                   lambda m: m.pop("iwelbo"), lambda m: m["config"].pop("model"),
+                   lambda m: m.pop("seal"), lambda m: m.update(warnings=[1])):
+        changed = copy.deepcopy(metrics)
+        change(changed)
+        json.dump(changed, open("runs/run/metrics.json", "w"))
+        assert evaluate.evaluated("runs/run", {}) is None
+    for text in ("[]", "1", "null", "[" * 100_000, "{", '"\\ud800"'):
+        open("runs/run/metrics.json", "w").write(text)
+        assert evaluate.evaluated("runs/run", {}) is None
+
+    lines = open("runs/run/log.jsonl").readlines()
+    with open("runs/run/log.jsonl", "wb") as file:
+        for text in ("[1]", "7", '{"step": "4", "loss": 1}', '{"loss": 1}', '{"step": 3}',
+                     '{"step": 3, "loss": NaN}', "{", '{"step": [[3], 1], "loss": 2}', "\0"):
+            file.write(text.encode() + b"\n\xff\n")
+        file.write("".join(lines).encode() + b'{"step": 5')
+    assert evaluate.read_log("runs/run") == [json.loads(line) for line in lines]
+    evaluate.main(["runs/run", "--again", "--iwelbo-particles", "2", "--ate-particles", "2"])
+    train.main(["--resume", "runs/run", "--steps", "6"])
+    assert [line["step"] for line in evaluate.read_log("runs/run")][-1] == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_ends_in_a_sentence_and_leaves_the_previous_checkpoint(folder, capsys):
+    import resource
+
+    train_on_screen("run", "--steps", "4")
+    evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2"])
+    before = {name: open(f"runs/run/{name}", "rb").read() for name in os.listdir("runs/run")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (1000, 8000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            for main, arguments in (
+                    (train.main, ["--data", "screen.h5ad", "--name", "new", *TINY[4:]]),
+                    (train.main, ["--name", "new", *TINY]),
+                    (train.main, ["--resume", "runs/run", "--steps", "8"]),
+                    (evaluate.main, ["runs/run", "--again"]),
+                    (evaluate.main, ["runs/run", "--predict", "P001"]),
+                    (evaluate.main, ["runs/run", "--latents"]),
+                    (data.main_of_prepare, ["screen.h5ad", "out.h5ad"])):
+                with pytest.raises((data.DataError, OSError), match="cannot be written: File too|"
+                                                                    "File too large"):
+                    main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(".")) == ["runs", "screen.h5ad"] and os.listdir("runs") == ["run"]
+    after = {name: open(f"runs/run/{name}", "rb").read() for name in os.listdir("runs/run")}
+    assert before.keys() == after.keys() and before["last.pt"] == after["last.pt"]
+    train.main(["--resume", "runs/run", "--steps", "8"])
+
+
+def test_what_the_machine_refuses_is_one_sentence_and_status_2(folder, monkeypatch, capsys):
+    def raising(error):
+        def main():
+            raise error
+        return main
+
+    for error, words in ((OSError(28, "No space left on device"), "No space left on device"),
+                         (PermissionError(13, "Permission denied", "runs"), "runs: Permission"),
+                         (MemoryError("Unable to allocate 3.6 TiB"), "not enough memory"),
+                         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not eno"),
+                         (data.DataError("a\x1b[2J\n" + "b" * 10**6), "a.x1b.2J.nbbb")):
+        with pytest.raises(SystemExit) as stopped:
+            data.run(raising(error))
+        errors = capsys.readouterr().err
+        assert stopped.value.code == 2 and re.match(f"error: .*{words}", errors)
+        assert errors.count("\n") == 1 and len(errors) < 2100
+    with pytest.raises(RuntimeError, match="a bug"):  # which is no problem of the user's
+        data.run(raising(RuntimeError("a bug")))
+    open("runs", "w").close()
+    for options in ([], ["--name", "n" * 300]):
+        with pytest.raises(OSError):
+            train.main(["--data", "screen.h5ad", *options, *TINY[4:]])
+    os.remove("runs")
+    monkeypatch.setattr(data, "memory", lambda: 10**4)
+    with pytest.raises(data.DataError, match="the model takes .* in training"):
+        train_on_screen("large", "--no-stream")
+    assert os.listdir(".") == ["screen.h5ad"] or os.listdir("runs") == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files that are no text")
+def test_a_closed_pipe_and_a_name_that_is_no_text_are_no_traceback(folder):
+    os.rename("screen.h5ad", b"caf\xe9.h5ad")
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import data; data.run(data.main)"
+    one = [sys.executable, "-c", code, b"caf\xe9.h5ad"]
+    running = subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    running.stdout.close()
+    errors = running.stderr.read().decode()
+    assert (running.wait(), errors) == (2, "error: standard output is closed\n")
+    done = subprocess.run(one, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and done.stdout.startswith(b"caf\\udce9.h5ad\n"), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks and signals")
+def test_two_processes_do_not_train_one_run_and_what_a_killed_one_left_is_in_no_way(folder):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    os.makedirs("runs/run")
+    for name in (f"simulated.h5ad.{dead.pid}.writing", f"last.pt.{dead.pid}.writing",
+                 f"last.pt.{os.getppid()}.writing", "config.json"):
+        open(f"runs/run/{name}", "w").close()
+    with train.alone_in("runs/run"), pytest.raises(data.DataError, match="runs/run exists"):
+        train_on_screen("run", "--steps", "2")
+    train_on_screen("run", "--steps", "2")  # killed before its first checkpoint: it can begin anew
+    assert f"last.pt.{dead.pid}.writing" not in os.listdir("runs/run")
+    assert f"last.pt.{os.getppid()}.writing" in os.listdir("runs/run")  # of a process that lives
+    with train.alone_in("runs/run"), pytest.raises(data.DataError, match="another process is"):
+        train.main(["--resume", "runs/run", "--steps", "3"])
+    train.main(["--resume", "runs/run", "--steps", "3"])
+    os.makedirs("runs/mine")
+    open("runs/mine/notes.txt", "w").close()  # a folder of something else is none of ours
+    with pytest.raises(data.DataError, match="runs/mine exists"):
+        train_on_screen("mine", "--steps", "2")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="sends a signal")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_ends_a_run_like_ctrl_c_but_not_under_nohup(folder, monkeypatch,
+                                                                           ignored):
+    plain = train.elbo
+
+    def interrupting(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "elbo", interrupting)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            train_on_screen("run", "--steps", "3")
+        else:
+            monkeypatch.setattr(train, "seconds_per_step", lambda *_: 0.0)
+            monkeypatch.setattr(train, "validation_loss", lambda *_: 1.0)
+            with pytest.raises(SystemExit) as stopped:
+                train_on_screen("run", "--steps", "3")
+            assert stopped.value.code == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    step = evaluate.load_checkpoint("runs/run", "last.pt")["step"]
+    assert step == (3 if ignored else 1)
 
 
 def test_labels_without_meaning_leave_nothing_to_predict_from_the_perturbed_mean(

@@ -436,6 +436,11 @@ def first_state(config, device):
                 network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
         model.start_from(log_frequency, log_theta)
+    needed = 16 * sum(p.numel() for p in model.parameters())  # with gradient and Adam's two moments
+    if needed > data.memory():
+        raise DataError(f"the model takes {data.size_in_words(needed)} in training, of "
+                        f"{data.size_in_words(data.memory())} of memory: a smaller --n-hidden, "
+                        "--n-latent or --n-layers is needed")
     return screen, {
         "config": config, "fingerprint": fingerprint, "gene_names": list(screen.gene_names),
         "perturbations": screen.perturbations, "model_arguments": arguments,

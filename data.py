@@ -227,7 +227,7 @@ def _check_type(name, dtype):
         raise DataError(f"{name} holds values that are neither text nor numbers")
 
 
-_TRIED = set()  # files whose text was read without harm
+_TRIED = {}  # (file, its size and time): what is wrong with its text, None if nothing is
 SECONDS = 5  # of computing for this, at least: a million strings take about one
 
 
@@ -240,28 +240,33 @@ def _try_text(path):
     """
     path, status = os.path.abspath(path), os.stat(path)
     version = path, status.st_size, status.st_mtime_ns
-    if version in _TRIED or not hasattr(os, "fork"):
-        return
+    if version not in _TRIED and hasattr(os, "fork"):
+        _TRIED[version] = _outcome_of_reading(path, status.st_size)
+    if _TRIED.get(version):
+        raise DataError(_TRIED[version])
+
+
+def _outcome_of_reading(path, n_bytes):
+    """What is wrong with the text of the file, or None. What reading it raises does not count: the
+    reading that follows raises it, too."""
     place = mmap.mmap(-1, 4096)  # memory that both processes see: what is being read
     child = os.fork()
     if child == 0:
         code = 0
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            code = _read_text(path, status.st_size, place)
-        finally:  # whatever was raised will be raised by the parent's reading, too
+            code = _read_text(path, n_bytes, place)
+        finally:
             os._exit(code)
     try:
         _, status = os.waitpid(child, 0)
     except BaseException:  # Ctrl-C
         os.kill(child, signal.SIGKILL)
         raise
-    if status:
-        name = place[:].rstrip(b"\0").decode("utf-8", "replace") or "it"
-        raise DataError(f"{name} holds " + (
-            "damaged text, on which HDF5 crashes or works for ever: copy or download the file anew"
-            if os.WIFSIGNALED(status) else "more text than the file has bytes"))
-    _TRIED.add(version)
+    name = place[:].rstrip(b"\0").decode("utf-8", "replace") or "it"
+    return f"{name} holds " + (
+        "damaged text, on which HDF5 crashes or works for ever: copy or download the file anew"
+        if os.WIFSIGNALED(status) else "more text than the file has bytes") if status else None
 
 
 def _read_text(path, n_bytes, place):
@@ -272,8 +277,10 @@ def _read_text(path, n_bytes, place):
 
     def allow_time():
         """Of computing, so that a slow disk is not taken for damage."""
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
         seconds = int(SECONDS + len(seen) / 50 + n_values / 50_000)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+        seconds = seconds if most == resource.RLIM_INFINITY else min(seconds, most)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
 
     with h5py.File(path, "r") as file:
         uns = _member(file, "uns", required=False) or ()

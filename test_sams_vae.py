@@ -4246,3 +4246,194 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(folder):
     step = evaluate.load_checkpoint("runs/run", "last.pt")["step"]
     train.main(["--resume", "runs/run", "--steps", str(step + 3)])
     assert evaluate.load_checkpoint("runs/run", "last.pt")["step"] == step + 3
+
+
+# ============================================================================================
+# Damaged files and killed runs, some; many of them with python -m pytest -m slow
+# ============================================================================================
+
+
+@pytest.fixture(autouse=True)
+def slow_only_on_request(request):
+    if request.node.get_closest_marker("slow") and not request.config.getoption("-m"):
+        pytest.skip("takes long: python -m pytest -m slow")
+
+
+def few_or_many(few, many):
+    """The test's argument n: few, and many where slow tests are asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a marker that no configuration file names
+        return pytest.mark.parametrize("n", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+def in_child(function, seconds=10, n_bytes=2**31):
+    """The word that function() returns, in a child process with limits, or how it ended instead."""
+    import resource
+
+    result, to_parent = os.pipe()
+    child = os.fork()
+    if child == 0:
+        word = ""
+        try:
+            signal.alarm(6 * seconds)  # ends it where it waits
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+            if sys.platform == "linux":
+                with open("/proc/self/statm") as file:
+                    n_bytes += int(file.read().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (n_bytes, resource.RLIM_INFINITY))
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                word = function()
+        except data.DataError as error:
+            word = "refused" if str(error).isprintable() else f"a sentence with {str(error)!r}"
+        except BaseException as error:
+            word = f"a traceback: {error!r}"
+        finally:
+            os.write(to_parent, word.encode("utf-8", "replace")[:2000])
+            os._exit(0)
+    os.close(to_parent)
+    with open(result, "rb") as file:
+        word = file.read().decode()
+    _, status = os.waitpid(child, 0)
+    return word or f"signal {os.WTERMSIG(status)}"
+
+
+def files_to_damage(folder):
+    """Small files of all forms; their damaged copies go to the same folder."""
+    def nested(file, write_x):
+        write_x(file)
+        nullable(file["obs"], "perturbation")
+        file["obs/guide_A"], file["obs/guide_B"] = [0, 1, 1, 0, 0], [0, 0, 1, 0, 1]
+        file["uns/pathways/one"] = text(["X", "Y"])
+
+    for number, (name, label) in enumerate(itertools.product(
+            ("dense f4", "dense gzip", "csr int64 scrambled", "csc int16"),
+            (categorical, categorical_0_7, nullable))):
+        yield write_modern(folder / f"{number}.h5ad", lambda f: nested(f, FORMS[name]), label)
+    yield write_legacy(folder / "legacy.h5ad", sparse=True)
+    data.simulate(folder / "simulated.h5ad", n_perturbations=4, cells_per_condition=5, n_pairs=2,
+                  n_genes=12, n_controls=9, batch_effect=1.0)
+    yield str(folder / "simulated.h5ad")
+
+
+def damage(content, rng):
+    """A copy of the bytes with one or two defects, as of disks, downloads and attackers."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 3)):
+        start, width = int(rng.integers(len(content))), int(2 ** rng.integers(10))
+        sector = start - start % 512
+        kind = rng.integers(8)
+        if kind == 0:
+            content[start] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            content[start] = rng.choice([0, 1, 3, 9, 127, 128, 255])
+        elif kind == 2:  # a number, at a place where numbers are
+            start -= start % 8
+            number = (0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)[rng.integers(6)]
+            content[start:start + 8] = number.to_bytes(8, "little")
+        elif kind == 3:
+            content[start:start + width] = bytes(len(content[start:start + width]))
+        elif kind == 4:
+            content[sector:sector + 512] = bytes(len(content[sector:sector + 512]))
+        elif kind == 5:
+            content[start:start + width] = rng.bytes(len(content[start:start + width]))
+        elif kind == 6:  # another place of the file
+            other = int(rng.integers(len(content)))
+            part = content[other:other + width]
+            content[start:start + len(part)] = part
+        else:
+            del content[start + (len(content) - start) // 2:]
+        content = content or bytearray(1)
+    return content
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+@few_or_many(200, 20_000)
+def test_every_damaged_file_is_read_or_refused_in_a_sentence(n, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SECONDS", 1)
+    os.mkdir(tmp_path / "whole")
+    whole, outcomes = [open(p, "rb").read() for p in files_to_damage(tmp_path / "whole")], []
+    path, out = str(tmp_path / "x.h5ad"), str(tmp_path / "out.h5ad")
+
+    def use(prepare=False):
+        """Read all that can be read; a hash of it. Parts may be refused, and the whole."""
+        found, file = [], data.read_h5ad(path)
+        for read in (lambda: data.read_screen(path, "condition", "c*", "+").fingerprint(),
+                     lambda: data.read_pathways(path), lambda: data.read_simulation(path),
+                     *(lambda c=c: file.obs(c).tolist() for c in file.obs_columns)):
+            try:
+                found.append(read())
+            except data.DataError as error:
+                assert str(error).startswith(path) and str(error).isprintable(), error
+                found.append("refused")
+        if prepare:
+            with contextlib.suppress(data.DataError):
+                data.main_of_prepare([path, out])
+        return f"read, with {found.count('refused')} parts refused, {hash(str(found))}"
+
+    before = []
+    for content in whole:
+        (tmp_path / "x.h5ad").write_bytes(content)
+        before.append(in_child(use))
+        assert before[-1].startswith("read"), before[-1]
+    rng = np.random.default_rng(n)
+    for i in range(n):
+        content = damage(whole[i % len(whole)], rng)
+        (tmp_path / "x.h5ad").write_bytes(content)
+        word = in_child(use if i % 10 else functools.partial(use, prepare=True))
+        known = before[i % len(whole)]
+        outcomes.append("the same" if word == known else word.split(",")[0])
+        if outcomes[-1] not in ("the same", "read", "refused"):  # keep it
+            (tmp_path / f"bad{i}.h5ad").write_bytes(content)
+            outcomes[-1] = f"{word} (bad{i}.h5ad)"
+    counts = collections.Counter(outcomes)
+    with capsys.disabled():
+        print(f"\n{n:,} damaged files: {dict(counts)}" if n > 1000 else "", end="")
+    assert set(counts) <= {"the same", "read", "refused"}, counts
+    assert min(counts[word] for word in ("the same", "read", "refused")) > n / 50
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills")
+@few_or_many(2, 100)
+def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folder, capsys):
+    rng, n_kills, n_runs, unused = np.random.default_rng(n), 0, 0, 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(*arguments):
+        return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *arguments],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+
+    def ended(running, seconds=300):
+        _, errors = running.communicate(timeout=seconds)
+        assert running.returncode == 0, errors
+        return True
+
+    def result(run):
+        state = evaluate.load_checkpoint(run, "last.pt")
+        log = [line | {"cells_per_second": 0} for line in evaluate.read_log(run)]
+        return (evaluate.seal([state[k] for k in ("step", "best", "best_step", "model", "optimizer",
+                                                  "rng", "shuffle")]), log)
+
+    options = ["--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
+               "--validate-every", "2", "--log-every", "1"]
+    began = time.time()
+    ended(start(*options, "--name", "whole"))
+    seconds, whole = time.time() - began, result("runs/whole")
+    while n_kills < n:
+        name = f"run{n_runs}"
+        while True:
+            begun = os.path.exists(f"runs/{name}/last.pt")
+            running = start(*(["--resume", f"runs/{name}"] if begun else
+                              [*options, "--name", name]))
+            try:
+                if ended(running, rng.uniform(0.3, 1) * seconds if n_kills < n else 300):
+                    break
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.communicate()
+                n_kills, unused = n_kills + 1, unused + (not begun)
+        assert result(f"runs/{name}") == whole
+        assert not [file for file in os.listdir(f"runs/{name}") if file.endswith(".writing")]
+        n_runs += 1
+    with capsys.disabled():
+        print(f"\n{n_kills} kills of {n_runs} runs, {unused} before the first checkpoint"
+              if n > 10 else "", end="")

@@ -133,7 +133,8 @@ def response_weights(effect, variance):
     the product of their means over the mean of all.
     """
     known = variance[np.isfinite(variance).all(1)]
-    usual = variance.mean(1, keepdims=True) * known.mean(0) / known.mean() if len(known) else 0.0
+    usual = variance.mean(1, keepdims=True) * known.mean(0) / max(known.mean(), 1e-300) if len(
+        known) else 0.0
     return effect**2 / np.maximum(np.maximum(variance, usual), 1e-300)
 
 
@@ -590,7 +591,7 @@ def read_log(folder):
         for text in file:
             with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 line = json.loads(text)
-                numbers = np.hstack([v for v in line.values()])
+                numbers = np.hstack([*line.values()])
                 if text.endswith("\n") and {"step", "loss"} <= {*line} and (
                         numbers.dtype.kind in "if" and np.isfinite(numbers).all()):
                     lines.append(line)

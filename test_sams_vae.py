@@ -587,6 +587,64 @@ def test_the_dosages_of_the_conditional_vae_enter_both_networks():
     assert all((v == 0).all() for v in (z_pert, kl_mask, kl_effect))
 
 
+@pytest.mark.parametrize("n_particles", [1, 10_000])
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_one_gene_one_cell_one_perturbation_and_one_latent_are_enough(kind, basal, effects,
+                                                                      n_particles):
+    model = small_model(kind, n_cells=(1,), n_genes=1, n_latent=1, basal=basal, effects=effects)
+    for count in (1.0, 1e6):
+        x, d = torch.tensor([[count]]), torch.tensor([[0]])
+        elbo(model, x, d, n_particles)[0].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        found = iwelbo(model, [(x, d)], n_particles)
+        assert found[0].shape == (1,) and found[0].isfinite().all() and math.isfinite(found[1])
+    effect = average_treatment_effects(model, d, n_particles)  # the only gene is all of a cell
+    assert all((values.abs() < 1e-3).all() for values in effect.values())
+
+
+@pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus])
+def test_saturated_masks_have_finite_terms_and_gradients(kind):
+    for logit in (-1e4, -100.0, 100.0, 1e4):
+        model = small_model(kind)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith("mask"):
+                    parameter.fill_(logit)
+        value, terms = elbo(model, *small_batch())
+        value.backward()
+        assert all(v.isfinite() for v in (value, *terms.values()))
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert iwelbo(model, [small_batch()], 50)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("log_theta", [math.log(1e-6), 0.0, math.log(1e8)])
+@pytest.mark.parametrize("library", [1, 10**6])
+def test_gradients_of_the_elbo_equal_differences_in_double_precision(log_theta, library):
+    model = small_model(SAMSVAE).double()
+    model.masks_of_one = True  # the gradient of masks is the straight-through one, no derivative
+    torch.manual_seed(3)
+    x = torch.distributions.Multinomial(library, torch.rand(6)).sample((10,)).double()
+    _, d = small_batch()
+    with torch.no_grad():
+        model.log_theta.fill_(log_theta)
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("mask")]
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def value(step):
+        """The ELBO, always with the same random numbers, a step in this direction."""
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for p, start, v in zip(parameters, starts, direction):
+                p.copy_(start + step * v)
+        return elbo(model, x, d, 3)[0]
+
+    starts = [p.detach().clone() for p in parameters]
+    gradient = torch.autograd.grad(value(0.0), parameters)
+    along = sum((g * v).sum() for g, v in zip(gradient, direction)).item()
+    difference = (value(1e-6) - value(-1e-6)).item() / 2e-6
+    assert difference == pytest.approx(along, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
 def test_every_parameter_of_every_model_has_a_finite_gradient(kind, basal, effects):
     model = small_model(kind, n_cells=(5, 0, 2), basal=basal, effects=effects)
@@ -2610,10 +2668,10 @@ def test_pairs_are_known_by_their_training_cells_or_those_of_both_parts():
 
 def test_test_cells_are_compared_with_controls_that_no_training_cell_is():
     is_control = np.arange(10) < 5
-    for cells, train, expected in (([8, 0, 1, 9], [2, 3, 7], [0, 1, 8, 9]),
-                                   ([8, 9], [0, 1, 2], [3, 4, 8, 9]),  # validation controls
-                                   ([8, 9], [0, 1, 2, 3], [0, 1, 2, 3, 4, 8, 9])):
-        found = evaluate.with_controls(np.array(cells), np.array(train), is_control)
+    for cells, trained, expected in (([8, 0, 1, 9], [2, 3, 7], [0, 1, 8, 9]),
+                                     ([8, 9], [0, 1, 2], [3, 4, 8, 9]),  # validation controls
+                                     ([8, 9], [0, 1, 2, 3], [0, 1, 2, 3, 4, 8, 9])):
+        found = evaluate.with_controls(np.array(cells), np.array(trained), is_control)
         assert found.tolist() == expected
 
 
@@ -2804,7 +2862,8 @@ def test_masks_begin_at_half_of_the_steps_that_a_resumed_run_is_given_if_they_ha
         state["step"] = step
         evaluate.save_checkpoint(state, "runs/run", "last.pt")
         args, given = train.parse_arguments(["--resume", "runs/run", "--steps", str(steps)])
-        assert train.resume_run(args, given, contextlib.ExitStack())[2]["config"]["masks_from"] == expected
+        _, _, state = train.resume_run(args, given, contextlib.ExitStack())
+        assert state["config"]["masks_from"] == expected
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -2997,6 +3056,21 @@ def test_runs_that_start_at_the_same_time_have_folders_of_their_own(folder, monk
     train_on_screen("mine", "--steps", "1")
     with pytest.raises(data.DataError, match="runs/mine exists"):
         train_on_screen("mine", "--steps", "1")
+
+
+def test_screens_of_one_gene_and_of_cells_of_one_and_a_million_counts_are_trained_and_evaluated(
+        folder):
+    for name, n_genes in (("one", 1), ("deep", 5)):
+        x = np.random.default_rng(0).poisson(1 if n_genes == 1 else 200_000, (80, n_genes)) + 1
+        if n_genes > 1:
+            x[:2] = [0, 0, 0, 0, 1], [0, 0, 1_000_000, 0, 0]
+        data.write_h5ad("x.h5ad", X=x, var={"gene": [f"g{i}" for i in range(n_genes)]}, obs={
+            "cell": [f"c{i}" for i in range(80)], "condition": text((["control"] * 3 + ["A"] * 5) * 10)})
+        train.main(["--data", "x.h5ad", "--name", name, "--steps", "4", "--n-latent", "1",
+                    "--n-hidden", "2"])
+        metrics = evaluate.evaluate(evaluate.Run(f"runs/{name}"), 3, 20)
+        assert math.isfinite(metrics["iwelbo"]) and math.isfinite(metrics["validation_loss"])
+        assert "nan" not in evaluate.table(metrics)
 
 
 def test_a_start_that_fails_leaves_no_folder(folder):

@@ -283,10 +283,7 @@ def _read_text(path, n_bytes, place):
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
 
     with h5py.File(path, "r") as file:
-        uns = _member(file, "uns", required=False) or ()
-        names = ["obs", "var", "raw/var", "raw.var", "X", "raw/X", "raw.X", "layers",
-                 "uns/pathways", "uns/simulation",
-                 *(f"uns/{name}" for name in _keys(uns) if name.endswith("_categories"))]
+        names = ["obs", "var", "raw/var", "raw.var", "X", "raw/X", "raw.X", "layers", "uns"]
         while names and length <= n_bytes:
             name = names.pop()
             place[:] = name.encode()[:len(place)].ljust(len(place), b"\0")
@@ -297,17 +294,22 @@ def _read_text(path, n_bytes, place):
                 if address in seen:
                     continue
                 seen.add(address)
-                for attribute in node.attrs:
-                    _attribute(node, attribute)
                 if isinstance(node, h5py.Group):
-                    names += [f"{name}/{key}" for key in _keys(node)]
+                    names += [f"{name}/{key}" for key in _keys(node) if name != "uns" or (
+                        key in ("pathways", "simulation") or key.endswith("_categories"))]
+                for attribute in node.attrs:
+                    with contextlib.suppress(Exception):
+                        _attribute(node, attribute)
+                if isinstance(node, h5py.Group):
                     continue
-                for column, dtype in ([(node, node.dtype)] if not node.dtype.names else
-                                      [(node.fields(n), node.dtype[n]) for n in node.dtype.names]):
+                for field in node.dtype.names or [None]:
+                    column, dtype = (node, node.dtype) if field is None else (
+                        node.fields(field), node.dtype[field])
                     a, n = 0, 1  # in growing parts: all of a part may share one long text
                     while (dtype.kind == "O" and h5py.check_string_dtype(dtype) and a < node.size
                            and length <= n_bytes):
-                        length += sum(map(len, column[a:a + n] if node.shape else [column[()]]))
+                        with contextlib.suppress(Exception):
+                            length += sum(map(len, column[a:a + n] if node.shape else [column[()]]))
                         n_values, a, n = n_values + n, a + n, min(2 * n, 2**16)
                         allow_time()
     return length > n_bytes

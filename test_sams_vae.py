@@ -3065,7 +3065,8 @@ def test_screens_of_one_gene_and_of_cells_of_one_and_a_million_counts_are_traine
         if n_genes > 1:
             x[:2] = [0, 0, 0, 0, 1], [0, 0, 1_000_000, 0, 0]
         data.write_h5ad("x.h5ad", X=x, var={"gene": [f"g{i}" for i in range(n_genes)]}, obs={
-            "cell": [f"c{i}" for i in range(80)], "condition": text((["control"] * 3 + ["A"] * 5) * 10)})
+            "cell": [f"c{i}" for i in range(80)],
+            "condition": text((["control"] * 3 + ["A"] * 5) * 10)})
         train.main(["--data", "x.h5ad", "--name", name, "--steps", "4", "--n-latent", "1",
                     "--n-hidden", "2"])
         metrics = evaluate.evaluate(evaluate.Run(f"runs/{name}"), 3, 20)
@@ -3286,6 +3287,8 @@ def test_a_terminal_that_closes_ends_a_run_like_ctrl_c_but_not_under_nohup(folde
 
     def interrupting(*arguments):
         os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)  # by the system and by the shell
         return plain(*arguments)
 
     monkeypatch.setattr(train, "elbo", interrupting)
@@ -3409,7 +3412,7 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
         of_all = {"all": {"model": {"rmse": model}, "no_change": {"rmse": 1.0},
                           "perturbed_mean": {"rmse": 0.9},
                           "noise_limit": {"pearson": limit, "pearson_se": 0.05}}}
-        return {"test": {scale: of_all for scale in evaluate.SCALES}}
+        return {"test": dict.fromkeys(evaluate.SCALES, of_all)}
 
     good = {"mask": [], "config": {"axes": "sparsest", "masks_from": 500, "steps": 1000},
             "step": 900, "n_not_compared": 0,

@@ -644,15 +644,17 @@ class Log:
 
 @contextlib.contextmanager
 def signals_remembered():
-    """A list that fills when Ctrl-C or a polite kill comes; a second does what it always did."""
+    """A list that fills when Ctrl-C or a polite kill comes, or the terminal closes; a second Ctrl-C
+    or kill does what it always did."""
     came, handlers = [], {}
 
     def remember(number, frame):
-        """Note the signal, and let the next one through."""
+        """Note the signal, and let the next one through. (Terminals that close send several.)"""
         came.append(number)
-        signal.signal(number, handlers[number])
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handlers[number])
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last where a terminal closes
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # not on Windows
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             handlers[number] = signal.signal(number, remember)

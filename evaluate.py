@@ -509,14 +509,15 @@ def with_controls(cells, train, is_control):
 
 def save_checkpoint(state, folder, name):
     """Write runs/NAME/best.pt or last.pt, whole or not at all. See `new_run` in train.py."""
-    state["seal"] = seal({k: v for k, v in state.items() if k != "seal"})
+    state["seal"] = seal(state)
     with data.replacing(os.path.join(folder, name)) as path, open(path, "wb") as file:
         torch.save(state, file)
 
 
-def seal(value):
-    """A hash of dicts, lists, tensors, numbers and text: what is read is what was written."""
-    digest, waiting = hashlib.blake2b(), [value]
+def seal(state):
+    """A hash of a dict, of dicts, lists, tensors, numbers and text, but for its item "seal": with
+    it, what is read is known to be what was written."""
+    digest, waiting = hashlib.blake2b(), [{k: v for k, v in state.items() if k != "seal"}]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -552,7 +553,7 @@ def load_checkpoint(folder, name):
         raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or "seal" not in checkpoint:
         raise DataError(f"{path}: is no checkpoint of this version of train.py")
-    if checkpoint["seal"] != seal({k: v for k, v in checkpoint.items() if k != "seal"}):
+    if checkpoint["seal"] != seal(checkpoint):
         raise DataError(f"{path}: is damaged or was changed, it is not what train.py wrote")
     return checkpoint
 
@@ -583,17 +584,18 @@ def as_the_model_sees(screen, model):
 
 
 def read_log(folder):
-    """The lines of log.jsonl as dicts. What is no line of numbers with a step and a loss does not
-    count, such as a last one that was cut off."""
+    """The lines of log.jsonl as dicts; one that was cut off, or is none of train.py's, is left
+    out."""
     lines = []
     with contextlib.suppress(FileNotFoundError), open(
             os.path.join(folder, "log.jsonl"), errors="replace") as file:
         for text in file:
-            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError,
+                                     OverflowError, RecursionError):
                 line = json.loads(text)
-                numbers = np.hstack([*line.values()])
-                if text.endswith("\n") and {"step", "loss"} <= {*line} and (
-                        numbers.dtype.kind in "if" and np.isfinite(numbers).all()):
+                numbers = [line["step"], line["loss"], *(
+                    v for k, v in line.items() if k != "latents_touched")]
+                if text.endswith("\n") and all(map(math.isfinite, numbers)):
                     lines.append(line)
     return lines
 
@@ -1895,7 +1897,7 @@ def evaluated(folder, options):
         with open(os.path.join(folder, "metrics.json")) as file:
             metrics = json.load(file)
         steps = [load_checkpoint(folder, name)["step"] for name in ("best.pt", "last.pt")]
-        same = (metrics.pop("seal") == seal(metrics) and metrics["format"] == FORMAT
+        same = (metrics["seal"] == seal(metrics) and metrics["format"] == FORMAT
                 and [metrics["step"], metrics["last_step"]] == steps
                 and metrics["options"].items() >= options.items()
                 and all(os.path.exists(os.path.join(folder, name)) for name in (

@@ -3175,7 +3175,8 @@ def test_checkpoints_metrics_and_logs_of_another_content_are_not_believed(folder
     lines = open("runs/run/log.jsonl").readlines()
     with open("runs/run/log.jsonl", "wb") as file:
         for text in ("[1]", "7", '{"step": "4", "loss": 1}', '{"loss": 1}', '{"step": 3}',
-                     '{"step": 3, "loss": NaN}', "{", '{"step": [[3], 1], "loss": 2}', "\0"):
+                     '{"step": 3, "loss": NaN}', "{", '{"step": [3], "loss": 2}', "\0",
+                     '{"step": 3, "loss": 2, "kl_mask": [1]}', '{"step": 1, "loss": 1' + 400 * "0"):
             file.write(text.encode() + b"\n\xff\n")
         file.write("".join(lines).encode() + b'{"step": 5')
     assert evaluate.read_log("runs/run") == [json.loads(line) for line in lines]
@@ -4487,8 +4488,8 @@ def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folde
     def result(run):
         state = evaluate.load_checkpoint(run, "last.pt")
         log = [line | {"cells_per_second": 0} for line in evaluate.read_log(run)]
-        return (evaluate.seal([state[k] for k in ("step", "best", "best_step", "model", "optimizer",
-                                                  "rng", "shuffle")]), log)
+        return (evaluate.seal({k: state[k] for k in (
+            "step", "best", "best_step", "model", "optimizer", "rng", "shuffle")}), log)
 
     options = ["--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
                "--validate-every", "2", "--log-every", "1"]

@@ -218,6 +218,8 @@ def _attribute(node, name):
         return None
     _check_type(f"the attribute {name} of {node.name}", node.attrs.get_id(name).dtype)
     value = node.attrs[name]
+    if np.ndim(value) and name not in ("column-order", "shape", "h5sparse_shape"):
+        raise DataError(f"the attribute {name} of {node.name} holds several values")
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
@@ -227,8 +229,10 @@ def _check_type(name, dtype):
         raise DataError(f"{name} holds values that are neither text nor numbers")
 
 
-_TRIED = {}  # (file, its size and time): what is wrong with its text, None if nothing is
+_TRIED = {}  # (file, its size and time): what is wrong with its text, "" if nothing is
 SECONDS = 5  # of computing for this, at least: a million strings take about one
+ATTRIBUTES = ("_index", "column-order", "encoding-type", "shape", "h5sparse_format",
+              "h5sparse_shape")  # all that are read
 
 
 def _try_text(path):
@@ -241,77 +245,92 @@ def _try_text(path):
     path, status = os.path.abspath(path), os.stat(path)
     version = path, status.st_size, status.st_mtime_ns
     if version not in _TRIED and hasattr(os, "fork"):
-        _TRIED[version] = _outcome_of_reading(path, status.st_size)
+        with contextlib.suppress(BlockingIOError, MemoryError):  # no fork now
+            _TRIED[version] = _outcome_of_reading(path, status.st_size)
     if _TRIED.get(version):
         raise DataError(_TRIED[version])
 
 
 def _outcome_of_reading(path, n_bytes):
-    """What is wrong with the text of the file, or None. What reading it raises does not count: the
+    """What is wrong with the text of the file, or "". What reading it raises does not count: the
     reading that follows raises it, too."""
-    place = mmap.mmap(-1, 4096)  # memory that both processes see: what is being read
+    shared = mmap.mmap(-1, 4096)  # memory that both processes see: an outcome, what is being read
     child = os.fork()
     if child == 0:
-        code = 0
+        outcome = b"."
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            code = _read_text(path, n_bytes, place)
+            if _read_text(path, n_bytes, shared):
+                outcome = b">"
         finally:
-            os._exit(code)
+            shared[:1] = outcome
+            os._exit(0)
     try:
-        _, status = os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # its status is lost where SIGCHLD is ignored
+            os.waitpid(child, 0)
     except BaseException:  # Ctrl-C
         os.kill(child, signal.SIGKILL)
         raise
-    name = place[:].rstrip(b"\0").decode("utf-8", "replace") or "it"
-    return f"{name} holds " + (
-        "damaged text, on which HDF5 crashes or works for ever: copy or download the file anew"
-        if os.WIFSIGNALED(status) else "more text than the file has bytes") if status else None
+    name = shared[1:].rstrip(b"\0").decode("utf-8", "replace") or "it"
+    return {b".": "", b">": f"{name} holds more text than the file has bytes"}.get(
+        shared[:1], f"{name} holds damaged text, on which HDF5 crashes or works for ever: copy or "
+        "download the file anew")
 
 
-def _read_text(path, n_bytes, place):
+def _read_text(path, n_bytes, shared):
     """Read all text that the functions below may ask for; whether it is longer than the file."""
     import resource  # not on Windows
 
     seen, n_values, length = set(), 0, 0
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            n_now = int(file.read().split()[0]) * resource.getpagesize()
+        _, most_bytes = resource.getrlimit(resource.RLIMIT_AS)
+        if most_bytes == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_AS, (n_now + 4 * n_bytes + 2**29, most_bytes))
 
-    def allow_time():
-        """Of computing, so that a slow disk is not taken for damage."""
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    def read(function):
+        """The number of values that function() returns, and the longest; 0 and 1 if it raises."""
+        nonlocal n_values, length
+        # Seconds of computing, so that a slow disk is not taken for damage.
         seconds = int(SECONDS + len(seen) / 50 + n_values / 50_000)
-        seconds = seconds if most == resource.RLIM_INFINITY else min(seconds, most)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (
+            seconds if most == resource.RLIM_INFINITY else min(seconds, most), most))
+        try:
+            lengths = [len(value) for value in function() if isinstance(value, bytes | str)]
+        except Exception as error:
+            lengths = [n_bytes + 1] if re.search("alloc", str(error)) else []
+        n_values, length = n_values + len(lengths), length + sum(lengths)
+        return max(lengths, default=1)
 
     with h5py.File(path, "r") as file:
         names = ["obs", "var", "raw/var", "raw.var", "X", "raw/X", "raw.X", "layers", "uns"]
         while names and length <= n_bytes:
             name = names.pop()
-            place[:] = name.encode()[:len(place)].ljust(len(place), b"\0")
-            allow_time()
+            shared[1:] = name.encode()[:len(shared) - 1].ljust(len(shared) - 1, b"\0")
+            columns, address = [], name
             with contextlib.suppress(Exception):
                 node = _member(file, name)
-                address = h5py.h5o.get_info(node.id).addr
+                with contextlib.suppress(Exception):  # by it, loops of links are known
+                    address = h5py.h5o.get_info(node.id).addr
                 if address in seen:
                     continue
                 seen.add(address)
+                for attribute in ATTRIBUTES:
+                    read(lambda: np.ravel(_attribute(node, attribute)))
                 if isinstance(node, h5py.Group):
                     names += [f"{name}/{key}" for key in _keys(node) if name != "uns" or (
                         key in ("pathways", "simulation") or key.endswith("_categories"))]
-                for attribute in node.attrs:
-                    with contextlib.suppress(Exception):
-                        _attribute(node, attribute)
-                if isinstance(node, h5py.Group):
-                    continue
-                for field in node.dtype.names or [None]:
-                    column, dtype = (node, node.dtype) if field is None else (
-                        node.fields(field), node.dtype[field])
-                    a, n = 0, 1  # in growing parts: all of a part may share one long text
-                    while (dtype.kind == "O" and h5py.check_string_dtype(dtype) and a < node.size
-                           and length <= n_bytes):
-                        with contextlib.suppress(Exception):
-                            length += sum(map(len, column[a:a + n] if node.shape else [column[()]]))
-                        n_values, a, n = n_values + n, a + n, min(2 * n, 2**16)
-                        allow_time()
+                else:
+                    columns = ([(node, node.dtype)] if not node.dtype.names else
+                               [(node.fields(n), node.dtype[n]) for n in node.dtype.names])
+            for column, dtype in columns:
+                a, n = 0, 1  # in growing parts: all of a part may share one long text
+                while (dtype.kind == "O" and h5py.check_string_dtype(dtype) and a < node.size
+                       and length <= n_bytes):
+                    longest = read(lambda: column[a:a + n] if node.shape else [column[()]])
+                    a, n = a + n, max(1, min(2 * n, 2**16, n_bytes // max(longest, 1)))
     return length > n_bytes
 
 
@@ -372,6 +391,14 @@ def _plain(file, name, rows=()):
     return _to_numpy(name, node[rows])
 
 
+def _numbers(file, name):
+    """A data set of numbers, of any shape."""
+    node = _member(file, name)
+    if not isinstance(node, h5py.Dataset) or node.dtype.kind not in "biuf":
+        raise DataError(f"{name} holds no numbers")
+    return node[()]
+
+
 def _plain_or_nullable(file, name, rows=()):
     """A data set, or a group of `values` and a `mask` that is true where a value is missing."""
     node = _member(file, name)
@@ -391,13 +418,13 @@ def _decode(name, codes, categories):
     """A categorical column: categories[codes], None where the code is -1."""
     if codes.dtype.kind not in "iu":
         raise DataError(f"{name} has category codes of type {codes.dtype}; integers were expected")
-    codes = codes.astype(np.int64)  # they come as int8 and up, and unsigned ones have no -1
     wrong = np.flatnonzero((codes < -1) | (codes >= len(categories)))
     if len(wrong):
         raise DataError(f"{name} has the category code {codes[wrong[0]]} in row {wrong[0]}, but "
                         f"only {len(categories)} categories")
     if not len(categories):  # all codes are -1, and categories[-1] would be an IndexError
         return np.full(len(codes), None, dtype=object)
+    codes = codes.astype(np.int64)  # they come as int8 and up, and unsigned ones have no -1
     return _with_missing(categories[codes], codes == -1)
 
 
@@ -417,14 +444,8 @@ def _column(file, table, column, rows=()):
         categories = _plain_or_nullable(file, f"{name}/categories")
         return _decode(name, _plain(file, f"{name}/codes", rows), categories)
     values = _plain_or_nullable(file, name, rows)
-    categories = _attribute(node, "categories")
-    if isinstance(categories, h5py.Reference):  # 0.7: a reference into obs/__categories
-        categories = file[categories]  # not through _member: check what it checks
-        if not isinstance(categories, h5py.Dataset):
-            raise DataError(f"{name} refers to categories that are not a data set")
-        _check_storage(file, f"categories of {name}", categories)
-        _check_type(f"categories of {name}", categories.dtype)
-        return _decode(name, values, _to_numpy(name, categories[()]))
+    if "categories" in node.attrs:  # 0.7: it refers to this data set
+        return _decode(name, values, _plain(file, f"{table}/__categories/{column}"))
     return values
 
 
@@ -447,16 +468,17 @@ def _names(file, table, rows=()):
     return _objects(map(str, _column(file, table, _index_name(file, table), rows)))
 
 
-def _n_rows(file, table):
-    """How many rows a table has: how long its index is, which need not be read for it."""
+def _n_rows(file, table, column=None):
+    """How many rows a column has, by default the index, which need not be read for it."""
     node = _member(file, table)
     if isinstance(node, h5py.Group):
-        node = _member(file, f"{table}/{_index_name(file, table)}")
+        node = _member(file, f"{table}/{column or _index_name(file, table)}")
     for part in ("codes", "values"):  # of a categorical or nullable index
         if isinstance(node, h5py.Group) and part in node:
             node = _member(file, f"{node.name}/{part}")
     if not isinstance(node, h5py.Dataset) or node.ndim != 1:
-        raise DataError(f"the index of {table} is no column of names")
+        raise DataError(f"{table}/{column} is no column" if column else
+                        f"the index of {table} is no column of names")
     return len(node)
 
 
@@ -971,10 +993,10 @@ class H5ad:
             if column not in columns:
                 raise DataError(f"{table} has no column {column!r}; its columns are: "
                                 + (", ".join(columns) or "none"))
-            values = _column(file, table, column)
-            if len(values) != n:
-                raise DataError(f"{table}/{column} has {len(values)} values for {n} {what}")
-            return values
+            n_found = _n_rows(file, table, column)
+            if n_found != n:  # before they take memory
+                raise DataError(f"{table}/{column} has {n_found} values for {n} {what}")
+            return _column(file, table, column)
 
 
 class StoredCounts:
@@ -1304,11 +1326,14 @@ def replacing(path):
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.writing"
     try:
-        for left in glob.glob(f"{glob.escape(path)}.*.writing") if os.name == "posix" else ():
-            try:  # does the process live that was writing it?
-                os.kill(int(left.split(".")[-2]), 0)
-            except (ProcessLookupError, ValueError):
-                os.remove(left)
+        for left in glob.glob(f"{glob.escape(path)}.*.writing"):
+            pid = re.fullmatch(r"\d{1,9}", left.split(".")[-2])
+            if os.name == "posix" and pid and os.path.isfile(left):
+                with contextlib.suppress(PermissionError):  # a process of another user
+                    try:
+                        os.kill(int(pid[0]), 0)
+                    except ProcessLookupError:  # which wrote it, has ended
+                        os.remove(left)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -2460,14 +2485,14 @@ def read_simulation(path):
         parts = [f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")]
         if any(_member(file, part, required=False) is None for part in parts):
             return None
-        names, (mask, effect) = _plain(file, parts[0]), (file[part][()] for part in parts[1:])
+        names, mask, effect = _plain(file, parts[0]), *(_numbers(file, p) for p in parts[1:])
         return list(names), mask.astype(bool), effect
 
 
 def read_layers(path):
     """{layer: array (obs x var)} of a file that write_h5ad wrote, such as predictions."""
     with _h5_file(path) as file:
-        return {name: _member(file, f"layers/{name}")[()] for name in _keys(file["layers"])}
+        return {name: _numbers(file, f"layers/{name}") for name in _keys(_member(file, "layers"))}
 
 
 def read_pathways(path):
@@ -2478,7 +2503,7 @@ def read_pathways(path):
                 pathways = json.load(file)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read as JSON: {error}") from None
         # Either the pathways themselves, or an object that has them beside its source, say.
         pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else None
@@ -2564,10 +2589,11 @@ def run(main):
         problem = (f"{os.fsdecode(error.filename or 'reading or writing failed')}: "
                    f"{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("allocate|overflow", str(error)):
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
+        if isinstance(error, RuntimeError) and not re.search("allocate|overflow|memory", reason):
             raise
         problem = ("not enough memory: a smaller model or fewer particles, cells in a batch or "
-                   f"genes take less ({str(error).splitlines()[-1]})")
+                   f"genes take less ({reason})")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {printable(problem)}", file=sys.stderr)

@@ -26,6 +26,7 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -52,7 +53,8 @@ from data import DataError
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 5  # of metrics.json; a file of another format is not read
+FORMAT = 6  # of metrics.json; a file of another format is not read
+RESULTS = ("effects.h5ad", "iwelbo.csv", "top_genes.csv")
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
              "matching_mean": "matching mean"}
@@ -508,28 +510,33 @@ def with_controls(cells, train, is_control):
 
 
 def save_checkpoint(state, folder, name):
-    """Write runs/NAME/best.pt or last.pt, whole or not at all. See `new_run` in train.py."""
-    state["seal"] = seal(state)
+    """Write runs/NAME/best.pt or last.pt, whole or not at all. See `new_run` in train.py.
+
+    At its end, which torch.load passes over, is a hash of what stands before it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    seal = hash_of(buffer)
     with data.replacing(os.path.join(folder, name)) as path, open(path, "wb") as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
+        file.write(seal)
 
 
-def seal(state):
-    """A hash of a dict, of dicts, lists, tensors, numbers and text, but for its item "seal": with
-    it, what is read is known to be what was written."""
-    digest, waiting = hashlib.blake2b(), [{k: v for k, v in state.items() if k != "seal"}]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [len(value), *value.keys(), *value.values()]
-        elif isinstance(value, list | tuple):
-            waiting += [len(value), *value]
-        elif isinstance(value, torch.Tensor):
-            waiting += [str(value.dtype), list(value.shape)]
-            digest.update(value.detach().cpu().numpy().tobytes())
-        else:
-            digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+def hash_of(file):
+    """A hash of what is left of an open file, 64 bytes."""
+    digest = hashlib.blake2b(digest_size=32)
+    for block in iter(lambda: file.read(2**20), b""):
+        digest.update(block)
+    return digest.hexdigest().encode()
+
+
+def hashes_of(folder, names):
+    """{name: hash} of files."""
+    found = {}
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            found[name] = hash_of(file).decode()
+    return found
 
 
 def load_checkpoint(folder, name):
@@ -538,7 +545,8 @@ def load_checkpoint(folder, name):
     Raises DataError where it is missing, no checkpoint, or not to the last bit what was saved."""
     path = os.path.join(folder, name)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            content = file.read()
     except FileNotFoundError:
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
             raise DataError(f"{folder} has no best.pt yet, which validations write (with --axes "
@@ -549,13 +557,13 @@ def load_checkpoint(folder, name):
                         "and this one has no checkpoint to go on from") from None
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
-    except Exception as error:  # damaged files raise a dozen kinds of exception
-        raise DataError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "seal" not in checkpoint:
-        raise DataError(f"{path}: is no checkpoint of this version of train.py")
-    if checkpoint["seal"] != seal(checkpoint):
-        raise DataError(f"{path}: is damaged or was changed, it is not what train.py wrote")
-    return checkpoint
+    if hash_of(io.BytesIO(content[:-64])) != content[-64:]:
+        raise DataError(f"{path}: is damaged, was changed, or is no checkpoint of this version of "
+                        "train.py")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of a later version of torch, say
+        raise DataError(f"{path}: torch cannot read it ({type(error).__name__})") from None
 
 
 def build_model(checkpoint):
@@ -620,6 +628,7 @@ class Run:
     def __init__(self, folder, device=None, data_path=None):
         self.folder, self.device = folder, choose_device(device)
         self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
+        self.hashes = hashes_of(folder, ("best.pt", "last.pt"))
         self.last_step, self.done = last["step"], last["done"]
         self.config = last["config"] | (
             {"data": os.path.abspath(data_path)} if data_path else {})
@@ -689,9 +698,10 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
         options[k] for k in ("library", "effects_from", "own_targets")))
     metrics |= masks(run, known_pathways)
     metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
-    metrics = without_nan(metrics)
+    metrics = without_nan(metrics) | {"files": run.hashes | hashes_of(run.folder, RESULTS)}
+    metrics["seal"] = hash_of(io.BytesIO(json.dumps(metrics).encode())).decode()
     with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
-        json.dump(metrics | {"seal": seal(json.loads(json.dumps(metrics)))}, file, indent=2)
+        json.dump(metrics, file, indent=2)
     return metrics
 
 
@@ -1892,16 +1902,15 @@ def number_within(kind, least, largest, words):
 
 
 def evaluated(folder, options):
-    """The metrics of metrics.json if they are those of best.pt under these options, else None."""
+    """The metrics of metrics.json if they are those of the checkpoints under these options, and
+    neither they nor the other results were changed; else None."""
     try:
         with open(os.path.join(folder, "metrics.json")) as file:
             metrics = json.load(file)
-        steps = [load_checkpoint(folder, name)["step"] for name in ("best.pt", "last.pt")]
-        same = (metrics["seal"] == seal(metrics) and metrics["format"] == FORMAT
-                and [metrics["step"], metrics["last_step"]] == steps
-                and metrics["options"].items() >= options.items()
-                and all(os.path.exists(os.path.join(folder, name)) for name in (
-                    "effects.h5ad", "iwelbo.csv", "top_genes.csv")))
+        whole = {k: v for k, v in metrics.items() if k != "seal"}
+        same = (metrics["seal"] == hash_of(io.BytesIO(json.dumps(whole).encode())).decode()
+                and metrics["format"] == FORMAT and metrics["options"].items() >= options.items()
+                and metrics["files"] == hashes_of(folder, ("best.pt", "last.pt", *RESULTS)))
         return metrics if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -358,7 +359,8 @@ def new_folder(name, config, lock):
         with contextlib.suppress(DataError):  # another process has it
             locked = lock.enter_context(alone_in(folder))
             if is_new or locked and os.path.isdir(folder) and all(
-                    left.endswith(("simulated.h5ad", "config.json", ".writing"))
+                    re.fullmatch(r"(simulated\.h5ad|config\.json|last\.pt)\.\d+\.writing"
+                                 r"|simulated\.h5ad|config\.json", left)
                     for left in os.listdir(folder)):
                 return folder
             lock.close()
@@ -427,6 +429,12 @@ def first_state(config, device):
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}
     arguments |= {"n_cells": torch.from_numpy(n_cells), "x_mean": x_mean.cpu(),
                   "x_std": x_std.cpu(), "n_covariates": len(screen.covariates)}
+    with torch.device("meta"):  # takes no memory
+        n_parameters = sum(p.numel() for p in MODELS[config["model"]](**arguments).parameters())
+    if 16 * n_parameters > data.memory():  # with gradient and Adam's two moments
+        raise DataError(f"the model would take {data.size_in_words(16 * n_parameters)} in training "
+                        f"of {data.size_in_words(data.memory())} of memory: it needs a smaller "
+                        "--n-hidden, --n-latent or --n-layers")
     torch.manual_seed(config["seed"])
     model = MODELS[config["model"]](**arguments)
     for value, name in enumerate(screen.covariates):
@@ -436,11 +444,6 @@ def first_state(config, device):
                 network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
         model.start_from(log_frequency, log_theta)
-    needed = 16 * sum(p.numel() for p in model.parameters())  # with gradient and Adam's two moments
-    if needed > data.memory():
-        raise DataError(f"the model takes {data.size_in_words(needed)} in training, of "
-                        f"{data.size_in_words(data.memory())} of memory: a smaller --n-hidden, "
-                        "--n-latent or --n-layers is needed")
     return screen, {
         "config": config, "fingerprint": fingerprint, "gene_names": list(screen.gene_names),
         "perturbations": screen.perturbations, "model_arguments": arguments,

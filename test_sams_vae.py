@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1481,6 +1482,10 @@ REFUSED = {  # what is wrong: how it is written, words of the sentence
         0, [1, 2, 3, 4]), "does not hold"),
     "4 EiB": (lambda f: (write_sparse(f, "X"), f.__delitem__("X/data"), f.create_dataset(
         "X/data", (2**60,), "f4", chunks=(2**20,), compression="gzip")), "does not hold"),
+    "huge code": (lambda f: (f.__delitem__("obs/_index"), categorical(f["obs"], "_index"), replace(
+        "obs/_index/codes", np.array([0, 1, 2**64 - 1, 0, 0], "u8"))(f)), "in row 2, but only"),
+    "several encodings": (spoil(lambda f: f["X"].attrs.__setitem__("encoding-type", [1, 2])),
+                          "encoding-type of /X holds several values"),
     "codes": (lambda f: (f.__delitem__("obs/_index"), f.__delitem__("obs/condition"), categorical(
         f["obs"], "_index", codes=[0, 1, 9, 0, 0]), dense("f4")(f)), "code 9 in row 2"),
     "no genes": (lambda f: (f.__delitem__("var"), write_frame(f, "var", []), f.create_dataset(
@@ -1547,6 +1552,21 @@ def test_text_on_which_hdf5_works_for_ever_ends_in_a_sentence(where, tmp_path, m
     with_hole(path, b"GCOL")
     with pytest.raises(data.DataError, match="x.h5ad: .* on which HDF5 crashes or works for ever"):
         data.read_h5ad(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_good_files_are_read_where_a_child_s_end_is_not_reported_or_none_can_be_made(
+        tmp_path, monkeypatch):
+    def no_fork():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        data.read_h5ad(write_modern(tmp_path / "x.h5ad", dense("f4")))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    monkeypatch.setattr(os, "fork", no_fork)
+    data.read_h5ad(write_modern(tmp_path / "y.h5ad", dense("f4")))
 
 
 def test_text_that_shares_its_bytes_is_refused_before_it_takes_memory(tmp_path):
@@ -3279,20 +3299,26 @@ def test_two_processes_do_not_train_one_run_and_what_a_killed_one_left_is_in_no_
     dead.wait()
     os.makedirs("runs/run")
     for name in (f"simulated.h5ad.{dead.pid}.writing", f"last.pt.{dead.pid}.writing",
-                 f"last.pt.{os.getppid()}.writing", "config.json"):
+                 f"last.pt.{os.getppid()}.writing", "last.pt.1.writing", "config.json"):
         open(f"runs/run/{name}", "w").close()
     with train.alone_in("runs/run"), pytest.raises(data.DataError, match="runs/run exists"):
         train_on_screen("run", "--steps", "2")
     train_on_screen("run", "--steps", "2")  # killed before its first checkpoint: it can begin anew
     assert f"last.pt.{dead.pid}.writing" not in os.listdir("runs/run")
-    assert f"last.pt.{os.getppid()}.writing" in os.listdir("runs/run")  # of a process that lives
+    # Of processes that live.
+    assert {f"last.pt.{os.getppid()}.writing", "last.pt.1.writing"} <= {*os.listdir("runs/run")}
     with train.alone_in("runs/run"), pytest.raises(data.DataError, match="another process is"):
         train.main(["--resume", "runs/run", "--steps", "3"])
     train.main(["--resume", "runs/run", "--steps", "3"])
-    os.makedirs("runs/mine")
-    open("runs/mine/notes.txt", "w").close()  # a folder of something else is none of ours
-    with pytest.raises(data.DataError, match="runs/mine exists"):
-        train_on_screen("mine", "--steps", "2")
+    for name in ("notes.txt", "my_simulated.h5ad", "last.pt.notes.writing"):  # none of ours
+        os.makedirs("runs/mine")
+        open(f"runs/mine/{name}", "w").close()
+        with pytest.raises(data.DataError, match="runs/mine exists"):
+            train_on_screen("mine", "--steps", "2")
+        with data.replacing("runs/mine/last.pt") as path:
+            open(path, "w").close()
+        assert sorted(os.listdir("runs/mine")) == sorted(["last.pt", name])
+        shutil.rmtree("runs/mine")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="sends a signal")

@@ -21,8 +21,9 @@ keeps them in the narrowest integer type: what is not wanted never takes memory.
 larger than memory stay in the file (`H5ad.stored`) and are read piece by piece, as they are needed.
 
 The reader takes files of anndata 0.5 to 0.13. It never imports anndata, never unpickles, and
-follows no link out of the file. All that is wrong with a file or an option is raised as a
-DataError, one sentence for the user.
+follows no link out of the file; where HDF5 itself may crash or not come back, a child process goes
+first. All that is wrong with a file or an option is raised as a DataError, one sentence for the
+user.
 """
 
 import collections.abc
@@ -227,111 +228,6 @@ def _check_type(name, dtype):
     """Refuse values of variable length that are no text: HDF5 crashes on damaged ones."""
     if dtype.kind == "O" and not (h5py.check_string_dtype(dtype) or h5py.check_ref_dtype(dtype)):
         raise DataError(f"{name} holds values that are neither text nor numbers")
-
-
-_TRIED = {}  # (file, its size and time): what is wrong with its text, "" if nothing is
-SECONDS = 5  # of computing for this, at least: a million strings take about one
-ATTRIBUTES = ("_index", "column-order", "encoding-type", "shape", "h5sparse_format",
-              "h5sparse_shape")  # all that are read
-
-
-def _try_text(path):
-    """Read the text of a file in a child process; raise DataError if that does not end well.
-
-    HDF5 keeps text of variable length in heaps. With a hole in one of them, as a broken download
-    may have, it goes round in circles for ever, and Ctrl-C does not stop it; and heaps can be made
-    so that a small file holds gigabytes of text. (Windows has no fork: nothing is tried there.)
-    """
-    path, status = os.path.abspath(path), os.stat(path)
-    version = path, status.st_size, status.st_mtime_ns
-    if version not in _TRIED and hasattr(os, "fork"):
-        with contextlib.suppress(BlockingIOError, MemoryError):  # no fork now
-            _TRIED[version] = _outcome_of_reading(path, status.st_size)
-    if _TRIED.get(version):
-        raise DataError(_TRIED[version])
-
-
-def _outcome_of_reading(path, n_bytes):
-    """What is wrong with the text of the file, or "". What reading it raises does not count: the
-    reading that follows raises it, too."""
-    shared = mmap.mmap(-1, 4096)  # memory that both processes see: an outcome, what is being read
-    child = os.fork()
-    if child == 0:
-        outcome = b"."
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if _read_text(path, n_bytes, shared):
-                outcome = b">"
-        finally:
-            shared[:1] = outcome
-            os._exit(0)
-    try:
-        with contextlib.suppress(ChildProcessError):  # its status is lost where SIGCHLD is ignored
-            os.waitpid(child, 0)
-    except BaseException:  # Ctrl-C
-        os.kill(child, signal.SIGKILL)
-        raise
-    name = shared[1:].rstrip(b"\0").decode("utf-8", "replace") or "it"
-    return {b".": "", b">": f"{name} holds more text than the file has bytes"}.get(
-        shared[:1], f"{name} holds damaged text, on which HDF5 crashes or works for ever: copy or "
-        "download the file anew")
-
-
-def _read_text(path, n_bytes, shared):
-    """Read all text that the functions below may ask for; whether it is longer than the file."""
-    import resource  # not on Windows
-
-    seen, n_values, length = set(), 0, 0
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    if sys.platform == "linux":
-        with open("/proc/self/statm") as file:
-            n_now = int(file.read().split()[0]) * resource.getpagesize()
-        _, most_bytes = resource.getrlimit(resource.RLIMIT_AS)
-        if most_bytes == resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_AS, (n_now + 4 * n_bytes + 2**29, most_bytes))
-
-    def read(function):
-        """The number of values that function() returns, and the longest; 0 and 1 if it raises."""
-        nonlocal n_values, length
-        # Seconds of computing, so that a slow disk is not taken for damage.
-        seconds = int(SECONDS + len(seen) / 50 + n_values / 50_000)
-        resource.setrlimit(resource.RLIMIT_CPU, (
-            seconds if most == resource.RLIM_INFINITY else min(seconds, most), most))
-        try:
-            lengths = [len(value) for value in function() if isinstance(value, bytes | str)]
-        except Exception as error:
-            lengths = [n_bytes + 1] if re.search("alloc", str(error)) else []
-        n_values, length = n_values + len(lengths), length + sum(lengths)
-        return max(lengths, default=1)
-
-    with h5py.File(path, "r") as file:
-        names = ["obs", "var", "raw/var", "raw.var", "X", "raw/X", "raw.X", "layers", "uns"]
-        while names and length <= n_bytes:
-            name = names.pop()
-            shared[1:] = name.encode()[:len(shared) - 1].ljust(len(shared) - 1, b"\0")
-            columns, address = [], name
-            with contextlib.suppress(Exception):
-                node = _member(file, name)
-                with contextlib.suppress(Exception):  # by it, loops of links are known
-                    address = h5py.h5o.get_info(node.id).addr
-                if address in seen:
-                    continue
-                seen.add(address)
-                for attribute in ATTRIBUTES:
-                    read(lambda: np.ravel(_attribute(node, attribute)))
-                if isinstance(node, h5py.Group):
-                    names += [f"{name}/{key}" for key in _keys(node) if name != "uns" or (
-                        key in ("pathways", "simulation") or key.endswith("_categories"))]
-                else:
-                    columns = ([(node, node.dtype)] if not node.dtype.names else
-                               [(node.fields(n), node.dtype[n]) for n in node.dtype.names])
-            for column, dtype in columns:
-                a, n = 0, 1  # in growing parts: all of a part may share one long text
-                while (dtype.kind == "O" and h5py.check_string_dtype(dtype) and a < node.size
-                       and length <= n_bytes):
-                    longest = read(lambda: column[a:a + n] if node.shape else [column[()]])
-                    a, n = a + n, max(1, min(2 * n, 2**16, n_bytes // max(longest, 1)))
-    return length > n_bytes
 
 
 # ============================================================================================
@@ -1154,6 +1050,117 @@ def _where_counts_may_be(file, tried):
                 return f"use --layer {layer}"
     return (f"there are no counts in {', '.join(matrices)}: start from the file with the raw "
             "counts")
+
+
+# ============================================================================================
+# h5ad in and out: text, on which HDF5 may not come back, is tried in a child process
+# ============================================================================================
+
+SECONDS = 5  # of computing that this may take, and more with the text: a second a million strings
+ATTRIBUTES = ("_index", "column-order", "encoding-type", "shape", "h5sparse_format",
+              "h5sparse_shape")  # all that are read
+_tried = {}  # (file, its size and time): what is wrong with its text, "" if nothing is
+
+
+def _try_text(path):
+    """Read the text of a file in a child process; raise DataError if that does not end well.
+
+    HDF5 keeps text of variable length in heaps. With a hole in one of them, as a broken download
+    may have, it goes round in circles for ever, and Ctrl-C does not stop it; and heaps can be made
+    so that a small file holds gigabytes of text. (Windows has no fork: nothing is tried there.)
+    """
+    path, status = os.path.abspath(path), os.stat(path)
+    version = path, status.st_size, status.st_mtime_ns
+    if version not in _tried and hasattr(os, "fork"):
+        with contextlib.suppress(BlockingIOError, MemoryError):  # no fork now
+            _tried[version] = _outcome_of_reading(path, status.st_size)
+    if _tried.get(version):
+        raise DataError(_tried[version])
+
+
+def _outcome_of_reading(path, n_bytes):
+    """What is wrong with the text of a file of n_bytes, or "". What reading it raises does not
+    count: the reading that follows raises it, too."""
+    shared = mmap.mmap(-1, 4096)  # memory that both processes see: an outcome, what is being read
+    child = os.fork()
+    if child == 0:
+        outcome = b"."
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if _read_text(path, n_bytes, shared):
+                outcome = b">"
+        finally:
+            shared[:1] = outcome
+            os._exit(0)
+    try:
+        with contextlib.suppress(ChildProcessError):  # its status is lost where SIGCHLD is ignored
+            os.waitpid(child, 0)
+    except BaseException:  # Ctrl-C
+        os.kill(child, signal.SIGKILL)
+        raise
+    name = shared[1:].rstrip(b"\0").decode("utf-8", "replace") or "it"
+    return {b".": "", b">": f"{name} holds more text than the file has bytes"}.get(
+        shared[:1], f"{name} holds damaged text, on which HDF5 crashes or works for ever: copy or "
+        "download the file anew")
+
+
+def _read_text(path, n_bytes, shared):
+    """Read all text that the functions above may ask for; whether it is longer than the file."""
+    import resource  # not on Windows
+
+    seen, n_values, length = set(), 0, 0
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    if sys.platform == "linux":  # elsewhere this limit means nothing
+        with open("/proc/self/statm") as file:
+            n_now = int(file.read().split()[0]) * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        if limits[1] == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_AS, (n_now + 4 * n_bytes + 2**29, limits[1]))
+
+    def read(function):
+        """The length of the longest text that function() returns. What it raises does not count,
+        unless memory was too little."""
+        nonlocal n_values, length
+        # Time of computing, so that a slow disk is not taken for damage.
+        seconds = int(SECONDS + len(seen) / 50 + n_values / 50_000)
+        resource.setrlimit(resource.RLIMIT_CPU, (
+            seconds if most == resource.RLIM_INFINITY else min(seconds, most), most))
+        try:
+            lengths = [len(value) for value in function() if isinstance(value, bytes | str)]
+        except Exception as error:
+            no_memory = isinstance(error, MemoryError) or "alloc" in str(error)
+            lengths = [n_bytes + 1] if no_memory else []
+        n_values, length = n_values + len(lengths), length + sum(lengths)
+        return max(lengths, default=1)
+
+    with h5py.File(path, "r") as file:
+        names = ["obs", "var", "raw/var", "raw.var", "X", "raw/X", "raw.X", "layers", "uns"]
+        while names and length <= n_bytes:
+            name = names.pop()
+            shared[1:] = name.encode()[:len(shared) - 1].ljust(len(shared) - 1, b"\0")
+            columns, address = [], name
+            with contextlib.suppress(Exception):
+                node = _member(file, name)
+                with contextlib.suppress(Exception):  # by it, loops of links are known
+                    address = h5py.h5o.get_info(node.id).addr
+                if address in seen:
+                    continue
+                seen.add(address)
+                for attribute in ATTRIBUTES:
+                    read(lambda: np.ravel(_attribute(node, attribute)))
+                if isinstance(node, h5py.Group):
+                    names += [f"{name}/{key}" for key in _keys(node) if name != "uns" or (
+                        key in ("pathways", "simulation") or key.endswith("_categories"))]
+                else:
+                    columns = ([(node, node.dtype)] if not node.dtype.names else
+                               [(node.fields(n), node.dtype[n]) for n in node.dtype.names])
+            for column, dtype in columns:
+                a, n = 0, 1  # in growing parts: all of a part may share one long text
+                while (dtype.kind == "O" and h5py.check_string_dtype(dtype) and a < node.size
+                       and length <= n_bytes):
+                    longest = read(lambda: column[a:a + n] if node.shape else [column[()]])
+                    a, n = a + n, max(1, min(2 * n, 2**16, n_bytes // max(longest, 1)))
+    return length > n_bytes
 
 
 # ============================================================================================

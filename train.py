@@ -357,16 +357,18 @@ def new_folder(name, config, lock):
         except FileExistsError:
             is_new = False
         with contextlib.suppress(DataError):  # another process has it
-            locked = lock.enter_context(alone_in(folder))
-            if is_new or locked and os.path.isdir(folder) and all(
-                    re.fullmatch(r"(simulated\.h5ad|config\.json|last\.pt)\.\d+\.writing"
-                                 r"|simulated\.h5ad|config\.json", left)
-                    for left in os.listdir(folder)):
-                return folder
-            lock.close()
+            if is_new or is_left_over(folder):
+                if lock.enter_context(alone_in(folder)) or is_new:
+                    return folder
         if name:
             raise DataError(f"{folder} exists: choose another --name, or --resume {folder}")
         n += 1
+
+
+def is_left_over(folder):
+    """Whether it holds no more than what a start writes before its first checkpoint."""
+    first = r"(simulated\.h5ad|config\.json)(\.\d+\.writing)?|last\.pt\.\d+\.writing"
+    return os.path.isdir(folder) and all(re.fullmatch(first, name) for name in os.listdir(folder))
 
 
 @contextlib.contextmanager

@@ -1345,7 +1345,7 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter by HDF5 and torch
+    except (OSError, RuntimeError) as error:  # the latter by HDF5
         numbers = [getattr(e, "errno", None) for e in (error, error.__context__)]
         reason = os.strerror(next(filter(None, numbers))) if any(numbers) else " ".join(
             str(error).split())[:200]

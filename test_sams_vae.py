@@ -3274,7 +3274,7 @@ def test_what_the_machine_refuses_is_one_sentence_and_status_2(folder, monkeypat
             train.main(["--data", "screen.h5ad", *options, *TINY[4:]])
     os.remove("runs")
     monkeypatch.setattr(data, "memory", lambda: 10**4)
-    with pytest.raises(data.DataError, match="the model takes .* in training"):
+    with pytest.raises(data.DataError, match="the model would take .* in training"):
         train_on_screen("large", "--no-stream")
     assert os.listdir(".") == ["screen.h5ad"] or os.listdir("runs") == []
 
@@ -3387,7 +3387,8 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         return {scale: torch.from_numpy(e) for scale, e in expected.items()}
 
     monkeypatch.setattr(evaluate, "expected_expression", of_the_data)
-    monkeypatch.setattr(evaluate, "write_top_genes", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "write_top_genes",
+                        lambda run, *_: run.write_csv("top_genes.csv", [], []))
     metrics = evaluate.evaluate(evaluate.Run("runs/run"), 2, 2, 10_000, effects_from)
     for scale, part in itertools.product(y, ("all", "pairs", "held_out", "test")):
         scores = metrics["effects"][effects_from][scale][part]
@@ -3977,7 +3978,8 @@ def test_effects_of_the_model_are_averaged_over_covariates_as_the_cells_compared
         return {scale: value.double() for scale in evaluate.SCALES}
 
     monkeypatch.setattr(evaluate, "expected_expression", by_batch)
-    monkeypatch.setattr(evaluate, "write_top_genes", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "write_top_genes",
+                        lambda run, *_: run.write_csv("top_genes.csv", [], []))
     for cells in ("all", "test"):
         run = evaluate.Run("runs/run")
         evaluate.evaluate(run, 2, 2, effects_from=cells)

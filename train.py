@@ -13,7 +13,7 @@ takes the place of many.
 
 A run is a folder, runs/NAME: config.json (every option), log.jsonl (a line per log step and per
 validation), best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
-In reading order: the options; the loop (`main`); how a run begins and goes on; the pieces of the
+In reading order: the options; the loop (`train`); how a run begins and goes on; the pieces of the
 loop; several processes; how options are read; the benchmark.
 """
 

@@ -24,6 +24,7 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import io
@@ -54,7 +55,6 @@ from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample
                       sobol_normal, sum_effects)
 
 FORMAT = 6  # of metrics.json; a file of another format is not read
-RESULTS = ("effects.h5ad", "iwelbo.csv", "top_genes.csv")
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
              "matching_mean": "matching mean"}
@@ -516,10 +516,10 @@ def save_checkpoint(state, folder, name):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
-    seal = hash_of(buffer)
+    checksum = hash_of(buffer)
     with data.replacing(os.path.join(folder, name)) as path, open(path, "wb") as file:
         file.write(buffer.getbuffer())
-        file.write(seal)
+        file.write(checksum)
 
 
 def hash_of(file):
@@ -550,9 +550,9 @@ def load_checkpoint(folder, name):
     except FileNotFoundError:
         if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
             raise DataError(f"{folder} has no best.pt yet, which validations write (with --axes "
-                            "sparsest, once there are masks): go on with python train.py "
-                            f"--resume {folder}, or start a new run if its loss was not finite"
-                            ) from None
+                            "sparsest, once there are masks): wait if it is being trained, else "
+                            f"python train.py --resume {folder}, or start a new run if its loss "
+                            "was not finite") from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
                         "and this one has no checkpoint to go on from") from None
     except NotADirectoryError:
@@ -578,11 +578,15 @@ def build_model(checkpoint):
 
 def read_screen_of(config, checkpoint=None):
     """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
+    if checkpoint is not None and not os.path.exists(config["data"]):
+        raise DataError(f"the run's data, {config['data']}, are not there; --data says where they "
+                        "are")
     screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS},
                               stream=config.get("stream"))
     if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
-        raise DataError(f"{config['data']}: other cells, genes or labels, or another order, than "
-                        "the run was trained on; it needs the same file, and --data says where")
+        raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
+                        "order, than the run was trained on; it needs the same file, and --data "
+                        "says where")
     return screen
 
 
@@ -627,14 +631,12 @@ class Run:
 
     def __init__(self, folder, device=None, data_path=None):
         self.folder, self.device = folder, choose_device(device)
+        names = [name for name in ("best.pt", "last.pt") if os.path.isfile(f"{folder}/{name}")]
+        self.hashes = hashes_of(folder, names)  # before they are read: training may go on
         self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
-        self.hashes = hashes_of(folder, ("best.pt", "last.pt"))
         self.last_step, self.done = last["step"], last["done"]
         self.config = last["config"] | (
             {"data": os.path.abspath(data_path)} if data_path else {})
-        if not os.path.exists(self.config["data"]):
-            raise DataError(f"{folder}: its data, {self.config['data']}, are not there; --data "
-                            "says where they are")
         self.screen = read_screen_of(self.config, self.checkpoint)
         self.model_screen = as_the_model_sees(self.screen, self.config["model"])
         self.batches = data.Batches(self.model_screen, self.device)
@@ -698,8 +700,10 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
         options[k] for k in ("library", "effects_from", "own_targets")))
     metrics |= masks(run, known_pathways)
     metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
-    metrics = without_nan(metrics) | {"files": run.hashes | hashes_of(run.folder, RESULTS)}
-    metrics["seal"] = hash_of(io.BytesIO(json.dumps(metrics).encode())).decode()
+    tables = ["iwelbo.csv", "top_genes.csv", *["masks.csv"] * run.model.has_effects]
+    metrics = without_nan(metrics) | {
+        "files": run.hashes | hashes_of(run.folder, ["effects.h5ad", *tables])}
+    metrics["checksum"] = hash_of(io.BytesIO(json.dumps(metrics).encode())).decode()
     with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
         json.dump(metrics, file, indent=2)
     return metrics
@@ -1600,7 +1604,11 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
     for _ in range(2):
         files.append(tempfile.TemporaryFile(dir=run.folder))
         if hasattr(os, "posix_fallocate"):  # else a full disk would be noticed by a crash
-            os.posix_fallocate(files[-1].fileno(), 0, 4 * math.prod(shape))
+            try:
+                os.posix_fallocate(files[-1].fileno(), 0, 4 * math.prod(shape))
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise DataError(f"{run.folder}: {error.strerror}") from None
     basal, total = (np.memmap(file, np.float32, shape=shape) for file in files)
     n = 0
     for x, d, *c in run.batches.in_order(np.arange(len(screen.d))):
@@ -1907,10 +1915,10 @@ def evaluated(folder, options):
     try:
         with open(os.path.join(folder, "metrics.json")) as file:
             metrics = json.load(file)
-        whole = {k: v for k, v in metrics.items() if k != "seal"}
-        same = (metrics["seal"] == hash_of(io.BytesIO(json.dumps(whole).encode())).decode()
+        whole = {k: v for k, v in metrics.items() if k != "checksum"}
+        same = (metrics["checksum"] == hash_of(io.BytesIO(json.dumps(whole).encode())).decode()
                 and metrics["format"] == FORMAT and metrics["options"].items() >= options.items()
-                and metrics["files"] == hashes_of(folder, ("best.pt", "last.pt", *RESULTS)))
+                and metrics["files"] == hashes_of(folder, metrics["files"]))
         return metrics if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

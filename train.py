@@ -367,7 +367,7 @@ def new_folder(name, config, lock):
 
 def is_left_over(folder):
     """Whether it holds no more than what a start writes before its first checkpoint."""
-    first = r"(simulated\.h5ad|config\.json)(\.\d+\.writing)?|last\.pt\.\d+\.writing"
+    first = r"(simulated\.h5ad|config\.json)(\..*\.\d+\.writing)?|last\.pt\..*\.\d+\.writing"
     return os.path.isdir(folder) and all(re.fullmatch(first, name) for name in os.listdir(folder))
 
 

@@ -3731,7 +3731,7 @@ def test_one_damaged_run_does_not_keep_others_from_the_table(folder, capsys):
         out, errors = capsys.readouterr()
         assert stopped.value.code == 2 and "error: runs/b" in errors and "| sams-vae" in out
     os.remove("screen.h5ad")
-    with pytest.raises(data.DataError, match="runs/a: its data.*--data"):
+    with pytest.raises(data.DataError, match="the run.s data, .*are not there; --data"):
         evaluate.main(["runs/a", "--again"])
 
 

@@ -30,14 +30,15 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
-import io
 import math
 import mmap
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -1190,9 +1191,15 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
                          functions without arguments that return one; the first is the index
     uns                  dict of arrays, numbers, text, lists of text, and such dicts
     """
+    def check_room(n_bytes):
+        """Raise OSError if the disk may be too full. HDF5 must not notice it: while it closes, it
+        would fail again and again, with tracebacks or a crash."""
+        folder = os.path.dirname(os.path.abspath(path))
+        if shutil.disk_usage(folder).free < n_bytes + 2**24:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def write(group, name, value):
         """Add one element, with the attributes by which anndata tells what it is."""
-        disk.check()
         if isinstance(value, dict):
             node = group.create_group(name)
             node.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
@@ -1201,6 +1208,7 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
             return
         value = np.asarray(value)
         text = value.dtype.kind in "OU"  # HDF5 has no numpy text: strings of variable length
+        check_room(sum(16 + 4 * len(str(v)) for v in value.flat) if text else value.nbytes)
         if text:
             node = group.create_dataset(name, data=value.astype(object), dtype=h5py.string_dtype())
         else:
@@ -1257,7 +1265,7 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         wants int64, twice the size: then anndata opens the file with backed="r" only.)"""
         group, indptr, options = file.create_group("X"), [np.zeros(1, np.int64)], None
         for counts in parts:
-            disk.check()
+            check_room(2 * counts.n_bytes)  # it may be read once more, to be widened
             start, end = indptr[-1][-1], indptr[-1][-1] + counts.indptr[-1]
             if options is None:  # chunks that suit a small file, too
                 options = dict(maxshape=(None,), chunks=(int(min(2**16, end + 1)),),
@@ -1279,7 +1287,7 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0",
                             "shape": (len(indptr) - 1, counts.shape[1])})
 
-    with replacing(path) as temporary, _Disk(temporary, "w+") as disk, h5py.File(disk, "w") as file:
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         if isinstance(X, collections.abc.Iterator):
             write_counts(file, X)
@@ -1291,41 +1299,6 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
         write(file, "layers", layers or {})
         write(file, "obsm", obsm or {})
         write(file, "uns", uns or {})
-
-
-class _Disk(io.FileIO):
-    """A file that HDF5 can always write to. On a full disk HDF5 fails again and again while it
-    closes, with tracebacks or a crash: here it is told that all is well, and we say what was not.
-    """
-
-    error = None
-
-    def write(self, values):
-        """Write all of them, unless it has failed before. What fails, `check` raises."""
-        left = memoryview(values).cast("B")
-        try:
-            while len(left) and self.error is None:
-                left = left[super().write(left):]
-        except OSError as error:
-            self.error = error
-        return len(values)
-
-    def truncate(self, size=None):
-        """Likewise."""
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size
-
-    def check(self):
-        """Raise the OSError of what failed, if anything did."""
-        if self.error is not None:
-            raise self.error
-
-    def __exit__(self, kind, error, traceback):
-        super().__exit__(kind, error, traceback)
-        self.check()
 
 
 def free(name, taken):

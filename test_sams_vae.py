@@ -3258,6 +3258,31 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_previous_checkpoint(
     train.main(["--resume", "runs/run", "--steps", "8"])
 
 
+def test_a_disk_that_fills_up_is_noticed_between_the_parts_of_a_matrix(tmp_path, monkeypatch):
+    free, written = [2**25, 2**24], []
+
+    def parts():
+        for _ in range(4):
+            written.append(1)
+            yield data.Counts(MATRIX.shape, MATRIX.astype(np.uint16)).sparse()
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(
+        free=free.pop(0) if len(free) > 1 else free[0]))
+    with pytest.raises(data.DataError, match="x.h5ad: cannot be written: No space left"):
+        data.write_h5ad(tmp_path / "x.h5ad", X=parts(), obs={"cell": []}, var={"gene": GENES})
+    assert len(written) == 2 and os.listdir(tmp_path) == []
+
+
+def test_a_run_goes_on_where_its_progress_cannot_be_printed(folder, monkeypatch):
+    def to_a_closed_terminal(*text, flush=False, **options):
+        if flush:  # the lines of progress
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train, "print", to_a_closed_terminal, raising=False)
+    train_on_screen("run", "--steps", "6")
+    assert evaluate.load_checkpoint("runs/run", "last.pt")["step"] == 6
+
+
 def test_what_the_machine_refuses_is_one_sentence_and_status_2(folder, monkeypatch, capsys):
     def raising(error):
         def main():

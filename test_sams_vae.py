@@ -1561,9 +1561,15 @@ def test_good_files_are_read_where_a_child_s_end_is_not_reported_or_none_can_be_
     def no_fork():
         raise OSError(12, "Cannot allocate memory")
 
+    monkeypatch.setattr(data, "SECONDS", 1)
+    with h5py.File(tmp_path / "bad.h5ad", "w") as file:
+        write_frame(file, "obs", [f"a name of cell {i}" for i in range(2000)])
+    with_hole(tmp_path / "bad.h5ad", b"GCOL")
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         data.read_h5ad(write_modern(tmp_path / "x.h5ad", dense("f4")))
+        with pytest.raises(data.DataError, match="crashes or hangs"):  # a bad one is not, there
+            data.read_h5ad(tmp_path / "bad.h5ad")
     finally:
         signal.signal(signal.SIGCHLD, before)
     monkeypatch.setattr(os, "fork", no_fork)

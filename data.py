@@ -1347,6 +1347,7 @@ def replacing(path):
 
 # The other imports stand here, and not at the top, so that the part above can be cut out as it is.
 import argparse
+import itertools
 import json
 
 import torch
@@ -1451,7 +1452,7 @@ class Screen:
 def read_screen(path, perturbation_column=None, control=None, combination_separator=None,
                 one_hot_prefix=None, layer=None, split_column=None, gene_column=None, subset=None,
                 exclude=None, keep=None, min_cells=0, covariate=None, only_controls=False,
-                stream=None):
+                stream=None, genes_of=None):
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     perturbation_column    obs column of labels; by default the FAMILIES are tried in their order
@@ -1472,6 +1473,8 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     covariate              list of obs columns, such as a donor or a batch, for c
     only_controls          control cells alone are kept, and no perturbed ones are needed
     stream                 whether the counts stay in the file; by default if they are large
+    genes_of               names of genes, (G',): only genes of these names are kept, and if the
+                           file's are not the same list, only names that each of both has once
 
     Cells outside of the subset, without a label or with one that is left out, or without any count
     of the kept genes are dropped; a note says how many. Raises DataError where the file, or the
@@ -1480,6 +1483,14 @@ def read_screen(path, perturbation_column=None, control=None, combination_separa
     # Phase one: names and labels, which say what cells and genes are wanted.
     file = read_h5ad(path, layer)
     genes = _read_gene_column(file, gene_column)
+    if genes_of is not None and file.gene_names[genes].tolist() != list(genes_of):
+        found = collections.Counter(file.gene_names[genes].tolist())
+        both = [name for name, n in collections.Counter(genes_of).items() if n == found[name] == 1]
+        genes &= np.isin(file.gene_names, both)
+        if not both:
+            raise DataError(f"{path}: no gene has a name of those wanted; its genes are "
+                            f"{_commonest(list(found), 3)}, and {_commonest(genes_of, 3)} are "
+                            "wanted")
     labels = _read_any_labels(file, perturbation_column, control, combination_separator,
                               one_hot_prefix, exclude, keep)
     column, _, sets, label_notes = labels
@@ -1600,6 +1611,13 @@ def one_label_per_cell(screen):
     index = {name: t for t, name in enumerate(names)} | {"control": NONE}
     d = np.array([[index[name]] for name in screen.conditions])
     return dataclasses.replace(screen, d=d, perturbations=names)
+
+
+def renumbered(screen, perturbations):
+    """The same screen with d as positions in this list, which has all of its perturbations."""
+    place = {name: t for t, name in enumerate(perturbations)}
+    index = np.array([*(place[name] for name in screen.perturbations), NONE])  # NONE is the last
+    return dataclasses.replace(screen, d=index[screen.d], perturbations=list(perturbations))
 
 
 def _read_covariates(file, columns, rows):
@@ -2384,8 +2402,14 @@ def training_statistics(batches, cells):
 # ============================================================================================
 
 
+SPARSE_SHIFT = dict(  # the arguments of `simulate` for the benchmark of Lopez et al. (CLeaR 2023)
+    sparse_shift=True, n_perturbations=100, cells_per_condition=375, effect_size=5.0, n_latent=15,
+    n_genes=100, n_pairs=0, n_controls=375)
+
+
 def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_size=4.0,
-             n_latent=6, n_genes=200, n_pairs=60, n_controls=100, batch_effect=0.0, library=5000):
+             n_latent=6, n_genes=200, n_pairs=60, n_controls=100, batch_effect=0.0, library=5000,
+             sparse_shift=False):
     """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
 
     Each perturbation alone and n_pairs random pairs, cells_per_condition cells each, and n_controls
@@ -2400,9 +2424,16 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     With a batch_effect there are two batches, obs `batch`: the second, of three in four controls
     and of half of the perturbed cells, adds N(0, batch_effect^2) to the log frequency of each gene.
 
-    Written beside the counts: obs `condition` and `split`; uns `simulation` with the perturbations'
-    names and the true `mask` and `effect` (T, L); uns `pathways`, where a pathway is ten or more
-    perturbations that share a mask.
+    With sparse_shift, the process of the SVAE+ paper: 1, 2 or 3 latent dimensions of a perturbation
+    are drawn with replacement, and from 2/3 to 4/3 of cells_per_condition as its cells; the decoder
+    has four layers, orthonormal but for a factor, without biases, and logits of standard deviation
+    1; counts are Poisson. Frequencies are normalised over cells, not over genes, as in its authors'
+    code: each gene has 1e6 counts in all cells together, and some cells have more than others.
+
+    Written beside the counts: obs `condition` and `split`; obsm `X_true_z`, the latent states z
+    (N, L); uns `simulation` with the perturbations' names, the true `mask` and `effect` (T, L) and
+    the decoder, `weight_1`, `bias_1` and so on (`decode`); uns `pathways`, where a pathway is ten
+    or more perturbations that share a mask.
 
     Why so many perturbations of few cells each? The sparsity of the masks is all that says which
     latent axes are the true ones (see `sparsest_axes` in sams_vae.py). Rotating them by a little
@@ -2413,9 +2444,16 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     perturbations of 115 cells each, as many cells in all.
     """
     rng = np.random.default_rng(seed)
-    # m_t and e_t, (T, L) each. The second line gives every perturbation its one sure dimension.
-    mask = rng.random((n_perturbations, n_latent)) < 0.05
-    mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
+    # m_t and e_t, (T, L) each.
+    if sparse_shift:
+        n_targets, mask = rng.integers(1, 4, n_perturbations), np.zeros(
+            (n_perturbations, n_latent), bool)
+        for i in range(3):
+            t = np.flatnonzero(n_targets > i)
+            mask[t, rng.integers(n_latent, size=len(t))] = True
+    else:  # the second line gives every perturbation its one sure dimension
+        mask = rng.random((n_perturbations, n_latent)) < 0.05
+        mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
     size = np.broadcast_to(effect_size, n_perturbations)[:, None]
     effect = rng.choice([-1, 1], mask.shape) * rng.normal(size, 0.5, mask.shape)
 
@@ -2425,29 +2463,43 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     pairs = all_pairs[np.sort(rng.choice(len(all_pairs), n_pairs, replace=False))]
     singles = np.stack([np.arange(n_perturbations), np.full(n_perturbations, NONE)], axis=1)
     conditions = np.concatenate([singles, pairs])
-    d = np.concatenate([np.full((n_controls, 2), NONE),
-                        np.repeat(conditions, cells_per_condition, axis=0)])
+    cells = np.broadcast_to(cells_per_condition, len(conditions))
+    if sparse_shift:
+        cells = rng.integers(np.ceil(cells * 2 / 3), cells * 4 // 3 + 1)
+    d = np.concatenate([np.full((n_controls, 2), NONE), np.repeat(conditions, cells, axis=0)])
     held_out = np.zeros(len(conditions), bool)
     held_out[n_perturbations:] = rng.permutation(n_pairs) < n_pairs // 2
-    held_out = np.append(np.zeros(n_controls, bool), np.repeat(held_out, cells_per_condition))
+    held_out = np.append(np.zeros(n_controls, bool), np.repeat(held_out, cells))
     order = rng.permutation(len(d))
     d, held_out, n = d[order], held_out[order], len(d)
 
     # Algorithm 1 and the likelihood of section 2.2.
     offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])
     z = rng.normal(size=(n, n_latent)) + offset[d].sum(axis=1)  # eq. 1
-    hidden = z @ rng.normal(0, 1.5 / np.sqrt(n_latent), (n_latent, 64)) + rng.normal(size=64)
-    hidden = np.where(hidden > 0, hidden, 0.2 * hidden)  # leaky ReLU
-    logits = hidden @ rng.normal(0, 0.6 / np.sqrt(64), (64, n_genes)) + rng.normal(size=n_genes)
+    if sparse_shift:
+        widths, decoder = [n_latent, 40, 40, 40, n_genes], []
+        for n_in, n_out in itertools.pairwise(widths):
+            q, _ = np.linalg.qr(rng.normal(size=(max(n_in, n_out), min(n_in, n_out))))
+            scale = math.sqrt(2 / (1 + 0.2**2) * 2 / (n_in + n_out))
+            decoder.append((scale * (q if n_in > n_out else q.T), np.zeros(n_out)))
+        decoder[-1] = decoder[-1][0] / decode(z, decoder).std(), decoder[-1][1]
+    else:
+        decoder = [(rng.normal(0, scale / np.sqrt(n_in), (n_in, n_out)), rng.normal(size=n_out))
+                   for n_in, n_out, scale in ((n_latent, 64, 1.5), (64, n_genes, 0.6))]
+    logits = decode(z, decoder)
     batch = np.zeros((n, 1), int)
     if batch_effect:
         batch = rng.random((n, 1)) < np.where(d == NONE, 0.75, 0.5).min(axis=1, keepdims=True)
         logits = logits + batch * rng.normal(0, batch_effect, n_genes)
-    rho = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax
-    rho /= rho.sum(axis=1, keepdims=True)
-    library = rng.lognormal(np.log(library), 0.3, (n, 1))
-    # Gamma noise of mean 1 and shape theta = 10 makes the Poisson counts negative binomial ones.
-    x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
+    over = 0 if sparse_shift else 1  # softmax
+    rho = np.exp(logits - logits.max(axis=over, keepdims=True))
+    rho /= rho.sum(axis=over, keepdims=True)
+    if sparse_shift:
+        x = rng.poisson(1e6 * rho)
+    else:
+        library = rng.lognormal(np.log(library), 0.3, (n, 1))
+        # Gamma noise of mean 1 and shape theta = 10 makes Poisson counts negative binomial ones.
+        x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
 
     # The last name is that of NONE = -1: filter(None, ...) below leaves it out.
     names = np.array([*(f"P{t + 1:03d}" for t in range(n_perturbations)), ""], dtype=object)
@@ -2459,27 +2511,40 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     split = rng.choice(["train", "validation", "test"], n, p=[0.64, 0.16, 0.2])
     split = np.where(held_out, "test", split)
     write_h5ad(
-        path, X=x.astype(np.uint16),
+        path, X=x.astype(np.uint16 if x.max() < 2**16 else np.uint32),
         obs={"cell": [f"cell{i}" for i in range(n)],
              "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
              "split": split.astype(object)}
         | ({"batch": batch[:, 0].astype(int)} if batch_effect else {}),
         var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
-        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect},
+        obsm={"X_true_z": z},
+        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect} | {
+                f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
+                for name, value in zip(("weight", "bias"), layer)},
              "pathways": pathways})
 
 
+def decode(z, decoder):
+    """Logits (N, G) of latent states z (N, L) by the layers [(weight, bias), ...] of a simulation:
+    linear maps, with leaky ReLU of slope 0.2 between them."""
+    for i, (weight, bias) in enumerate(decoder):
+        z = np.where(z > 0, z, 0.2 * z) if i else z
+        z = z @ weight + bias
+    return z
+
+
 def read_simulation(path):
-    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L)) of a simulated
-    screen; None for other files.
+    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z (cells, L))
+    of a simulated screen; None for other files.
     """
     with _h5_file(path) as file:
         # uns is never walked: only what is asked for by name is read.
-        parts = [f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")]
+        parts = [*(f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")),
+                 "obsm/X_true_z"]
         if any(_member(file, part, required=False) is None for part in parts):
             return None
-        names, mask, effect = _plain(file, parts[0]), *(_numbers(file, p) for p in parts[1:])
-        return list(names), mask.astype(bool), effect
+        names, mask, *others = _plain(file, parts[0]), *(_numbers(file, p) for p in parts[1:])
+        return list(names), mask.astype(bool), *others
 
 
 def read_layers(path):
@@ -2518,6 +2583,8 @@ def read_pathways(path):
 # ============================================================================================
 
 
+AT_LEAST_0 = (0, 2**32 - 1, "at least 0 and below 2^32")  # least, largest, the same in words
+AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 LABEL_OPTIONS = ("perturbation_column", "control", "combination_separator", "one_hot_prefix",
                  "exclude", "keep")
 SCREEN_OPTIONS = (*LABEL_OPTIONS, "layer", "split_column", "gene_column", "subset", "min_cells",
@@ -2525,6 +2592,23 @@ SCREEN_OPTIONS = (*LABEL_OPTIONS, "layer", "split_column", "gene_column", "subse
 
 
 MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
+
+SIMULATION_OPTIONS = [  # of a simulated screen (ours)
+    ("--sparse-shift", False, bool, "its process is that of Lopez et al. (2023), the paper of "
+     "SVAE+, and the other defaults are theirs: 100 perturbations of 375 cells, effects of 5, no "
+     "pairs"),
+    ("--perturbations", 500, (2, 2**32 - 1, "at least 2 and below 2^32"), "its perturbations"),
+    ("--cells", 25, AT_LEAST_1, "its cells per perturbation and pair"),
+    ("--pairs", 60, AT_LEAST_0, "its pairs; half of them are held out of training"),
+    ("--effect", 4.0, AT_LEAST_0, "size of its effects, in sd of the basal state"),
+    ("--batch", 0.0, AT_LEAST_0, "sd of what its second batch (obs column batch) adds to log "
+     "frequencies, 0 for one batch"),
+    ("--seed", 0, AT_LEAST_0, "its seed"),
+]
+ARGUMENTS = {  # of `simulate`, by option
+    "sparse_shift": "sparse_shift", "perturbations": "n_perturbations", "pairs": "n_pairs",
+    "cells": "cells_per_condition", "effect": "effect_size", "batch": "batch_effect",
+    "seed": "seed"}
 
 
 def add_screen_options(parser, training=True):
@@ -2561,6 +2645,39 @@ def add_screen_options(parser, training=True):
     group.add_argument("--covariate", metavar="COLUMN", action="append",
                        help="obs column, such as a donor or a batch, that the networks see; may be "
                             "repeated (ours)")
+
+
+def add_options(parser, rows):
+    """Add options given as (--name, default, what is allowed, text): bool for a switch, a list of
+    words, or (least, largest, the same in words). One that is not given is absent from the result.
+    """
+    for flag, default, allowed, text in rows:
+        if allowed is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(allowed[0], str):
+            how = {"choices": allowed}
+        else:
+            how = {"type": number_within(type(default), *allowed)}
+        text += "" if default is None else f" [{default}]"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+
+
+def option_name(flag):
+    """--like-this -> like_this."""
+    return flag[2:].replace("-", "_")
+
+
+def number_within(kind, least, largest, words):
+    """A function text -> number for argparse, which refuses what is outside of the bounds."""
+    def parse(text):
+        """The number; raises what argparse turns into a message."""
+        value = kind(text)
+        if not least <= value <= largest:  # also where it is NaN
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def run(main):
@@ -2633,13 +2750,28 @@ def main_of_prepare(arguments):
             **{k: getattr(args, k) for k in LABEL_OPTIONS})
 
 
+def main_of_simulate(arguments):
+    """The command line of `simulate`."""
+    parser = argparse.ArgumentParser(
+        prog="data.py simulate", allow_abbrev=False,
+        description="Write a simulated screen, and the truth with it: train.py without --data "
+        "makes the same. A file that is there is replaced.")
+    parser.add_argument("out", metavar="OUT.h5ad")
+    add_options(parser, SIMULATION_OPTIONS)
+    args = vars(parser.parse_args(arguments))
+    simulate(args.pop("out"), **(SPARSE_SHIFT if args.get("sparse_shift") else {})
+             | {ARGUMENTS[option]: value for option, value in args.items()})
+
+
 def main():
-    """Print what the reader makes of a file, or prepare another one."""
-    if sys.argv[1:2] == ["prepare"]:
-        return main_of_prepare(sys.argv[2:])
+    """Print what the reader makes of a file, or prepare or simulate another one."""
+    for command in (main_of_prepare, main_of_simulate):
+        if sys.argv[1:2] == [command.__name__.removeprefix("main_of_")]:
+            return command(sys.argv[2:])
     parser = argparse.ArgumentParser(
         description="Print what the reader makes of an .h5ad file. (python data.py prepare --help: "
-        "write some of its cells and genes to another.)", allow_abbrev=False)
+        "write some of its cells and genes to another; python data.py simulate --help: a simulated "
+        "screen.)", allow_abbrev=False)
     parser.add_argument("file")
     add_screen_options(parser)
     args = parser.parse_args()

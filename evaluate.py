@@ -50,11 +50,11 @@ import numpy as np
 import torch
 
 import data
-from data import DataError
+from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, option_name
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 6  # of metrics.json; a file of another format is not read
+FORMAT = 7  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
              "matching_mean": "matching mean"}
@@ -295,6 +295,47 @@ def mask_recovery(true_mask, probability):
     return {"mask_precision": hits / n_predicted if n_predicted else 0.0,
             "mask_recall": hits / n_true if n_true else 0.0,
             "mask_f1": 2 * hits / max(1, n_true + n_predicted)}
+
+
+def latent_recovery(true, learned, true_mask=None, touches=None):
+    """How well the latents of simulated cells are found, as Lopez et al. (2023) ask: a dict.
+
+    true (N, L), learned (N, L')     latent states of the same cells
+    true_mask (T, L), touches (T, L')    bool, the latents that perturbations touch, if known
+
+    mcc_pearson, mcc_spearman   absolute correlation of each true latent with a learned one of its
+                                own, matched to the largest sum: the mean over true ones. 0 for one
+                                without a partner, where L' < L
+    latent_r_squared            R2 of true latents by a linear map of all learned ones, fitted to
+                                every other cell, in the others: the mean over true ones
+    target_precision, _recall and _f1    of touches, by the matching of mcc_pearson (that of
+                                `mask_recovery` is to the masks' best agreement)
+    """
+    def correlation(a, b):
+        """|Pearson's r| of columns, (L, L') or, with further columns of zeros, (L, L)."""
+        a, b = (v - v.mean(0) for v in (a, b))
+        size = np.sqrt(np.outer((a**2).sum(0), (b**2).sum(0)))
+        r = np.abs(a.T @ b) / np.where(size > 0, size, 1)
+        return np.pad(r, ((0, 0), (0, max(0, a.shape[1] - b.shape[1]))))
+
+    of_values = correlation(true, learned)
+    of_ranks = correlation(*(v.argsort(0).argsort(0).astype(float) for v in (true, learned)))
+    matched, by_rank = best_matching(of_values), best_matching(of_ranks)
+    each = np.arange(true.shape[1])
+    inputs = np.column_stack([learned, np.ones(len(learned))])
+    weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
+    error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
+    found = {"mcc_pearson": float(of_values[each, matched].mean()),
+             "mcc_spearman": float(of_ranks[each, by_rank].mean()),
+             "latent_r_squared": float((1 - error / true[1::2].var(0)).mean())}
+    if true_mask is None:
+        return found
+    touches = np.pad(touches, ((0, 0), (0, max(0, len(each) - touches.shape[1]))))
+    n_true, n_found = int(true_mask.sum()), int(touches.sum())
+    hits = int((true_mask & touches[:, matched]).sum())
+    return found | {
+        "target_precision": hits / max(1, n_found), "target_recall": hits / max(1, n_true),
+        "target_f1": 2 * hits / max(1, n_true + n_found)}
 
 
 def mask_agreement(masks):
@@ -576,13 +617,20 @@ def build_model(checkpoint):
     return model
 
 
-def read_screen_of(config, checkpoint=None):
-    """The screen of a configuration; with a checkpoint, checked to be the one it was trained on."""
+def read_screen_of(config, checkpoint=None, adapt=None):
+    """The screen of a configuration; with a checkpoint, checked to be the one it was trained on.
+    `adapt` is the checkpoint of another run that is adapted to it: genes and covariates are those
+    of that run."""
     if checkpoint is not None and not os.path.exists(config["data"]):
         raise DataError(f"the run's data, {config['data']}, are not there; --data says where they "
                         "are")
-    screen = data.read_screen(config["data"], **{k: config[k] for k in data.SCREEN_OPTIONS},
-                              stream=config.get("stream"))
+    options, of_other = {k: config[k] for k in data.SCREEN_OPTIONS}, adapt or checkpoint
+    if config.get("adapt"):
+        options |= {"genes_of": of_other["gene_names"], "covariate": None}
+    screen = data.read_screen(config["data"], **options, stream=config.get("stream"))
+    if config.get("adapt") and config["covariate"]:
+        screen.covariates = of_other["covariates"]
+        screen.c = known_covariates(screen, config["covariate"], screen.covariates)
     if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
         raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
                         "order, than the run was trained on; it needs the same file, and --data "
@@ -590,9 +638,26 @@ def read_screen_of(config, checkpoint=None):
     return screen
 
 
-def as_the_model_sees(screen, model):
-    """A model that adds no effects up (SVAE+) knows labels: each combination is one of its own."""
-    return screen if MODELS[model].adds_effects else data.one_label_per_cell(screen)
+def known_covariates(screen, columns, known):
+    """Covariates of a screen's cells, (N, columns), as positions in the values that a run knows.
+    Raises DataError where it knows none of a column."""
+    values = [[f"{column}={value}" for value in screen.obs(column).astype(str)]
+              for column in columns]
+    index = {name: i for i, name in enumerate(known)}
+    unknown = sorted({value for of_column in values for value in of_column} - index.keys())
+    if any(index.keys().isdisjoint(of_column) for of_column in values):
+        raise DataError(f"{screen.path}: has {', '.join(unknown[:5])}, and the run was trained on "
+                        f"{', '.join(known[:10])}: one of these is needed")
+    if unknown:
+        print(f"{screen.path}: the run knows no {', '.join(unknown[:5])}: taken as unknown")
+    return np.array([[index.get(v, data.NONE) for v in of_column] for of_column in values]).T
+
+
+def as_the_model_sees(screen, model, perturbations=None):
+    """A model that adds no effects up (SVAE+) knows labels: each combination is one of its own.
+    perturbations are those of a checkpoint, in its order, if there is one."""
+    screen = screen if MODELS[model].adds_effects else data.one_label_per_cell(screen)
+    return screen if perturbations is None else data.renumbered(screen, perturbations)
 
 
 def read_log(folder):
@@ -638,7 +703,8 @@ class Run:
         self.config = last["config"] | (
             {"data": os.path.abspath(data_path)} if data_path else {})
         self.screen = read_screen_of(self.config, self.checkpoint)
-        self.model_screen = as_the_model_sees(self.screen, self.config["model"])
+        self.model_screen = as_the_model_sees(self.screen, self.config["model"],
+                                              self.checkpoint["perturbations"])
         self.batches = data.Batches(self.model_screen, self.device)
         self.library = self.screen.counts.library()
         self.model = build_model(self.checkpoint).to(self.device)
@@ -661,8 +727,6 @@ class Run:
 # Its evaluation: likelihood, effects, masks
 # ============================================================================================
 
-AT_LEAST_0 = (0, 2**32 - 1, "at least 0 and below 2^32")  # least, largest, the same in words
-AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 OPTIONS = [  # name, default, what is allowed, what it is and where the default comes from
     ("--iwelbo-particles", 100, AT_LEAST_1, "K of 3.1 (paper: 100, for Norman)"),
     ("--ate-particles", 2500, AT_LEAST_1, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
@@ -698,7 +762,8 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
     metrics |= likelihood(run, iwelbo_particles)
     metrics |= effects(run, ate_particles, *(
         options[k] for k in ("library", "effects_from", "own_targets")))
-    metrics |= masks(run, known_pathways)
+    truth = data.read_simulation(run.config["data"])
+    metrics |= masks(run, known_pathways, truth) | (latents(run, truth) if truth else {})
     metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
     tables = ["iwelbo.csv", "top_genes.csv", *["masks.csv"] * run.model.has_effects]
     metrics = without_nan(metrics) | {
@@ -732,7 +797,27 @@ def likelihood(run, n_particles):
             "iwelbo_se": predictive.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
             "iwelbo_monte_carlo_error": error,
             "n_test_cells": n, "iwelbo_joint_total": joint, "iwelbo_joint_per_cell": joint / n,
-            "iwelbo_joint_effective_sample_size": effective_sample_size}
+            "iwelbo_joint_effective_sample_size": effective_sample_size,
+            **(of_new_perturbations(run, predictive, n_particles) if run.config.get("adapt") else
+               {})}
+
+
+def of_new_perturbations(run, predictive, n_particles):
+    """Of a run that was adapted (--adapt): predictive IWELBO of the test cells with one of the new
+    perturbations after that, from that of all (N,), and before, where the prior is all that is
+    known of these. Their conditions, by which table_of_adapted finds the cells."""
+    test, n_cells, n_known = run.split["test"], run.model.n_cells, run.checkpoint["n_known"]
+    is_new = (run.model_screen.d[test] >= n_known).any(1)
+    found = {"n_new_perturbations": len(n_cells) - n_known, "n_new_cells": int(is_new.sum()),
+             "new_conditions": sorted(set(run.screen.conditions[test[is_new]]))}
+    if is_new.any():
+        trained = n_cells.clone()
+        n_cells[n_known:] = 0
+        before, *_ = iwelbo(run.model, run.batches.in_order(test[is_new]), n_particles)
+        n_cells.copy_(trained)
+        found |= {"iwelbo_new_before": before.double().mean().item(),
+                  "iwelbo_new": float(predictive[is_new].mean())}
+    return found
 
 
 def effects(run, n_particles, library, effects_from, count_own_targets):
@@ -938,7 +1023,7 @@ def probability_and_offset(model, n_draws=50):
     return model.mask_probability().numpy(force=True), (mask * effect).mean(0).numpy(force=True)
 
 
-def masks(run, pathways):
+def masks(run, pathways, truth=None):
     """What the masks say: the mean mask probability of perturbations with training cells and the
     number of these that touch no latent dimension, `mask_recovery` where the screen is simulated,
     `mask_pathway_accuracy` where there are pathways (10 annotated perturbations or more). Writes
@@ -961,10 +1046,9 @@ def masks(run, pathways):
                "n_empty_masks": int((touched[trained] == 0).sum()),
                "mask_mean_size": float(touched[trained].mean()),
                "mask": [" ".join(map(str, np.flatnonzero(row))) for row in probability > 0.5]}
-    truth = data.read_simulation(run.config["data"])
-    row = {name: t for t, name in enumerate(truth[0])} if truth is not None else {}
-    if row.keys() >= set(names):
-        metrics |= mask_recovery(truth[1][[row[name] for name in names]], probability)
+    true_mask = true_mask_of(names, truth)
+    if true_mask is not None:
+        metrics |= mask_recovery(true_mask, probability)
     pathway = pathway_of(names, pathways)
     known = np.array([p is not None for p in pathway])
     if pathways and known.sum() < 10:
@@ -984,6 +1068,43 @@ def masks(run, pathways):
     return metrics
 
 
+def true_mask_of(names, truth):
+    """The true masks of perturbations of these names, (T, L) bool, of `data.read_simulation`; None
+    where there is no truth, or other names."""
+    row = {name: t for t, name in enumerate(truth[0])} if truth else {}
+    return truth[1][[row[name] for name in names]] if row.keys() >= set(names) else None
+
+
+def latents(run, truth):
+    """`latent_recovery` in the test cells of a simulated screen, of posterior means of z in the
+    axes of the masks. A perturbation touches the latents of mask probability above 0.5 or, where
+    there are no masks, the two of largest offset (as Lopez et al. have it)."""
+    model, test = run.model, run.split["test"]
+    true_mask = true_mask_of(run.model_screen.perturbations, truth)
+    probability, offset = probability_and_offset(model)
+    third = np.sort(np.pad(np.abs(offset), ((0, 0), (3, 0))), axis=1)[:, [-3]]
+    touches = probability > 0.5 if model.has_mask else np.abs(offset) > third
+    torch.manual_seed(0)
+    draws = model.sample_many_globals(model.all_perturbations(), 50)
+    learned = np.concatenate([z for _, z in posterior_means(run, test, *draws)])
+    known = true_mask is not None and model.has_effects
+    return latent_recovery(truth[3][run.screen.rows[test]], learned.astype(float),
+                           *((true_mask, touches) if known else ()))
+
+
+@torch.no_grad()
+def posterior_means(run, cells, mask, effect):
+    """Yield posterior means of z_basal and of z = z_basal + z_pert, (B, L) each, of some cells in
+    order, over draws of all masks and effects, (K, T, L), in the axes of the masks: column l of
+    `model.axes` is latent l of masks and effects."""
+    model = run.model
+    for x, d, *c in run.batches.in_order(cells):
+        z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
+        loc, _ = model.encode(x, z_pert, d, *c)
+        yield [(z.mean(0) @ model.axes).numpy(force=True)
+               for z in (loc.expand_as(z_pert), loc + z_pert)]
+
+
 def warnings_of(metrics, log):
     """Sentences on what a user should know before believing anything of a run: a list.
 
@@ -991,7 +1112,7 @@ def warnings_of(metrics, log):
     """
     m, config, found = metrics, metrics["config"], []
     sparsest = config["axes"] == "sparsest"
-    if "mask" in m:
+    if "mask" in m and not config.get("adapt"):
         steps = m["step"] - config["masks_from"] * sparsest
         if sparsest and steps < 100:
             found.append("masks have hardly been trained and are a first guess: the lowest "
@@ -1066,6 +1187,9 @@ COLUMNS = [("pearson", "ATE-Pearson"), ("pearson_per_condition", "per cond."),
            ("pearson_from_perturbed_mean", "from mean"), ("r_squared", "R2"),
            ("weighted_r_squared", "weighted R2"), ("discrimination", "discrim."),
            ("discrimination_by_prediction", "VCC")]  # of the metrics, those that tell models apart
+RECOVERY = [("mcc_pearson", "MCC", 3), ("mcc_spearman", "MCC of ranks", 3),
+            ("latent_r_squared", "R2 of z", 3), ("target_precision", "target precision", 3),
+            ("target_recall", "recall", 3), ("target_f1", "F1", 3)]  # of simulated screens
 ROWS = BASELINES | {"noise_limit": "noise limit"}  # what stands below a model
 
 
@@ -1099,7 +1223,8 @@ def guide_of(config):
 
 def model_of(config):
     """A run's model in the rows of a table."""
-    return config["model"] + (", sparsest axes" if config["axes"] == "sparsest" else "")
+    return config["model"] + ", sparsest axes" * (config["axes"] == "sparsest") + (
+        ", adapted" if config.get("adapt") else "")
 
 
 def table(metrics, scale=SCALES[0]):
@@ -1111,12 +1236,22 @@ def table(metrics, scale=SCALES[0]):
              f"{in_words(m['iwelbo_monte_carlo_error'], 2)} by Monte Carlo",
              f"test IWELBO, joint:      {in_words(m['iwelbo_joint_per_cell'], 2)} per cell, "
              f"effective sample size {in_words(m['iwelbo_joint_effective_sample_size'], 2)}"]
+    if "iwelbo_new" in m:
+        lines.append(f"test cells with new perturbations ({m['n_new_cells']:,}): predictive IWELBO "
+                     f"{m['iwelbo_new_before']:.2f} before these were learned, "
+                     f"{m['iwelbo_new']:.2f} after")
     if "mask" in m:
         lines.append(f"masks: {m['mask_mean_size']:.2f} latent dimensions per perturbation; "
                      f"{m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} are empty")
     if "mask_f1" in m:
         lines.append(f"mask: precision {m['mask_precision']:.3f}, recall {m['mask_recall']:.3f}, "
                      f"F1 {m['mask_f1']:.3f}")
+    if "mcc_pearson" in m:
+        lines.append(f"latents: MCC {m['mcc_pearson']:.3f}, of ranks {m['mcc_spearman']:.3f}, R2 "
+                     f"{m['latent_r_squared']:.3f}" + (
+                         f"; targets by their matching: precision {m['target_precision']:.3f}, "
+                         f"recall {m['target_recall']:.3f}, F1 {m['target_f1']:.3f}"
+                         if "target_f1" in m else ""))
     if "mask_pathway_accuracy" in m:
         lines.append(f"mask pathway accuracy: {m['mask_pathway_accuracy']:.3f}, sd over splits "
                      f"{m['mask_pathway_accuracy_sd']:.3f} ({m['n_annotated']:,} annotated; the "
@@ -1156,7 +1291,7 @@ def table(metrics, scale=SCALES[0]):
 
 SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
 ROW = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
-NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every")
+NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every", "adapt")
 
 
 def settings(metrics, without=()):
@@ -1171,7 +1306,7 @@ def settings(metrics, without=()):
         covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
     screen = "simulated" if config.get("simulated") else metrics["fingerprint"]
     return {k: v for k, v in config.items() if k not in covered} | {
-        "steps": steps, "data": screen} | metrics["options"]
+        "steps": steps, "data": screen, "adapted": bool(config.get("adapt"))} | metrics["options"]
 
 
 def key(metrics, without=()):
@@ -1284,7 +1419,8 @@ def table_of_runs(runs, scale="log_normalised"):
             return cells
 
         of_models = [("iwelbo", "test IWELBO", 2), ("iwelbo_joint_per_cell", "joint IWELBO", 2),
-                     ("mask_pathway_accuracy", "mask pathway acc.", 3), ("mask_f1", "mask F1", 3)]
+                     ("mask_pathway_accuracy", "mask pathway acc.", 3), ("mask_f1", "mask F1", 3),
+                     *RECOVERY]
         of_rows = list({key(m, SEEDS): [s for s in members if key(s, SEEDS) == key(m, SEEDS)]
                         for m in members}.values())
         reference = ([same for same in of_rows if norman and of_reference(same[0])]
@@ -1300,7 +1436,8 @@ def table_of_runs(runs, scale="log_normalised"):
             for f in sorted({m["config"]["train_combinations"] for m in members}):
                 rows.append(row(one_of_each_split(members, f), label, "", f, name))
         header = ["model", "guide", "f", "runs", "test IWELBO", "difference", "joint IWELBO",
-                  "mask pathway acc.", "mask F1", "masks agree", *(title for _, title in COLUMNS)]
+                  "mask pathway acc.", "mask F1", "masks agree",
+                  *(title for _, title, _ in RECOVERY), *(title for _, title in COLUMNS)]
         unused = [title for title in header if title not in ("f", "guide") and all(
             cells.get(title, "-") == "-" for cells in rows)] + ["f"] * (not norman) + (
                 ["difference"] * (len(of_rows) == 1))
@@ -1319,6 +1456,36 @@ def table_of_runs(runs, scale="log_normalised"):
     return "\n\n".join(tables)
 
 
+def table_of_adapted(runs):
+    """Markdown of the predictive IWELBO of test cells with new perturbations, by model: of runs
+    that were adapted, before and after, and of runs that were trained on all of the same file."""
+    rows = {}
+
+    def iwelbos(m):
+        """{test cell: (condition, IWELBO)}."""
+        with open(os.path.join(m["folder"], "iwelbo.csv"), encoding="utf-8") as file:
+            return {r["cell"]: (r["condition"], float(r["iwelbo"])) for r in csv.DictReader(file)}
+
+    for m in runs:
+        if m.get("iwelbo_new") is None:
+            continue
+        own, config = iwelbos(m), m["config"]
+        new = [cell for cell, (condition, _) in own.items() if condition in m["new_conditions"]]
+        row = rows.setdefault((model_of(config), guide_of(config)), ([], [], []))
+        row[0].append(m["iwelbo_new_before"])
+        row[1].append(m["iwelbo_new"])
+        for other in runs:
+            if (other["fingerprint"], model_of(other["config"]) + ", adapted",
+                    guide_of(other["config"])) == (m["fingerprint"], model_of(config),
+                                                   guide_of(config)):
+                of_other = iwelbos(other)
+                if of_other.keys() >= set(new):
+                    row[2].append(np.mean([of_other[cell][1] for cell in new]))
+    return markdown(["model", "guide", "runs", "before", "after", "trained on all"], [
+        [*name, str(len(row[0])), *(in_words(values or math.nan, 2) for values in row)]
+        for name, row in rows.items()]) if rows else ""
+
+
 # ============================================================================================
 # Use of a trained model
 # ============================================================================================
@@ -1330,7 +1497,8 @@ def dosages_of(run, conditions):
 
     Raises DataError for names that the screen does not have, with those that come near.
     """
-    known, rows, spelled = run.screen.perturbations, [], []
+    known = (run.model_screen if run.model.adds_effects else run.screen).perturbations
+    rows, spelled = [], []
     index = {name: t for t, name in enumerate(run.model_screen.perturbations)}
     for condition in conditions:
         names = [condition] if condition in known else [
@@ -1403,16 +1571,7 @@ def controls_of_file(run, path):
                             f"needed, by these names (the file's are {', '.join(found[:3])}, ...)")
         order = [places[name][0] for name in wanted]
     if run.config["covariate"]:
-        c = [[f"{column}={value}" for value in screen.obs(column).astype(str)]
-             for column in run.config["covariate"]]
-        index = {name: i for i, name in enumerate(run.screen.covariates)}
-        unknown = sorted({value for values in c for value in values} - index.keys())
-        if any(index.keys().isdisjoint(values) for values in c):
-            raise DataError(f"{path}: has {', '.join(unknown[:5])}, and the run was trained on "
-                            f"{', '.join(run.screen.covariates[:10])}: one of these is needed")
-        if unknown:
-            print(f"{path}: the run knows no {', '.join(unknown[:5])}: taken as unknown")
-        screen.c = np.array([[index.get(v, data.NONE) for v in values] for values in c]).T
+        screen.c = known_covariates(screen, run.config["covariate"], run.screen.covariates)
     return screen, order
 
 
@@ -1530,7 +1689,7 @@ def known_of(run, d, condition, c):
                          f"{name} HAS NO EFFECT IN THE MODEL")
         elif model.has_mask and model.mask_probability()[t].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect")
-        if c is not None and cells:
+        if c is not None and len(received):
             rows = c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)
             unseen = 1 - rows.all(2).any(1).mean()
             if unseen > 0:
@@ -1611,12 +1770,10 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
                     raise DataError(f"{run.folder}: {error.strerror}") from None
     basal, total = (np.memmap(file, np.float32, shape=shape) for file in files)
     n = 0
-    for x, d, *c in run.batches.in_order(np.arange(len(screen.d))):
-        z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
-        loc, _ = model.encode(x, z_pert, d, *c)
-        basal[n:n + len(x)] = (loc.expand_as(z_pert).mean(0) @ model.axes).cpu()
-        total[n:n + len(x)] = ((loc + z_pert).mean(0) @ model.axes).cpu()
-        n += len(x)
+    for of_batch in posterior_means(run, np.arange(len(screen.d)), mask, effect):
+        for values, part in zip((basal, total), of_batch):
+            values[n:n + len(part)] = part
+        n += len(of_batch[0])
 
     columns = {name: functools.partial(screen.obs, name) for name in screen.file.obs_columns}
     split = np.full(len(screen.d), "", dtype=object)
@@ -1876,39 +2033,6 @@ def figure_of_combinations(runs, folder):
 # ============================================================================================
 
 
-def add_options(parser, rows):
-    """Add options given as (--name, default, what is allowed, text): bool for a switch, a list of
-    words, or (least, largest, the same in words). One that is not given is absent from the result.
-    """
-    for flag, default, allowed, text in rows:
-        if allowed is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(allowed[0], str):
-            how = {"choices": allowed}
-        else:
-            how = {"type": number_within(type(default), *allowed)}
-        text += "" if default is None else f" [{default}]"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-
-
-def option_name(flag):
-    """--like-this -> like_this."""
-    return flag[2:].replace("-", "_")
-
-
-def number_within(kind, least, largest, words):
-    """A function text -> number for argparse, which refuses what is outside of the bounds."""
-    def parse(text):
-        """The number; raises what argparse turns into a message."""
-        value = kind(text)
-        if not least <= value <= largest:  # also where it is NaN
-            raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
 def evaluated(folder, options):
     """The metrics of metrics.json if they are those of the checkpoints under these options, and
     neither they nor the other results were changed; else None."""
@@ -1977,6 +2101,9 @@ def main(arguments=None):
     evaluations = without_repeats(evaluations)
     if len(evaluations) > 1:
         print(f"\n{table_of_runs(evaluations, args.scale)}")
+        adapted = table_of_adapted(evaluations)
+        if adapted:
+            print("\ntest cells with new perturbations, predictive IWELBO\n\n" + adapted)
     warned = [m["folder"] for m in evaluations if m["warnings"]]
     if len(evaluations) > 1 and warned:
         print("\nwith warnings, which python evaluate.py runs/NAME shows: " + ", ".join(warned))

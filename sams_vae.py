@@ -378,8 +378,9 @@ class SAMSVAE(nn.Module):
     def log_global_ratio(self, mask, effect):
         """log p(M, E) - log q(M, E) of draws (K, T, L) of all perturbations, (K,)."""
         p, q = self.prior_mask_probability().double(), self.mask_probability().double()
-        bernoulli, normal = torch.distributions.Bernoulli, torch.distributions.Normal
-        log_ratio = bernoulli(p).log_prob(mask) - bernoulli(q).log_prob(mask)
+        normal = torch.distributions.Normal
+        log_ratio = torch.xlogy(mask, p) + torch.special.xlog1py(1 - mask, -p)  # for any alpha
+        log_ratio -= torch.distributions.Bernoulli(q).log_prob(mask)  # q within rounding of 0, 1
         loc, var = self.effect_posterior(mask, self.all_perturbations())
         log_ratio += normal(0, math.sqrt(self.beta)).log_prob(effect)
         log_ratio -= normal(loc, var.sqrt()).log_prob(effect)
@@ -712,6 +713,68 @@ class ConditionalVAE(SAMSVAE):
 
 MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, "cpa-vae": CPAVAE,
           "svae+": SVAEPlus, "cvae": ConditionalVAE}  # the names that train.py and tables use
+
+
+# ============================================================================================
+# Unseen perturbations (after Lopez et al. 2023; not in the paper)
+# ============================================================================================
+#
+# What a trained model has learned of cells holds for perturbations that it has not seen, too: their
+# cells then have to say no more than which latents these touch, and how far they move them. So
+# encoder, decoder, dispersions and R stay as they are, and so do masks and effects of the known
+# perturbations. Whatever belongs to a perturbation is a row or a column of some weights, the same
+# in each model above: further perturbations are further rows, and these alone are learned.
+
+
+def kept_weights(model_class, arguments, weights, perturbations, genes):
+    """Of a model's weights, a state_dict, those of some perturbations (T',) and genes (G',), in
+    these orders; arguments are those of model_class that the model was made with.
+
+    With fewer genes the model is that of the frequencies among these, a softmax of fewer logits,
+    and its encoder takes those that are missing to be at their mean.
+    """
+    def shapes(**others):
+        """{weight: shape} of a model with other arguments; takes no memory."""
+        with torch.device("meta"):
+            model = model_class(**(arguments | others))
+        return {name: value.shape for name, value in model.state_dict().items()}
+
+    own, kept = shapes(), dict(weights)
+    for arguments_of, index in ((["n_cells"], perturbations), (["x_mean", "x_std"], genes)):
+        n = len(arguments[arguments_of[0]])
+        larger = shapes(**{argument: torch.zeros(n + 1) for argument in arguments_of})
+        for name, shape in own.items():
+            for dim in range(len(shape)):
+                if larger[name][dim] > shape[dim]:  # here it has a place for each of the n
+                    # Of a network's inputs genes are the first, and perturbations the last.
+                    others = torch.arange(kept[name].shape[dim] - n)
+                    order = (torch.cat([index, n + others]) if index is genes else
+                             torch.cat([others, len(others) + index]))
+                    kept[name] = kept[name].index_select(dim, order)
+    return kept
+
+
+@torch.no_grad()
+def continue_from(model, known):
+    """Give a model the weights of a trained one that has the first of its perturbations, `known`,
+    a state_dict; masks become certain, 1 if their probability is above 1/2, else 0."""
+    for name, value in model.state_dict().items():  # these are the model's own tensors
+        value[tuple(map(slice, known[name].shape))] = known[name]
+    if model.has_mask:
+        logits = torch.where(model.mask_probability() > 0.5, 20.0, -20.0)
+        logits[len(known["n_cells"]):] = 0
+        model.set_masks(logits)
+
+
+def learn_others_only(model, shapes):
+    """Let training change nothing but what is of other perturbations than the first ones: shapes
+    {weight: shape} are those of a model of the first ones alone, as in `known` above."""
+    for name, parameter in model.named_parameters():
+        is_new = torch.ones_like(parameter)
+        is_new[tuple(map(slice, shapes[name]))] = 0
+        parameter.requires_grad_(bool(is_new.any()))
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, is_new=is_new: gradient * is_new)
 
 
 # ============================================================================================

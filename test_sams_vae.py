@@ -37,10 +37,11 @@ import data
 import evaluate
 import train
 from sams_vae import (CPAVAE, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE, ConditionalVAE, SVAEPlus,
-                      average_treatment_effects, begin_masks, elbo, expected_expression, iwelbo,
-                      kl_bernoulli, kl_normal, mask_log_odds, mean_log_of_poisson,
-                      nb_log_likelihood, per_dosage, sample_counts, sample_frequencies,
-                      sparsest_axes, straight_through_bernoulli, sum_effects)
+                      average_treatment_effects, begin_masks, continue_from, elbo,
+                      expected_expression, iwelbo, kept_weights, kl_bernoulli, kl_normal,
+                      learn_others_only, mask_log_odds, mean_log_of_poisson, nb_log_likelihood,
+                      per_dosage, sample_counts, sample_frequencies, sparsest_axes,
+                      straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1059,6 +1060,88 @@ def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
             small_model(kind), torch.tensor([[NONE, NONE], [0, NONE]]), 50, chunk=100)
         for scale in ("counts", "log_normalised"):
             assert (effects[scale][0] == 0).all() and (effects[scale][1] != 0).all()
+
+
+def with_others(model, arguments, weights, n_cells, **genes):
+    """The model with the weights of another one and further perturbations, n_cells in all."""
+    torch.manual_seed(9)
+    larger = type(model)(**(arguments | genes | {"n_cells": torch.tensor(n_cells)}))
+    continue_from(larger, weights)
+    return larger
+
+
+def arguments_of(kind, basal, effects, n_covariates=0):
+    """The arguments that small_model makes a model with."""
+    return dict(n_cells=torch.tensor([5, 3, 2]), x_mean=torch.zeros(6), x_std=torch.ones(6),
+                n_latent=3, n_hidden=8, effect_hidden=8, correlated_basal=basal,
+                correlated_effects=effects, alpha=0.2, n_covariates=n_covariates)
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_a_model_of_fewer_genes_is_that_of_the_frequencies_among_these(kind, basal, effects):
+    model, (x, d) = small_model(kind, basal=basal, effects=effects, n_covariates=2), small_batch()
+    arguments, c = arguments_of(kind, basal, effects, 2), torch.tensor([[0], [1], [NONE]])
+    genes, keep = torch.tensor([4, 0, 3]), torch.tensor([2, 0])
+    weights = kept_weights(kind, arguments, model.state_dict(), keep, genes)
+    smaller = kind(**arguments | dict(n_cells=torch.tensor([2, 5]), x_mean=torch.zeros(3),
+                                      x_std=torch.ones(3)))
+    smaller.load_state_dict(weights)
+    z, d, d_of_smaller = torch.randn(4, 3, 3), torch.tensor([[0], [2], [NONE]]), torch.tensor(
+        [[1], [0], [NONE]])
+    expected = model.log_rho(z, d, c)[..., genes].log_softmax(-1)
+    torch.testing.assert_close(smaller.log_rho(z, d_of_smaller, c), expected)
+    at_mean = torch.zeros(3, 6)  # log(1 + x) of a gene that is missing is its mean, here zero
+    at_mean[:, genes] = x[:3, genes]
+    z_pert = torch.randn(1, 3, 3)
+    for ours, theirs in zip(smaller.encode(x[:3, genes], z_pert, d_of_smaller, c),
+                            model.encode(at_mean, z_pert, d, c)):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(smaller.mask_probability(), model.mask_probability()[keep])
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_adapting_to_no_new_perturbation_is_the_identity_but_for_masks_made_certain(
+        kind, basal, effects):
+    model, arguments = small_model(kind, basal=basal, effects=effects), arguments_of(
+        kind, basal, effects)
+    same = with_others(model, arguments, model.state_dict(), [5, 3, 2])
+    for name, value in same.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]) or name.startswith("mask")
+    if model.has_mask:
+        assert torch.equal(same.mask_probability().round(), model.mask_probability().round())
+        assert (same.mask_probability() - 0.5).abs().min() > 0.4999999
+    # Once more it changes nothing at all, nor does any number that the model gives.
+    again = with_others(model, arguments, same.state_dict(), [5, 3, 2])
+    assert all(torch.equal(value, same.state_dict()[name])
+               for name, value in again.state_dict().items())
+    learn_others_only(again, {name: value.shape for name, value in same.state_dict().items()})
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("kind, basal, effects", MODELS)
+def test_training_changes_nothing_but_what_is_of_new_perturbations(kind, basal, effects):
+    model = small_model(kind, basal=basal, effects=effects)
+    known, (x, d) = model.state_dict(), small_batch()
+    larger = with_others(model, arguments_of(kind, basal, effects), known, [5, 3, 2, 4, 3])
+    learn_others_only(larger, {name: value.shape for name, value in known.items()})
+    before = {name: value.clone() for name, value in larger.state_dict().items()}
+    blocks = {name: tuple(map(slice, value.shape)) for name, value in known.items()}
+    x_new, d_new = x[:4], torch.tensor([[3, 0], [4, NONE], [3, 4], [1, 4]])  # with known ones, too
+    old = [larger.log_rho(torch.ones(10, 3), d), *larger.encode(x, torch.ones(1, 10, 3), d)]
+    optimizer = torch.optim.Adam([p for p in larger.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (-elbo(larger, x_new, d_new, 3)[0]).backward()
+        optimizer.step()
+    changed = []
+    for name, value in larger.state_dict().items():
+        assert torch.equal(value[blocks[name]], before[name][blocks[name]]), name
+        if not torch.equal(value, before[name]):
+            changed.append(name)
+    assert changed  # what there is to learn is learned
+    for ours, theirs in zip([larger.log_rho(torch.ones(10, 3), d), *larger.encode(
+            x, torch.ones(1, 10, 3), d)], old):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -2332,7 +2415,7 @@ def test_svae_plus_sees_every_combination_as_a_label_of_its_own(tmp_path):
 
 def test_pathways_come_from_the_file_or_from_json(tmp_path):
     data.simulate(tmp_path / "s.h5ad", n_perturbations=60, cells_per_condition=1, n_genes=5)
-    names, mask, _ = data.read_simulation(tmp_path / "s.h5ad")
+    names, mask, *_ = data.read_simulation(tmp_path / "s.h5ad")
     pathways = data.read_pathways(tmp_path / "s.h5ad")
     assert len(pathways) >= 1 and all(len(genes) >= 10 for genes in pathways.values())
     for genes in pathways.values():  # a pathway shares one mask
@@ -2489,7 +2572,7 @@ def test_the_simulated_screen_is_what_it_says(tmp_path):
     path = tmp_path / "s.h5ad"
     data.simulate(path, seed=3, n_perturbations=8, cells_per_condition=30, n_pairs=6, n_genes=50)
     screen = data.read_screen(path, split_column="split")
-    names, mask, effect = data.read_simulation(path)
+    names, mask, effect, _ = data.read_simulation(path)
     assert names == screen.perturbations and mask.shape == effect.shape == (8, 6)
     assert mask.any(1).all() and (np.abs(effect) > 1.5).all()
     sizes = dict(zip(*np.unique(screen.conditions.astype(str), return_counts=True)))
@@ -2500,6 +2583,48 @@ def test_the_simulated_screen_is_what_it_says(tmp_path):
     assert all("train" in split[c] for c in sizes if c not in held_out)
     assert abs(np.log(screen.counts.library()).mean() - np.log(5000)) < 0.1
     assert data.read_simulation(write_obs(tmp_path / "x.h5ad", a=["b"])) is None
+
+
+def test_the_sparse_shift_screen_has_the_moments_that_its_paper_states(tmp_path):
+    data.main_of_simulate([str(tmp_path / "s.h5ad"), "--sparse-shift", "--seed", "1"])
+    screen = data.read_screen(tmp_path / "s.h5ad", split_column="split")
+    names, mask, effect, z = data.read_simulation(tmp_path / "s.h5ad")
+    x, d = screen.counts.dense().astype(float), screen.d[:, 0]
+    assert x.shape[1] == 100 and z.shape == (len(x), 15) and mask.shape == (100, 15)
+    n = np.bincount(d[d >= 0])
+    assert len(n) == 100 and 250 <= n.min() < 265 and 485 < n.max() <= 500
+    # Targets: 1, 2 or 3 of 15 with replacement, so of 2 and 3 some are the same.
+    expected = np.mean([15 * (1 - (14 / 15) ** k) for k in (1, 2, 3)])
+    assert abs(mask.sum(1).mean() - expected) < 4 * 0.8 / 10 and {*mask.sum(1)} == {1, 2, 3}
+    shift = effect[mask]
+    assert abs(np.abs(shift).mean() - 5) < 4 * 0.5 / len(shift)**0.5
+    assert abs(np.abs(shift).std() - 0.5) < 0.12 and 0.3 < (shift > 0).mean() < 0.7
+    basal = z - np.append(mask * effect, np.zeros((1, 15)), axis=0)[d]  # the last row: controls
+    assert np.abs(basal.mean(0)).max() < 5 / len(z)**0.5
+    np.testing.assert_allclose(np.cov(basal.T), np.eye(15), atol=6 / len(z)**0.5)
+    with h5py.File(tmp_path / "s.h5ad") as file:
+        decoder = [[file[f"uns/simulation/{part}_{i}"][()] for part in ("weight", "bias")]
+                   for i in (1, 2, 3, 4)]
+    logits = data.decode(z, decoder)
+    assert logits.std() == pytest.approx(1) and not any(bias.any() for _, bias in decoder)
+    for i, (weight, _) in enumerate(decoder):
+        squares = weight @ weight.T
+        scale = 2 / 1.04 * 2 / sum(weight.shape) if i < 3 else squares[0, 0]
+        np.testing.assert_allclose(squares, scale * np.eye(len(squares)), atol=1e-12 * scale)
+    mean = 1e6 * np.exp(logits) / np.exp(logits).sum(0)  # over cells
+    chi_squared = ((x - mean) ** 2 / mean).mean()
+    assert abs(chi_squared - 1) < 0.01 and abs(x.sum(0) - 1e6).max() < 5e3
+
+
+def test_both_commands_simulate_the_same_screen(folder):
+    few = ["--perturbations", "3", "--cells", "9", "--seed", "4"]
+    data.main_of_simulate(["s.h5ad", "--sparse-shift", *few])
+    train.main(["--preset", "sparse-shift", "--name", "a", "--steps", "1", "--n-hidden", "4", *(
+        word.replace("--", "--simulated-") for word in few)])
+    state = evaluate.load_checkpoint("runs/a", "best.pt")
+    assert data.read_screen("s.h5ad").fingerprint() == state["fingerprint"]
+    assert state["config"]["alpha"] == 1e-30 and "mcc_pearson" in json.load(
+        open("runs/a/metrics.json"))
 
 
 # ============================================================================================
@@ -2521,6 +2646,38 @@ def test_the_matching_of_latents_is_the_best_of_all():
             columns = evaluate.best_matching(score)
             best = max(score[range(n), list(p)].sum() for p in itertools.permutations(range(m), n))
             assert len(set(columns)) == n and score[range(n), columns].sum() == pytest.approx(best)
+
+
+def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_chance():
+    rng = np.random.default_rng(0)
+    true, mask = rng.normal(size=(2000, 5)), rng.random((30, 5)) < 0.3
+    order, scale = rng.permutation(5), rng.choice([-3.0, 0.5], 5)
+    found = evaluate.latent_recovery(true, true[:, order] * scale + 7, mask, mask[:, order])
+    assert all(v == pytest.approx(1) for v in found.values()) and len(found) == 6
+    # A curve keeps ranks but no line; a mixture keeps all that a line needs and no latent.
+    bent = evaluate.latent_recovery(true, np.exp(2 * true[:, order]))
+    assert bent["mcc_spearman"] == pytest.approx(1) and bent["mcc_pearson"] < 0.7
+    mixed = evaluate.latent_recovery(true, true @ rng.normal(size=(5, 5)))
+    assert mixed["latent_r_squared"] == pytest.approx(1) and mixed["mcc_pearson"] < 0.9
+    # By chance: |r| of 2,000 pairs has the mean sqrt(2 / (pi 2000)), the best matching a bit more.
+    noise = evaluate.latent_recovery(true, rng.normal(size=(2000, 5)), mask, ~mask)
+    chance = math.sqrt(2 / math.pi / 2000)
+    for name in ("mcc_pearson", "mcc_spearman"):
+        assert chance < noise[name] < 3 * chance
+    assert abs(noise["latent_r_squared"]) < 0.02
+    # True latents that have no partner count as not found; learned ones too many do no harm.
+    few = evaluate.latent_recovery(true, true[:, :2], mask, mask[:, :2])
+    assert few["mcc_pearson"] == pytest.approx(0.4, abs=0.02) and few["target_precision"] == 1
+    assert few["target_recall"] == mask[:, :2].sum() / mask.sum()
+    many = evaluate.latent_recovery(true, np.column_stack([0 * true, true[:, order]]))
+    assert many["mcc_pearson"] == pytest.approx(1)
+
+
+def test_targets_are_counted_by_the_matching_of_latents_and_not_by_that_of_masks():
+    true = np.random.default_rng(0).normal(size=(500, 2))
+    mask = np.array([[1, 0], [1, 0], [0, 1]], bool)
+    found = evaluate.latent_recovery(true, true, mask, mask[:, ::-1])
+    assert found["target_f1"] == 0 and evaluate.mask_recovery(mask, mask[:, ::-1])["mask_f1"] == 1
 
 
 def test_masks_of_two_runs_agree_whatever_the_order_of_their_latents():
@@ -2879,6 +3036,106 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(folder, options,
         assert torch.equal(whole["model"]["axes"], torch.eye(4))
     for whole, parts in zip(*logs, strict=True):  # all but the time it took
         assert whole | {"cells_per_second": 0} == parts | {"cells_per_second": 0}
+
+
+def new_screen(n_genes=40, batch=None):
+    """new.h5ad: the cells of screen.h5ad with its genes in another order, the first of them in
+    place of others beyond n_genes, one twice, one more, and, if given, one value of batch."""
+    file = data.read_h5ad("screen.h5ad")
+    genes = np.random.default_rng(1).permutation(40)[:n_genes]
+    obs = {"cell": file.cell_names, **{name: file.obs(name) for name in ("condition", "split")}}
+    obs |= {} if batch is None else {"batch": np.full(len(file.cell_names), batch)}
+    x = file.counts().dense()
+    data.write_h5ad("new.h5ad", X=np.column_stack([x[:, genes], x[:, [0, 0]]]), obs=obs,
+                    var={"gene": [*file.gene_names[genes], "twice", "twice"]})
+    return file.gene_names[genes].tolist()
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--axes", "learned"], ["--model", "svae+"], ["--model", "cvae"]])
+def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, options, capsys):
+    new = ["--exclude", "P002", "--exclude", "P011"]
+    settings = ["--steps", "200", "--validate-every", "100", "--lr", "0.01", *options]
+    train_on_screen("base", *new, *settings)
+    genes = new_screen(n_genes=36)
+    capsys.readouterr()
+    command = ["--adapt", "runs/base", "--split-column", "split", "--validate-every", "50",
+               "--steps", "200"]
+    train.main([*command, "--data", "new.h5ad", "--name", "new"])
+    out = capsys.readouterr().out
+    assert "36 of the 40 genes" in out and "more than once: G" in out and "P002" in out
+    base, found = (evaluate.load_checkpoint(f"runs/{name}", "best.pt") for name in ("base", "new"))
+    known = [p for p, n in zip(base["perturbations"], base["model_arguments"]["n_cells"]) if n]
+    assert found["gene_names"] == genes and found["perturbations"][:len(known)] == known
+    assert found["n_known"] == len(known) and "P002" in found["perturbations"][len(known):]
+    # The order of genes is another one, and what is of the known perturbations is as it was.
+    order = [base["gene_names"].index(gene) for gene in genes]
+    assert torch.equal(found["model"]["log_theta"], base["model"]["log_theta"][order])
+    assert torch.equal(found["model"]["decoder.last.weight"],
+                       base["model"]["decoder.last.weight"][order])
+    rows = [base["perturbations"].index(name) for name in known]
+    for name in {"effect_loc", "n_cells"} & base["model"].keys():
+        assert torch.equal(found["model"][name][:len(known)], base["model"][name][rows]), name
+    # The new cells are explained better by what was learned.
+    evaluate.main(["runs/new", "--ate-particles", "20", "--iwelbo-particles", "10"])
+    found = json.load(open("runs/new/metrics.json"))
+    assert found["iwelbo_new"] > found["iwelbo_new_before"] + 0.2
+    if options:
+        return
+    evaluate.main(["runs/new", "--predict", "P001+P002", "P002", "--ate-particles", "20"])
+    # And beside a run that was trained on all of the same file:
+    train_on_screen("all", *settings)
+    train.main([*command, "--data", "screen.h5ad", "--name", "same"])
+    capsys.readouterr()
+    evaluate.main(["runs/same", "runs/all", "--ate-particles", "20", "--iwelbo-particles", "10"])
+    table = capsys.readouterr().out
+    same, of_all = (json.load(open(f"runs/{name}/metrics.json")) for name in ("same", "all"))
+    assert same["fingerprint"] == of_all["fingerprint"]
+    with open("runs/all/iwelbo.csv") as file:
+        values = [float(row["iwelbo"]) for row in csv.DictReader(file)
+                  if row["condition"] in same["new_conditions"]]
+    assert len(values) == same["n_new_cells"] > 0
+    (row,) = (line for line in table.splitlines() if "adapted" in line and line.count("|") == 7)
+    assert [word.strip() for word in row.split("|")[3:7]] == ["1", *(f"{v:.2f}" for v in (
+        same["iwelbo_new_before"], same["iwelbo_new"], np.mean(values)))]
+
+
+def test_an_adapted_run_goes_on_where_it_was_and_one_without_new_perturbations_has_ended(
+        folder, capsys):
+    data.simulate("screen.h5ad", n_perturbations=12, cells_per_condition=20, n_pairs=10, n_genes=40,
+                  batch_effect=2.0)
+    train_on_screen("base", "--exclude", "P002", "--steps", "40", "--covariate", "batch")
+    new_screen(batch=1)
+    command = ["--adapt", "runs/base", "--data", "new.h5ad", "--validate-every", "10"]
+    train.main([*command, "--name", "whole", "--steps", "40"])
+    train.main([*command, "--name", "parts", "--steps", "20"])
+    train.main(["--resume", "runs/parts", "--steps", "40"])
+    whole, parts = (evaluate.load_checkpoint(f"runs/{name}", "last.pt")
+                    for name in ("whole", "parts"))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name])
+    run = evaluate.Run("runs/whole")
+    assert run.screen.covariates == ["batch=0", "batch=1"] and (run.screen.c == 1).all()
+    assert run.model_screen.perturbations[-1] == "P002" == run.screen.perturbations[1]
+    assert [run.model_screen.perturbations[t] for t in run.model_screen.d[:, 0]] == [
+        (name.split("+")[0] if name != "control" else "P002") for name in run.screen.conditions]
+
+    train.main([*command, "--name", "none", "--exclude", "P002"])
+    assert "nothing to learn" in capsys.readouterr().out
+    train.main(["--resume", "runs/none"])
+    evaluate.main(["runs/none", "--ate-particles", "20"])
+    evaluate.main(["runs/none", "--latents"])
+    same, base = (evaluate.load_checkpoint(f"runs/{name}", "best.pt")["model"]
+                  for name in ("none", "base"))
+    assert all(torch.equal(same[name].sort(0).values, base[name].sort(0).values) for name in (
+        "effect_loc", "log_theta", "decoder.last.weight"))
+    new_screen(batch=7)
+    with pytest.raises(data.DataError, match="has batch=7, and the run"):
+        train.main(command)
+    new_screen(n_genes=15, batch=1)
+    with pytest.raises(data.DataError, match="fewer than half of the genes"):
+        train.main(command)
+    assert sorted(os.listdir("runs")) == ["base", "none", "parts", "whole"]
 
 
 def test_masks_begin_at_half_of_the_steps_that_a_resumed_run_is_given_if_they_have_not_yet(folder):
@@ -3637,7 +3894,10 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
             (["--data", "x", "--mask-b", "0"], "--mask-b: must be positive and below 2^32, not 0"),
             (["--data", "x", "--lr", "nan"], "--lr: must be positive and below 2^32, not nan"),
             (["--data", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
-            (["--data", "x", "--alpha", "1"], "--alpha: must be positive and below 1, not 1")):
+            (["--data", "x", "--alpha", "1"], "--alpha: must be positive and below 1, not 1"),
+            (["--adapt", "runs/x"], "--adapt needs --data"),
+            (["--adapt", "runs/x", "--resume", "runs/x"], "exclude each other"),
+            (["--adapt", "runs/x", "--data", "x", "--n-latent", "3"], "--n-latent is that of")):
         with pytest.raises((SystemExit, data.DataError)) as refused:
             configuration(*arguments)
         assert words in capsys.readouterr().err + str(refused.value)

@@ -3,6 +3,7 @@
     python data.py FILE.h5ad                                  what the reader makes of a file
     python data.py FILE.h5ad --perturbation-column gene --control non-targeting
     python data.py prepare LARGE.h5ad SMALL.h5ad --subset line=K562 --variable-genes 2000
+    python data.py simulate SCREEN.h5ad --sparse-shift        a screen, and the truth with it
 
 In reading order:
 
@@ -13,7 +14,7 @@ In reading order:
     prepare            a file of any size -> one of the cells and genes that are wanted: `prepare`
     splits             train, validation and test cells, the paper's three ways: `split_cells`
     batches            of a screen on the device, in memory or in its file: `Batches`, `Shuffle`
-    simulation         a screen of which the true masks and effects are known: `simulate`
+    simulation         a screen whose true latents, masks and effects are known: `simulate`
 
 A matrix is read in two phases. `read_h5ad` reads names and a first block of values, to find where
 the counts are. `H5ad.counts` reads the cells and genes that are wanted, checks every value, and
@@ -2398,7 +2399,7 @@ def training_statistics(batches, cells):
 
 
 # ============================================================================================
-# A simulated screen with known masks and effects
+# A simulated screen with known latents, masks and effects
 # ============================================================================================
 
 
@@ -2465,7 +2466,7 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     conditions = np.concatenate([singles, pairs])
     cells = np.broadcast_to(cells_per_condition, len(conditions))
     if sparse_shift:
-        cells = rng.integers(np.ceil(cells * 2 / 3), cells * 4 // 3 + 1)
+        cells = rng.integers(-(-2 * cells // 3), 4 * cells // 3 + 1)
     d = np.concatenate([np.full((n_controls, 2), NONE), np.repeat(conditions, cells, axis=0)])
     held_out = np.zeros(len(conditions), bool)
     held_out[n_perturbations:] = rng.permutation(n_pairs) < n_pairs // 2

@@ -10,8 +10,8 @@
 
 Writes, beside the checkpoint, metrics.json, effects.h5ad (condition x gene effects of the model and
 of the data), and the tables top_genes.csv, masks.csv and iwelbo.csv. In reading order: one function
-a metric; what the data say, and baselines; a run and its three evaluations; tables; use of a
-trained model; figures; the command line.
+a metric; what the data say, and baselines; a run and its evaluations; tables; use of a trained
+model; figures; the command line.
 
 A condition is a set of perturbations that some cell received; C conditions beside the control, G
 genes. "Effect" means average treatment effect (3.2), a difference from control, (C, G); the latent
@@ -640,7 +640,11 @@ def read_screen_of(config, checkpoint=None, adapt=None):
 
 def known_covariates(screen, columns, known):
     """Covariates of a screen's cells, (N, columns), as positions in the values that a run knows.
-    Raises DataError where it knows none of a column."""
+    Raises DataError where a column is missing, or has no known value."""
+    absent = [column for column in columns if column not in screen.file.obs_columns]
+    if absent:
+        raise DataError(f"{screen.path}: has no obs column {absent[0]!r}, a covariate that the run "
+                        "was trained with: add it, if need be with the same value in all cells")
     values = [[f"{column}={value}" for value in screen.obs(column).astype(str)]
               for column in columns]
     index = {name: i for i, name in enumerate(known)}
@@ -803,9 +807,9 @@ def likelihood(run, n_particles):
 
 
 def of_new_perturbations(run, predictive, n_particles):
-    """Of a run that was adapted (--adapt): predictive IWELBO of the test cells with one of the new
-    perturbations after that, from that of all (N,), and before, where the prior is all that is
-    known of these. Their conditions, by which table_of_adapted finds the cells."""
+    """Of a run that adapts another (--adapt): mean predictive IWELBO of test cells with a new
+    perturbation before, where the prior is all that is known of these, and after, of `predictive`
+    (N,), that of all test cells; and their conditions, by which `table_of_adapted` finds them."""
     test, n_cells, n_known = run.split["test"], run.model.n_cells, run.checkpoint["n_known"]
     is_new = (run.model_screen.d[test] >= n_known).any(1)
     found = {"n_new_perturbations": len(n_cells) - n_known, "n_new_cells": int(is_new.sum()),
@@ -1237,9 +1241,9 @@ def table(metrics, scale=SCALES[0]):
              f"test IWELBO, joint:      {in_words(m['iwelbo_joint_per_cell'], 2)} per cell, "
              f"effective sample size {in_words(m['iwelbo_joint_effective_sample_size'], 2)}"]
     if "iwelbo_new" in m:
-        lines.append(f"test cells with new perturbations ({m['n_new_cells']:,}): predictive IWELBO "
-                     f"{m['iwelbo_new_before']:.2f} before these were learned, "
-                     f"{m['iwelbo_new']:.2f} after")
+        lines.append(f"{m['n_new_cells']:,} of them with the {m['n_new_perturbations']:,} new "
+                     f"perturbations: predictive {m['iwelbo_new_before']:.2f} before these were "
+                     f"learned, {m['iwelbo_new']:.2f} after")
     if "mask" in m:
         lines.append(f"masks: {m['mask_mean_size']:.2f} latent dimensions per perturbation; "
                      f"{m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} are empty")
@@ -1249,8 +1253,8 @@ def table(metrics, scale=SCALES[0]):
     if "mcc_pearson" in m:
         lines.append(f"latents: MCC {m['mcc_pearson']:.3f}, of ranks {m['mcc_spearman']:.3f}, R2 "
                      f"{m['latent_r_squared']:.3f}" + (
-                         f"; targets by their matching: precision {m['target_precision']:.3f}, "
-                         f"recall {m['target_recall']:.3f}, F1 {m['target_f1']:.3f}"
+                         f"; targets: precision {m['target_precision']:.3f}, recall "
+                         f"{m['target_recall']:.3f}, F1 {m['target_f1']:.3f}"
                          if "target_f1" in m else ""))
     if "mask_pathway_accuracy" in m:
         lines.append(f"mask pathway accuracy: {m['mask_pathway_accuracy']:.3f}, sd over splits "
@@ -1457,8 +1461,9 @@ def table_of_runs(runs, scale="log_normalised"):
 
 
 def table_of_adapted(runs):
-    """Markdown of the predictive IWELBO of test cells with new perturbations, by model: of runs
-    that were adapted, before and after, and of runs that were trained on all of the same file."""
+    """Markdown of the predictive IWELBO of test cells with new perturbations, by model and guide:
+    of runs that adapt others, before and after, and, of the same cells, of runs among these that
+    were trained on all of the same file. Empty without runs that adapt others."""
     rows = {}
 
     def iwelbos(m):
@@ -1471,13 +1476,13 @@ def table_of_adapted(runs):
             continue
         own, config = iwelbos(m), m["config"]
         new = [cell for cell, (condition, _) in own.items() if condition in m["new_conditions"]]
-        row = rows.setdefault((model_of(config), guide_of(config)), ([], [], []))
+        name = model_of(config | {"adapt": None}), guide_of(config)
+        row = rows.setdefault(name, ([], [], []))
         row[0].append(m["iwelbo_new_before"])
         row[1].append(m["iwelbo_new"])
         for other in runs:
-            if (other["fingerprint"], model_of(other["config"]) + ", adapted",
-                    guide_of(other["config"])) == (m["fingerprint"], model_of(config),
-                                                   guide_of(config)):
+            if other["fingerprint"] == m["fingerprint"] and name == (
+                    model_of(other["config"]), guide_of(other["config"])):
                 of_other = iwelbos(other)
                 if of_other.keys() >= set(new):
                     row[2].append(np.mean([of_other[cell][1] for cell in new]))

@@ -740,17 +740,17 @@ def kept_weights(model_class, arguments, weights, perturbations, genes):
         return {name: value.shape for name, value in model.state_dict().items()}
 
     own, kept = shapes(), dict(weights)
-    for arguments_of, index in ((["n_cells"], perturbations), (["x_mean", "x_std"], genes)):
-        n = len(arguments[arguments_of[0]])
-        larger = shapes(**{argument: torch.zeros(n + 1) for argument in arguments_of})
+    # Of the inputs of a network genes are the first ones, and perturbations the last.
+    for one_each, index, come_first in ((["n_cells"], perturbations, False),
+                                        (["x_mean", "x_std"], genes, True)):
+        n = len(arguments[one_each[0]])
+        larger = shapes(**{argument: torch.zeros(n + 1) for argument in one_each})
         for name, shape in own.items():
             for dim in range(len(shape)):
-                if larger[name][dim] > shape[dim]:  # here it has a place for each of the n
-                    # Of a network's inputs genes are the first, and perturbations the last.
+                if larger[name][dim] > shape[dim]:  # it has a place for each of the n there
                     others = torch.arange(kept[name].shape[dim] - n)
-                    order = (torch.cat([index, n + others]) if index is genes else
-                             torch.cat([others, len(others) + index]))
-                    kept[name] = kept[name].index_select(dim, order)
+                    kept[name] = kept[name].index_select(dim, torch.cat(
+                        [index, n + others] if come_first else [others, len(others) + index]))
     return kept
 
 

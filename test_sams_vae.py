@@ -3095,7 +3095,7 @@ def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, optio
         values = [float(row["iwelbo"]) for row in csv.DictReader(file)
                   if row["condition"] in same["new_conditions"]]
     assert len(values) == same["n_new_cells"] > 0
-    (row,) = (line for line in table.splitlines() if "adapted" in line and line.count("|") == 7)
+    (row,) = (line for line in table.splitlines() if line.count("|") == 7 and "basal" in line)
     assert [word.strip() for word in row.split("|")[3:7]] == ["1", *(f"{v:.2f}" for v in (
         same["iwelbo_new_before"], same["iwelbo_new"], np.mean(values)))]
 
@@ -3129,6 +3129,9 @@ def test_an_adapted_run_goes_on_where_it_was_and_one_without_new_perturbations_h
                   for name in ("none", "base"))
     assert all(torch.equal(same[name].sort(0).values, base[name].sort(0).values) for name in (
         "effect_loc", "log_theta", "decoder.last.weight"))
+    new_screen()
+    with pytest.raises(data.DataError, match="no obs column 'batch', a covariate that the run"):
+        train.main(command)
     new_screen(batch=7)
     with pytest.raises(data.DataError, match="has batch=7, and the run"):
         train.main(command)

@@ -1012,7 +1012,7 @@ def configuration_of_adapted(args, given):
     config = evaluate.load_checkpoint(folder, "last.pt")["config"]
     config |= dict.fromkeys(["gene_column", "subset", "exclude", "keep", "split_column", "stream"])
     config |= ADAPTED | {
-        "data": os.path.abspath(args.data), "adapt": os.path.abspath(folder), "simulated": False,
+        "data": os.path.abspath(args.data), "adapt": folder, "simulated": False,
         "split": "random", "masks_from": 0, "weight_decay": 0.0, "kl_warmup": 0} | given
     check_shares(config)
     return config

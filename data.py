@@ -2428,8 +2428,9 @@ def simulate(path, seed=0, n_perturbations=500, cells_per_condition=25, effect_s
     With sparse_shift, the process of the SVAE+ paper: 1, 2 or 3 latent dimensions of a perturbation
     are drawn with replacement, and from 2/3 to 4/3 of cells_per_condition as its cells; the decoder
     has four layers, orthonormal but for a factor, without biases, and logits of standard deviation
-    1; counts are Poisson. Frequencies are normalised over cells, not over genes, as in its authors'
-    code: each gene has 1e6 counts in all cells together, and some cells have more than others.
+    1 (before a batch is added); counts are Poisson. Frequencies are normalised over cells, not over
+    genes, as in its authors' code: each gene has 1e6 counts in all cells together, and some cells
+    have more than others.
 
     Written beside the counts: obs `condition` and `split`; obsm `X_true_z`, the latent states z
     (N, L); uns `simulation` with the perturbations' names, the true `mask` and `effect` (T, L) and
@@ -2535,17 +2536,18 @@ def decode(z, decoder):
 
 
 def read_simulation(path):
-    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z (cells, L))
-    of a simulated screen; None for other files.
+    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z (cells, L),
+    None in files of earlier versions) of a simulated screen; None for other files.
     """
     with _h5_file(path) as file:
         # uns is never walked: only what is asked for by name is read.
-        parts = [*(f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")),
-                 "obsm/X_true_z"]
+        parts = [f"uns/simulation/{part}" for part in ("perturbations", "mask", "effect")]
         if any(_member(file, part, required=False) is None for part in parts):
             return None
-        names, mask, *others = _plain(file, parts[0]), *(_numbers(file, p) for p in parts[1:])
-        return list(names), mask.astype(bool), *others
+        names, mask, effect = _plain(file, parts[0]), *(_numbers(file, p) for p in parts[1:])
+        z = _member(file, "obsm/X_true_z", required=False)
+        return list(names), mask.astype(bool), effect, z if z is None else _numbers(
+            file, "obsm/X_true_z")
 
 
 def read_layers(path):

@@ -307,7 +307,8 @@ def latent_recovery(true, learned, true_mask=None, touches=None):
                                 own, matched to the largest sum: the mean over true ones. 0 for one
                                 without a partner, where L' < L
     latent_r_squared            R2 of true latents by a linear map of all learned ones, fitted to
-                                every other cell, in the others: the mean over true ones
+                                every other cell, in the others: the mean over true ones. NaN where
+                                these are too few
     target_precision, _recall and _f1    of touches, by the matching of mcc_pearson (that of
                                 `mask_recovery` is to the masks' best agreement)
     """
@@ -318,16 +319,22 @@ def latent_recovery(true, learned, true_mask=None, touches=None):
         r = np.abs(a.T @ b) / np.where(size > 0, size, 1)
         return np.pad(r, ((0, 0), (0, max(0, a.shape[1] - b.shape[1]))))
 
+    def ranks(column):
+        """Those of its values, a mean where some are the same."""
+        _, place, n = np.unique(column, return_inverse=True, return_counts=True)
+        return (np.cumsum(n) - n / 2)[place]
+
     of_values = correlation(true, learned)
-    of_ranks = correlation(*(v.argsort(0).argsort(0).astype(float) for v in (true, learned)))
+    of_ranks = correlation(*(np.apply_along_axis(ranks, 0, v) for v in (true, learned)))
     matched, by_rank = best_matching(of_values), best_matching(of_ranks)
     each = np.arange(true.shape[1])
-    inputs = np.column_stack([learned, np.ones(len(learned))])
-    weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
-    error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
     found = {"mcc_pearson": float(of_values[each, matched].mean()),
-             "mcc_spearman": float(of_ranks[each, by_rank].mean()),
-             "latent_r_squared": float((1 - error / true[1::2].var(0)).mean())}
+             "mcc_spearman": float(of_ranks[each, by_rank].mean()), "latent_r_squared": math.nan}
+    inputs = np.column_stack([learned, np.ones(len(learned))])
+    if len(inputs) > 2 * inputs.shape[1]:
+        weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
+        error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
+        found["latent_r_squared"] = float((1 - error / true[1::2].var(0)).mean())
     if true_mask is None:
         return found
     touches = np.pad(touches, ((0, 0), (0, max(0, len(each) - touches.shape[1]))))
@@ -713,6 +720,10 @@ class Run:
         self.library = self.screen.counts.library()
         self.model = build_model(self.checkpoint).to(self.device)
         self.split = {name: cells.numpy() for name, cells in self.checkpoint["split"].items()}
+        self.learned_from = self.split["train"]  # with --adapt, the cells with new perturbations
+        if self.config.get("adapt"):
+            is_new = (self.model_screen.d >= self.checkpoint["n_known"]).any(1)
+            self.learned_from = self.learned_from[is_new[self.learned_from]]
 
     def write(self, name, **contents):
         """Write an .h5ad file into the run's folder."""
@@ -767,7 +778,8 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
     metrics |= effects(run, ate_particles, *(
         options[k] for k in ("library", "effects_from", "own_targets")))
     truth = data.read_simulation(run.config["data"])
-    metrics |= masks(run, known_pathways, truth) | (latents(run, truth) if truth else {})
+    metrics |= masks(run, known_pathways, truth)
+    metrics |= latents(run, truth) if truth and truth[3] is not None else {}
     metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
     tables = ["iwelbo.csv", "top_genes.csv", *["masks.csv"] * run.model.has_effects]
     metrics = without_nan(metrics) | {
@@ -807,12 +819,15 @@ def likelihood(run, n_particles):
 
 
 def of_new_perturbations(run, predictive, n_particles):
-    """Of a run that adapts another (--adapt): mean predictive IWELBO of test cells with a new
-    perturbation before, where the prior is all that is known of these, and after, of `predictive`
-    (N,), that of all test cells; and their conditions, by which `table_of_adapted` finds them."""
+    """Of a run that adapts another (--adapt): mean predictive IWELBO of test cells with one of the
+    perturbations that it has learned, after that, of `predictive` (N,), that of all test cells, and
+    before, when the prior is all that is known of them (SVAE+ and the conditional VAE, which have
+    none, take these cells for controls). And their conditions, to find them in another run."""
     test, n_cells, n_known = run.split["test"], run.model.n_cells, run.checkpoint["n_known"]
-    is_new = (run.model_screen.d[test] >= n_known).any(1)
-    found = {"n_new_perturbations": len(n_cells) - n_known, "n_new_cells": int(is_new.sum()),
+    learned = np.flatnonzero(n_cells.cpu().numpy() > 0)
+    learned = learned[learned >= n_known]
+    is_new = np.isin(run.model_screen.d[test], learned).any(1)
+    found = {"n_new_perturbations": len(learned), "n_new_cells": int(is_new.sum()),
              "new_conditions": sorted(set(run.screen.conditions[test[is_new]]))}
     if is_new.any():
         trained = n_cells.clone()
@@ -1081,8 +1096,8 @@ def true_mask_of(names, truth):
 
 def latents(run, truth):
     """`latent_recovery` in the test cells of a simulated screen, of posterior means of z in the
-    axes of the masks. A perturbation touches the latents of mask probability above 0.5 or, where
-    there are no masks, the two of largest offset (as Lopez et al. have it)."""
+    axes of the masks. A perturbation with training cells touches the latents of mask probability
+    above 0.5 or, where there are no masks, the two of largest offset (as Lopez et al. have it)."""
     model, test = run.model, run.split["test"]
     true_mask = true_mask_of(run.model_screen.perturbations, truth)
     probability, offset = probability_and_offset(model)
@@ -1091,9 +1106,9 @@ def latents(run, truth):
     torch.manual_seed(0)
     draws = model.sample_many_globals(model.all_perturbations(), 50)
     learned = np.concatenate([z for _, z in posterior_means(run, test, *draws)])
-    known = true_mask is not None and model.has_effects
+    known, trained = true_mask is not None and model.has_effects, model.n_cells.cpu().numpy() > 0
     return latent_recovery(truth[3][run.screen.rows[test]], learned.astype(float),
-                           *((true_mask, touches) if known else ()))
+                           *((true_mask[trained], touches[trained]) if known else ()))
 
 
 @torch.no_grad()
@@ -1177,10 +1192,10 @@ def load_pathways(run, path=None):
 
 
 def without_nan(value):
-    """The value with null in place of NaN, which JSON does not know."""
+    """The value with null in place of NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ============================================================================================
@@ -1252,7 +1267,7 @@ def table(metrics, scale=SCALES[0]):
                      f"F1 {m['mask_f1']:.3f}")
     if "mcc_pearson" in m:
         lines.append(f"latents: MCC {m['mcc_pearson']:.3f}, of ranks {m['mcc_spearman']:.3f}, R2 "
-                     f"{m['latent_r_squared']:.3f}" + (
+                     f"{in_words(m['latent_r_squared'])}" + (
                          f"; targets: precision {m['target_precision']:.3f}, recall "
                          f"{m['target_recall']:.3f}, F1 {m['target_f1']:.3f}"
                          if "target_f1" in m else ""))
@@ -1290,10 +1305,13 @@ def table(metrics, scale=SCALES[0]):
             if source == "all" and group == "all":
                 lines.append("(predictions were trained on most of these cells, with their noise: "
                              "they may exceed its limit)")
+            if m["config"].get("adapt") and group == "all":
+                lines.append("(of these cells the model has learned from those with new "
+                             "perturbations alone, the baselines from all training cells)")
     return "\n".join(lines + [""] * bool(m["warnings"]) + [f"warning: {w}" for w in m["warnings"]])
 
 
-SEEDS = ("seed", "split_seed", "simulated_seed")  # a row of a table is a mean over these
+SEEDS = ("seed", "split_seed", "simulated_seed", "base_seed")  # a row is a mean over these
 ROW = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
 NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every", "adapt")
 
@@ -1461,34 +1479,31 @@ def table_of_runs(runs, scale="log_normalised"):
 
 
 def table_of_adapted(runs):
-    """Markdown of the predictive IWELBO of test cells with new perturbations, by model and guide:
-    of runs that adapt others, before and after, and, of the same cells, of runs among these that
-    were trained on all of the same file. Empty without runs that adapt others."""
-    rows = {}
-
-    def iwelbos(m):
-        """{test cell: (condition, IWELBO)}."""
+    """Markdown of runs that adapt others: predictive IWELBO of test cells with new perturbations,
+    before, after, and, of the same cells, by a run among these that was trained on all of the same
+    file, with the same model, guide and seed. Empty without runs that adapt others."""
+    def iwelbos(m, conditions):
+        """{test cell: IWELBO} of these conditions."""
         with open(os.path.join(m["folder"], "iwelbo.csv"), encoding="utf-8") as file:
-            return {r["cell"]: (r["condition"], float(r["iwelbo"])) for r in csv.DictReader(file)}
+            return {row["cell"]: float(row["iwelbo"]) for row in csv.DictReader(file)
+                    if row["condition"] in conditions}
 
-    for m in runs:
-        if m.get("iwelbo_new") is None:
-            continue
-        own, config = iwelbos(m), m["config"]
-        new = [cell for cell, (condition, _) in own.items() if condition in m["new_conditions"]]
-        name = model_of(config | {"adapt": None}), guide_of(config)
-        row = rows.setdefault(name, ([], [], []))
-        row[0].append(m["iwelbo_new_before"])
-        row[1].append(m["iwelbo_new"])
-        for other in runs:
-            if other["fingerprint"] == m["fingerprint"] and name == (
-                    model_of(other["config"]), guide_of(other["config"])):
-                of_other = iwelbos(other)
-                if of_other.keys() >= set(new):
-                    row[2].append(np.mean([of_other[cell][1] for cell in new]))
-    return markdown(["model", "guide", "runs", "before", "after", "trained on all"], [
-        [*name, str(len(row[0])), *(in_words(values or math.nan, 2) for values in row)]
-        for name, row in rows.items()]) if rows else ""
+    def alike(m):
+        """What it must have in common."""
+        config = m["config"] | {"adapt": None}
+        return m["fingerprint"], model_of(config), guide_of(config), config["seed"]
+
+    rows = []
+    for m in (m for m in runs if m.get("iwelbo_new") is not None):
+        of_all = [(iwelbos(other, m["new_conditions"]), other["folder"]) for other in runs
+                  if not other["config"].get("adapt") and alike(other) == alike(m)]
+        of_all = [(np.mean([*values.values()]), folder) for values, folder in of_all
+                  if values.keys() == iwelbos(m, m["new_conditions"]).keys()] or [(math.nan, "-")]
+        rows.append([m["folder"], f"{m['n_new_cells']:,}", *(
+            in_words(v, 2) for v in (m["iwelbo_new_before"], m["iwelbo_new"], of_all[0][0])),
+            of_all[0][1]])
+    return markdown(["adapted", "cells", "before", "after", "trained on all", "by"],
+                    rows) if rows else ""
 
 
 # ============================================================================================
@@ -1502,7 +1517,7 @@ def dosages_of(run, conditions):
 
     Raises DataError for names that the screen does not have, with those that come near.
     """
-    known = (run.model_screen if run.model.adds_effects else run.screen).perturbations
+    known = list(dict.fromkeys(run.screen.perturbations + run.model_screen.perturbations))
     rows, spelled = [], []
     index = {name: t for t, name in enumerate(run.model_screen.perturbations)}
     for condition in conditions:
@@ -1635,7 +1650,7 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
     known of each, and a table of its n_rows strongest effects.
     """
     dosages, spelled = dosages_of(run, conditions)
-    trained_on = run.screen.conditions[run.split["train"]]
+    trained_on = run.screen.conditions[run.learned_from]
     lines, rows, layers = [], [], {}
     for d, name in zip(dosages, spelled):
         basal, c, libraries = population(run, d, name, ate_particles, evaluation_seed, other)
@@ -1680,9 +1695,10 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
 def known_of(run, d, condition, c):
     """What is known of a condition with dosages d (P,), in words: its training cells and those of
     its parts, masks that are empty, and whether covariates c (K, columns) or None were seen."""
-    train, model, words = run.split["train"], run.model, []
+    train, model, words = run.learned_from, run.model, []
     n = int((run.screen.conditions[train] == condition).sum())
-    words.append(f"{n:,} training cells" if n else "no training cells of its own")
+    words.append(f"{n:,} training cells" if n else "no training cells of its own" + (
+        f" since {run.config['adapt']}" if run.config.get("adapt") else ""))
     for t in d[d != data.NONE].tolist():
         name, cells = run.model_screen.perturbations[t], int(model.n_cells[t])
         received = train[(run.model_screen.d[train] == t).any(1)]
@@ -2158,7 +2174,8 @@ def evaluate_run(folder, args, options, alone):
               f"{table(metrics, args.scale)}")
     if args.figures:
         run = run or Run(folder, args.device, args.data)
-        figures = [figure_of_training(folder, metrics["step"]), figure_of_effects(run, metrics)]
+        figures = [figure_of_training(folder, metrics["step"])] if metrics["last_step"] else []
+        figures.append(figure_of_effects(run, metrics))
         if run.model.has_effects:
             figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
         print("written: " + ", ".join(figures))

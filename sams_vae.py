@@ -42,9 +42,9 @@ minibatch has fewer dosages, B P, than there are perturbations, (m, e) is drawn 
 own perturbations only (`draws_for`).
 
 In reading order: the likelihood (2.2); masks, Gaussians and networks of the guide (2.3); SAMS-VAE
-(2.1); masks in the sparsest axes (ours); CPA-VAE (2.4); the other models; the ELBO (A.1); the
-importance-weighted ELBO (3.1); treatment effects (3.2); and last, behind these, what makes them
-fast.
+(2.1); masks in the sparsest axes (ours); CPA-VAE (2.4); the other models; perturbations that a
+trained model has not seen; the ELBO (A.1); the importance-weighted ELBO (3.1); treatment effects
+(3.2); and last, behind these, what makes them fast.
 """
 
 import math
@@ -376,15 +376,15 @@ class SAMSVAE(nn.Module):
         return [torch.cat(parts) for parts in zip(*draws)]
 
     def log_global_ratio(self, mask, effect):
-        """log p(M, E) - log q(M, E) of draws (K, T, L) of all perturbations, (K,)."""
+        """log p(m_t, e_t) - log q(m_t, e_t) of draws (K, T, L) of all perturbations, (K, T)."""
         p, q = self.prior_mask_probability().double(), self.mask_probability().double()
         normal = torch.distributions.Normal
-        log_ratio = torch.xlogy(mask, p) + torch.special.xlog1py(1 - mask, -p)  # for any alpha
+        log_ratio = torch.xlogy(mask, p) + torch.special.xlog1py(1 - mask, -p)  # alpha may be tiny
         log_ratio -= torch.distributions.Bernoulli(q).log_prob(mask)  # q within rounding of 0, 1
         loc, var = self.effect_posterior(mask, self.all_perturbations())
         log_ratio += normal(0, math.sqrt(self.beta)).log_prob(effect)
         log_ratio -= normal(loc, var.sqrt()).log_prob(effect)
-        return log_ratio.double().sum((1, 2))
+        return log_ratio.double().sum(-1)
 
     def all_perturbations(self):
         """0, 1, ..., T - 1."""
@@ -650,8 +650,8 @@ class SVAEPlus(SAMSVAE):
         return mask, effect.expand_as(mask), minus_log_beta, mask.new_zeros(mask.shape[:2])
 
     def log_global_ratio(self, mask, effect):
-        """Zero, (K,): mu and p are parameters, and given p, p and q of the mask are the same."""
-        return mask.new_zeros(len(mask), dtype=torch.float64)
+        """Zero, (K, T): mu and p are parameters, and given p, p and q of the mask are the same."""
+        return mask.new_zeros(mask.shape[:2], dtype=torch.float64)
 
     def encode(self, x, z_pert, d=None, c=None):
         """q(z | x) = N(loc, var) is q(z_basal | x, z_pert) = N(loc - z_pert, var), (K, B, L)."""
@@ -695,8 +695,8 @@ class ConditionalVAE(SAMSVAE):
         return zero, zero, zero.new_zeros(len(t)), zero.new_zeros(n_particles, len(t))
 
     def log_global_ratio(self, mask, effect):
-        """Zero, (K,): there are no global latent variables."""
-        return mask.new_zeros(len(mask), dtype=torch.float64)
+        """Zero, (K, T): there are no global latent variables."""
+        return mask.new_zeros(mask.shape[:2], dtype=torch.float64)
 
     def encode(self, x, z_pert, d, c=None):
         """Mean and variance of q(z | x, d), (B, L)."""
@@ -878,7 +878,8 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     The joint one is eq. 6 and 7: a bound on log p(X | D), the log marginal likelihood of all cells
     given the decoder, the dispersions and R, with M and E from their priors. It is dominated by one
     or few particles when there are many cells: see the effective sample size of its weights,
-    (sum_k w_k)^2 / sum_k w_k^2, from 1 to K.
+    (sum_k w_k)^2 / sum_k w_k^2, from 1 to K. Perturbations that no test cell has are left out of
+    p/q: they are independent of all else, and their mean p/q is 1.
 
     The predictive one is a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)]: the log
     density of a new cell under the approximate posterior predictive. The ratio p/q of (M, E) does
@@ -898,8 +899,9 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
     """
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_particles, chunk)
     n_chunk = max(1, chunk // (model.widest * mask.shape[1]))
-    log_w_joint = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
-        mask.split(n_chunk), effect.split(n_chunk))])  # (K,)
+    log_ratio = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
+        mask.split(n_chunk), effect.split(n_chunk))])  # (K, T)
+    log_w_joint, in_test = 0.0, torch.zeros_like(model.n_cells, dtype=torch.bool)
     predictive, influence = [], 0.0
     for batch in batches:
         # Few cells with all their particles at a time: what particles share is computed once.
@@ -910,6 +912,7 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
                 mask.split(n_chunk), effect.split(n_chunk))])  # (K, B)
             predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
             log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7: the product over cells
+            in_test[d[d != NONE]] = True
             # By the delta method: d log(sum_k w_ik) = sum_k (w_ik / sum_j w_ij) d log w_ik. Cells
             # share (M_k, E_k), so that it is particles that are independent, not cells.
             influence = influence + torch.softmax(log_w.double(), dim=0).sum(-1)  # (K,)
@@ -919,6 +922,7 @@ def iwelbo(model, batches, n_particles=100, chunk=2**22):
         error = math.sqrt(n_particles) * (influence / len(predictive)).std().item()
     if not (model.has_mask or model.has_effects):
         return predictive, predictive.double().sum().item(), math.nan, error
+    log_w_joint = log_w_joint + log_ratio[:, in_test].sum(-1)
     joint = torch.logsumexp(log_w_joint, dim=0) - math.log(n_particles)  # eq. 6
     weight = torch.softmax(log_w_joint, dim=0)
     return predictive, joint.item(), 1 / weight.square().sum().item(), error

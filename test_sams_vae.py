@@ -923,6 +923,18 @@ def test_the_monte_carlo_error_of_the_iwelbo_is_its_spread_over_draws(kind):
     assert math.isnan(iwelbo(model, [(x, d)], 1)[3])
 
 
+def test_perturbations_that_no_test_cell_has_are_no_part_of_the_joint_iwelbo():
+    (x, d), values = small_batch(), []
+    for shift in (0.0, 5.0):
+        model = small_model(effects=False)
+        model.effect_loc.data[2] += shift
+        torch.manual_seed(0)
+        values.append(iwelbo(model, [(x[[0, 1, 3]], d[[0, 1, 3]])], 10)[1])  # perturbations 0 and 1
+        torch.manual_seed(0)
+        values.append(iwelbo(model, [(x[:3], d[:3])], 10)[1])
+    assert values[0] == values[2] and values[1] != values[3]
+
+
 def test_the_joint_iwelbo_without_global_latents_is_the_sum_over_cells():
     model, (x, d) = small_model(ConditionalVAE), small_batch()
     predictive, joint, ess, _ = iwelbo(model, [(x[:4], d[:4]), (x[4:], d[4:])], 20)
@@ -2657,6 +2669,9 @@ def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_c
     # A curve keeps ranks but no line; a mixture keeps all that a line needs and no latent.
     bent = evaluate.latent_recovery(true, np.exp(2 * true[:, order]))
     assert bent["mcc_spearman"] == pytest.approx(1) and bent["mcc_pearson"] < 0.7
+    both = evaluate.latent_recovery(true[:, :1], np.column_stack([
+        np.exp(3 * true[:, 0]), true[:, 0] + 0.3 * rng.normal(size=2000)]))  # each has its own
+    assert both["mcc_spearman"] == pytest.approx(1) and 0.9 < both["mcc_pearson"] < 0.99
     mixed = evaluate.latent_recovery(true, true @ rng.normal(size=(5, 5)))
     assert mixed["latent_r_squared"] == pytest.approx(1) and mixed["mcc_pearson"] < 0.9
     # By chance: |r| of 2,000 pairs has the mean sqrt(2 / (pi 2000)), the best matching a bit more.
@@ -2671,6 +2686,11 @@ def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_c
     assert few["target_recall"] == mask[:, :2].sum() / mask.sum()
     many = evaluate.latent_recovery(true, np.column_stack([0 * true, true[:, order]]))
     assert many["mcc_pearson"] == pytest.approx(1)
+    # What is the same in all cells is like nothing, in whatever order the cells are; of too few
+    # cells there is no R2.
+    constant = evaluate.latent_recovery(np.sort(true, axis=0), np.ones((2000, 5)))
+    assert constant["mcc_pearson"] == constant["mcc_spearman"] == 0
+    assert math.isnan(evaluate.latent_recovery(true[:9], true[:9])["latent_r_squared"])
 
 
 def test_targets_are_counted_by_the_matching_of_latents_and_not_by_that_of_masks():
@@ -3080,6 +3100,9 @@ def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, optio
     evaluate.main(["runs/new", "--ate-particles", "20", "--iwelbo-particles", "10"])
     found = json.load(open("runs/new/metrics.json"))
     assert found["iwelbo_new"] > found["iwelbo_new_before"] + 0.2
+    names = evaluate.conditions_of(evaluate.Run("runs/new").screen)[0].tolist()
+    effects = data.read_layers("runs/new/effects.h5ad")["model_log_normalised"]
+    assert np.abs(effects[names.index("P002")]).max() > 0.2
     if options:
         return
     evaluate.main(["runs/new", "--predict", "P001+P002", "P002", "--ate-particles", "20"])
@@ -3095,9 +3118,10 @@ def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, optio
         values = [float(row["iwelbo"]) for row in csv.DictReader(file)
                   if row["condition"] in same["new_conditions"]]
     assert len(values) == same["n_new_cells"] > 0
-    (row,) = (line for line in table.splitlines() if line.count("|") == 7 and "basal" in line)
-    assert [word.strip() for word in row.split("|")[3:7]] == ["1", *(f"{v:.2f}" for v in (
-        same["iwelbo_new_before"], same["iwelbo_new"], np.mean(values)))]
+    (row,) = (line for line in table.splitlines() if line.startswith("| runs/same "))
+    assert [word.strip() for word in row.split("|")[1:-1]] == [
+        "runs/same", str(len(values)), *(f"{v:.2f}" for v in (
+            same["iwelbo_new_before"], same["iwelbo_new"], np.mean(values))), "runs/all"]
 
 
 def test_an_adapted_run_goes_on_where_it_was_and_one_without_new_perturbations_has_ended(
@@ -3868,7 +3892,11 @@ def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
     assert changed["perturbation_column"] is None and changed["control"] is None
     assert configuration("--split", "random")["split_column"] is None
     for preset, values in train.PRESETS.items():
-        assert values.keys() <= configuration("--data", "x").keys(), preset
+        assert {name for name in values if not name.startswith("simulated_")} <= configuration(
+            "--data", "x").keys(), preset
+    simulated = configuration("--preset", "sparse-shift", "--simulated-cells", "9", "--seed", "3")
+    assert [simulated[f"simulated_{name}"] for name in ("perturbations", "cells", "pairs", "effect",
+                                                        "seed")] == [100, 9, 0, 5.0, 3]
 
 
 def test_the_replogle_preset_merges_all_non_targeting_guides_into_the_control(tmp_path):

@@ -59,7 +59,7 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
     ("--effect-hidden", 200, AT_LEAST_1, "width of f_emb (Replogle; Norman 400)"),
     ("--effect-layers", 2, AT_LEAST_1, "hidden layers of f_emb (Replogle; Norman 4)"),
-    ("--alpha", 0.001, (1e-30, 1 - 1e-12, "positive and below 1"),
+    ("--alpha", 0.001, (1e-30, 1 - 1e-6, "from 1e-30 to 1 - 1e-6"),
      "prior probability of a mask entry (Replogle; Norman 0.01)"),
     ("--beta", 1.0, POSITIVE, "prior variance of an effect (paper)"),
     ("--mask-a", 1.0, POSITIVE, "a of the Beta(a, b) of mask probabilities, Beta-Bernoulli (ours)"),
@@ -103,8 +103,11 @@ OPTIONS = [
     ("--log-every", 50, AT_LEAST_1, "steps between lines of log.jsonl"),
     ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
 ]
-SIMULATION_OPTIONS = [  # of the screen that is simulated without --data; its seed is --seed's
-    ("--simulated-" + flag[2:], *row) for flag, *row in data.SIMULATION_OPTIONS]
+SIMULATION_OPTIONS = [  # of the screen that is simulated without --data
+    *(("--simulated-" + flag[2:], *row) for flag, *row in data.SIMULATION_OPTIONS
+      if flag not in ("--sparse-shift", "--seed")),  # the former: --preset sparse-shift
+    ("--simulated-seed", 0, AT_LEAST_0, "its seed; if not given, --seed"),
+]
 
 
 def own_settings(n_cells, n_perturbations, n_latent=None):
@@ -154,7 +157,8 @@ PRESETS = {
                          steps=5000, batch_size=256, particles=1, lr=1e-3, effect_lr=0.01,
                          clip=100.0, min_cells=0, split_column="split") | {
         f"simulated_{name}": data.SPARSE_SHIFT[argument]
-        for name, argument in data.ARGUMENTS.items() if argument in data.SPARSE_SHIFT},
+        for name, argument in data.ARGUMENTS.items()
+        if argument in data.SPARSE_SHIFT and name != "sparse_shift"},
 }
 
 
@@ -336,9 +340,10 @@ def new_run(name, config, device, lock):
     try:
         if simulated:
             config |= {"data": os.path.abspath(f"{folder}/simulated.h5ad"), "simulated": True}
-            of_process = data.SPARSE_SHIFT if config["simulated_sparse_shift"] else {}
-            data.simulate(config["data"], **of_process | {
-                argument: config[f"simulated_{name}"] for name, argument in data.ARGUMENTS.items()})
+            data.simulate(config["data"], **(
+                data.SPARSE_SHIFT if config["preset"] == "sparse-shift" else {}) | {
+                    argument: config[f"simulated_{name}"]
+                    for name, argument in data.ARGUMENTS.items() if name != "sparse_shift"})
             screen, state = first_state(config, device)
         write_config(folder, config)
         evaluate.save_checkpoint(state, folder, "last.pt")
@@ -493,9 +498,10 @@ def adapted_state(config):
     # Genes: those that both have, in the file's order.
     genes, of_base = list(screen.gene_names), base["gene_names"]
     missing = sorted(set(of_base) - set(genes))
-    same = genes == of_base
-    places = range(len(genes)) if same else [of_base.index(gene) for gene in genes]
-    if not same:
+    places = list(range(len(genes)))
+    if genes != of_base:
+        place = {gene: g for g, gene in enumerate(of_base)}
+        places = [place[gene] for gene in genes]
         print(f"  {len(genes):,} of the {len(of_base):,} genes of {config['adapt']} are in the "
               "file, by name" + (f"; missing, or there more than once: {', '.join(missing[:5])}"
                                  + ", ..." * (len(missing) > 5) + "; the model does without them"
@@ -513,9 +519,16 @@ def adapted_state(config):
     screen = data.renumbered(screen, known + new)
     d = screen.d[split["train"]]
     n_cells = torch.from_numpy(np.bincount(d[d != data.NONE], minlength=len(known) + len(new)))
+    unknown = int((n_cells[len(known):] == 0).sum())
     print(f"  perturbations: {len(known):,} of {config['adapt']}, of which the file has "
           f"{shared:,}, keep their places; {len(new):,} are new"
-          + (": " + ", ".join(new[:5]) + ", ..." * (len(new) > 5) if new else ""))
+          + (": " + ", ".join(new[:5]) + ", ..." * (len(new) > 5) if new else "")
+          + f"; {unknown:,} of these have no training cells" * (unknown > 0))
+    probability = evaluate.build_model(base).mask_probability()[trained]
+    vague = ((probability > 0.1) & (probability < 0.9)).float().mean().item()
+    if vague > 0.01:
+        print(f"  warning: {vague:.0%} of the mask entries of {config['adapt']} have a probability "
+              "between 0.1 and 0.9, and are rounded: their perturbations' effects change by that")
 
     weights = kept_weights(model_class, arguments, base["model"], trained, torch.tensor(places))
     n_cells[:len(known)] = weights["n_cells"]
@@ -1009,11 +1022,25 @@ def configuration_of_adapted(args, given):
     if set(given) - own:
         raise DataError(f"--{min(set(given) - own).replace('_', '-')} is that of {folder} in a run "
                         "that adapts it: leave it out")
-    config = evaluate.load_checkpoint(folder, "last.pt")["config"]
+    base = evaluate.load_checkpoint(folder, "last.pt")
+    config = dict(base["config"])
+    if config["covariate"] and "covariates" not in base:
+        raise DataError(f"{folder} was trained by an earlier version, which did not write down the "
+                        "values of covariates: train it again")
+    # How it was trained, for tables: else two runs that adapt two others would look alike.
+    config["base"] = {name: config.get(name) for name in (
+        *(option_name(flag) for flag, *_ in OPTIONS), "base") if name not in (
+            *evaluate.SEEDS, *evaluate.NO_MATTER)} | {"fingerprint": base["fingerprint"]}
+    config["base_seed"] = config["seed"]
     config |= dict.fromkeys(["gene_column", "subset", "exclude", "keep", "split_column", "stream"])
+    if given.get("one_hot_prefix"):
+        config |= dict.fromkeys(["perturbation_column", "control", "combination_separator"])
+    elif given.get("perturbation_column"):
+        config["one_hot_prefix"] = None
     config |= ADAPTED | {
-        "data": os.path.abspath(args.data), "adapt": folder, "simulated": False,
-        "split": "random", "masks_from": 0, "weight_decay": 0.0, "kl_warmup": 0} | given
+        "data": os.path.abspath(args.data), "adapt": folder, "simulated": False, "preset": None,
+        "split": "random", "train_combinations": 1.0, "masks_from": 0, "weight_decay": 0.0,
+        "kl_warmup": 0} | given
     check_shares(config)
     return config
 

@@ -134,7 +134,8 @@ def own_settings(n_cells, n_perturbations, n_latent=None):
         patience=max(500, 20 * epoch))
 
 
-# What --adapt changes of the run that it adapts; chosen like the preset sparse-shift.
+# What --adapt changes of the run that it adapts. Chosen on the screen that the preset sparse-shift
+# was chosen on, by validation loss.
 ADAPTED = dict(steps=2000, lr=5e-3, effect_lr=0.02, mask_lr=0.03, patience=500, validate_every=100)
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
 # that its row says how to read the file, and what of ours is not the paper's.
@@ -149,10 +150,10 @@ PRESETS = {
     # hence the higher learning rate.
     "simulated": dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
                       batch_size=256, lr=1e-2, start="zero", min_cells=0, split_column="split"),
-    # The benchmark of the SVAE+ paper, without --data or on a file of data.py simulate. Chosen on
-    # screens of seeds 100 and 101: sizes and rates by validation loss, what makes masks sparse
-    # (alpha, mask_b) by F1 of targets. So small an alpha, since the latent space is bent, and what
-    # is left of an effect is clear in hundreds of cells: further entries would explain it.
+    # The benchmark of the SVAE+ paper, without --data or on a file of data.py simulate. Chosen on a
+    # screen of seed 100: sizes and rates by validation loss, what makes masks sparse (alpha,
+    # mask_b) by F1 of targets. So small an alpha, since the latent space is bent, and what is zero
+    # in the true one is small here, but clear in hundreds of cells.
     "sparse-shift": dict(n_latent=15, n_hidden=200, n_layers=2, alpha=1e-30, mask_b=100.0,
                          steps=5000, batch_size=256, particles=1, lr=1e-3, effect_lr=0.01,
                          clip=100.0, min_cells=0, split_column="split") | {

@@ -2762,8 +2762,12 @@ def main_of_simulate(arguments):
     parser.add_argument("out", metavar="OUT.h5ad")
     add_options(parser, SIMULATION_OPTIONS)
     args = vars(parser.parse_args(arguments))
-    simulate(args.pop("out"), **(SPARSE_SHIFT if args.get("sparse_shift") else {})
+    out = args.pop("out")
+    simulate(out, **(SPARSE_SHIFT if args.get("sparse_shift") else {})
              | {ARGUMENTS[option]: value for option, value in args.items()})
+    n_cells, n_genes = read_h5ad(out).shape
+    say(f"written: {out}, {n_cells:,} cells x {n_genes:,} genes; their split is obs column split, "
+        "and the truth is in obsm/X_true_z and uns/simulation")
 
 
 def main():

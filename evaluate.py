@@ -635,9 +635,13 @@ def read_screen_of(config, checkpoint=None, adapt=None):
     if config.get("adapt"):
         options |= {"genes_of": of_other["gene_names"], "covariate": None}
     screen = data.read_screen(config["data"], **options, stream=config.get("stream"))
-    if config.get("adapt") and config["covariate"]:
-        screen.covariates = of_other["covariates"]
-        screen.c = known_covariates(screen, config["covariate"], screen.covariates)
+    if config.get("adapt"):  # what it says of covariates cannot be followed here
+        screen.notes = [note for note in screen.notes if "like with like" not in note]
+        if config["covariate"]:
+            screen.covariates = of_other["covariates"]
+            screen.c = known_covariates(screen, config["covariate"], screen.covariates)
+            screen.notes.append(f"covariates as in {config['adapt']}: "
+                                + ", ".join(screen.covariates))
     if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
         raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
                         "order, than the run was trained on; it needs the same file, and --data "
@@ -1306,8 +1310,9 @@ def table(metrics, scale=SCALES[0]):
                 lines.append("(predictions were trained on most of these cells, with their noise: "
                              "they may exceed its limit)")
             if m["config"].get("adapt") and group == "all":
-                lines.append("(of these cells the model has learned from those with new "
-                             "perturbations alone, the baselines from all training cells)")
+                lines.append("(in this file the model has learned from the training cells with new "
+                             f"perturbations; cells that {m['config']['adapt']} was trained on are "
+                             "no test of it)")
     return "\n".join(lines + [""] * bool(m["warnings"]) + [f"warning: {w}" for w in m["warnings"]])
 
 
@@ -1328,7 +1333,7 @@ def settings(metrics, without=()):
         covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
     screen = "simulated" if config.get("simulated") else metrics["fingerprint"]
     return {k: v for k, v in config.items() if k not in covered} | {
-        "steps": steps, "data": screen, "adapted": bool(config.get("adapt"))} | metrics["options"]
+        "steps": steps, "data": screen} | metrics["options"]
 
 
 def key(metrics, without=()):
@@ -1467,7 +1472,8 @@ def table_of_runs(runs, scale="log_normalised"):
 
         of_table = settings(members[0], SEEDS + ROW)
         differing = [f"{k} {v if k != 'data' else config['data']}" for k, v in of_table.items()
-                     if k != "split" and any(s.get(k) != v for s in all_settings)]
+                     if k not in ("split", "base") and any(s.get(k) != v for s in all_settings)]
+        differing += [f"adapts {config['adapt']}"] if config.get("adapt") else []
         if not members[0]["done"]:
             differing.append(f"stopped before step {config['steps']:,}")
         tables.append("\n".join([

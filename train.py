@@ -192,7 +192,8 @@ def main(arguments=None):
             screen = evaluate.as_the_model_sees(
                 evaluate.read_screen_of(config, state), config["model"], state["perturbations"])
         if state["done"] and not state["step"]:
-            print(f"{folder}: no perturbation is new, so that there is nothing to learn")
+            print(f"{folder}: no perturbation is new, so that there is nothing to learn; what the "
+                  "model knows can be tried on this file")
         else:
             train(folder, screen, state, device, "steps" in given)
     if rank() > 0:
@@ -242,7 +243,8 @@ def train(folder, screen, state, device, more_steps):
                 evaluate.save_checkpoint(state, folder, name)
 
         print(f"{folder}: {config['model']}, {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, {len(taught_by['train']):,} training cells, steps {step:,} to "
+              f"parameters, {len(taught_by['train']):,} training cells"
+              + " with new perturbations" * bool(config.get("adapt")) + f", steps {step:,} to "
               f"{config['steps']:,} on {device}, "
               + (f"{n_ranks()} processes of {config['batch_size'] // n_ranks()} cells a step, "
                  if n_ranks() > 1 else "") + f"counts {batches.where}, at most about "
@@ -504,9 +506,10 @@ def adapted_state(config):
         place = {gene: g for g, gene in enumerate(of_base)}
         places = [place[gene] for gene in genes]
         print(f"  {len(genes):,} of the {len(of_base):,} genes of {config['adapt']} are in the "
-              "file, by name" + (f"; missing, or there more than once: {', '.join(missing[:5])}"
-                                 + ", ..." * (len(missing) > 5) + "; the model does without them"
-                                 if missing else ""))
+              "file, by name" + (
+                  f"; the model does without the other {len(missing):,}, missing or not there just "
+                  f"once: {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5)
+                  if missing else ""))
     if len(genes) < len(of_base) / 2:
         raise DataError(f"{config['data']}: fewer than half of the genes of {config['adapt']} are "
                         f"there by name: its genes are {', '.join(of_base[:3])}, ...")
@@ -521,15 +524,16 @@ def adapted_state(config):
     d = screen.d[split["train"]]
     n_cells = torch.from_numpy(np.bincount(d[d != data.NONE], minlength=len(known) + len(new)))
     unknown = int((n_cells[len(known):] == 0).sum())
-    print(f"  perturbations: {len(known):,} of {config['adapt']}, of which the file has "
-          f"{shared:,}, keep their places; {len(new):,} are new"
+    print(f"  perturbations: {len(known):,} known to {config['adapt']}, {shared:,} of them in this "
+          f"file; {len(new):,} new ones"
           + (": " + ", ".join(new[:5]) + ", ..." * (len(new) > 5) if new else "")
           + f"; {unknown:,} of these have no training cells" * (unknown > 0))
     probability = evaluate.build_model(base).mask_probability()[trained]
     vague = ((probability > 0.1) & (probability < 0.9)).float().mean().item()
     if vague > 0.01:
         print(f"  warning: {vague:.0%} of the mask entries of {config['adapt']} have a probability "
-              "between 0.1 and 0.9, and are rounded: their perturbations' effects change by that")
+              "between 0.1 and 0.9, and are rounded, which changes the effects of known "
+              "perturbations: more --steps for that run would make it surer of them")
 
     weights = kept_weights(model_class, arguments, base["model"], trained, torch.tensor(places))
     n_cells[:len(known)] = weights["n_cells"]
@@ -1033,15 +1037,15 @@ def configuration_of_adapted(args, given):
         *(option_name(flag) for flag, *_ in OPTIONS), "base") if name not in (
             *evaluate.SEEDS, *evaluate.NO_MATTER)} | {"fingerprint": base["fingerprint"]}
     config["base_seed"] = config["seed"]
+    config.pop("simulated", None)
     config |= dict.fromkeys(["gene_column", "subset", "exclude", "keep", "split_column", "stream"])
     if given.get("one_hot_prefix"):
         config |= dict.fromkeys(["perturbation_column", "control", "combination_separator"])
     elif given.get("perturbation_column"):
         config["one_hot_prefix"] = None
     config |= ADAPTED | {
-        "data": os.path.abspath(args.data), "adapt": folder, "simulated": False, "preset": None,
-        "split": "random", "train_combinations": 1.0, "masks_from": 0, "weight_decay": 0.0,
-        "kl_warmup": 0} | given
+        "data": os.path.abspath(args.data), "adapt": folder, "preset": None, "split": "random",
+        "train_combinations": 1.0, "masks_from": 0, "weight_decay": 0.0, "kl_warmup": 0} | given
     check_shares(config)
     return config
 

@@ -3093,6 +3093,7 @@ def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, optio
     assert torch.equal(found["model"]["log_theta"], base["model"]["log_theta"][order])
     assert torch.equal(found["model"]["decoder.last.weight"],
                        base["model"]["decoder.last.weight"][order])
+    assert torch.equal(found["model_arguments"]["n_cells"].float(), found["model"]["n_cells"])
     rows = [base["perturbations"].index(name) for name in known]
     for name in {"effect_loc", "n_cells"} & base["model"].keys():
         assert torch.equal(found["model"][name][:len(known)], base["model"][name][rows]), name

@@ -515,7 +515,7 @@ def adapted_state(config):
                         f"there by name: its genes are {', '.join(of_base[:3])}, ...")
     # Perturbations: first those that the model has been trained on.
     arguments, model_class = base["model_arguments"], MODELS[config["model"]]
-    trained = torch.nonzero(arguments["n_cells"] > 0).flatten()
+    trained = torch.nonzero(base["model"]["n_cells"] > 0).flatten()
     known = [base["perturbations"][t] for t in trained]
     screen = evaluate.as_the_model_sees(screen, config["model"])
     new = sorted(set(screen.perturbations) - set(known))

@@ -675,6 +675,12 @@ def as_the_model_sees(screen, model, perturbations=None):
     return screen if perturbations is None else data.renumbered(screen, perturbations)
 
 
+def with_new_perturbations(split, screen, n_known):
+    """Of the cells of a split those that the new perturbations of --adapt, which follow n_known
+    others in screen.d, are learned from."""
+    return {name: cells[(screen.d[cells] >= n_known).any(1)] for name, cells in split.items()}
+
+
 def read_log(folder):
     """The lines of log.jsonl as dicts; one that was cut off, or is none of train.py's, is left
     out."""
@@ -724,10 +730,10 @@ class Run:
         self.library = self.screen.counts.library()
         self.model = build_model(self.checkpoint).to(self.device)
         self.split = {name: cells.numpy() for name, cells in self.checkpoint["split"].items()}
-        self.learned_from = self.split["train"]  # with --adapt, the cells with new perturbations
+        self.learned_from = self.split["train"]
         if self.config.get("adapt"):
-            is_new = (self.model_screen.d >= self.checkpoint["n_known"]).any(1)
-            self.learned_from = self.learned_from[is_new[self.learned_from]]
+            self.learned_from = with_new_perturbations(
+                self.split, self.model_screen, self.checkpoint["n_known"])["train"]
 
     def write(self, name, **contents):
         """Write an .h5ad file into the run's folder."""

@@ -3166,6 +3166,16 @@ def test_an_adapted_run_goes_on_where_it_was_and_one_without_new_perturbations_h
     assert sorted(os.listdir("runs")) == ["base", "none", "parts", "whole"]
 
 
+def test_adapting_two_runs_makes_rows_of_one_table_only_if_seeds_are_all_that_differs(folder):
+    for name, options in (("a", []), ("b", ["--lr", "0.02"]), ("c", ["--seed", "1"])):
+        train_on_screen(name, "--steps", "1", *options)
+    a, b, c = ({"config": configuration("--adapt", f"runs/{name}", "--data", "x"), "options": {},
+                "fingerprint": "x", "done": True, "last_step": 1} for name in "abc")
+    assert evaluate.key(a) != evaluate.key(b) and evaluate.key(a) != evaluate.key(c)
+    assert evaluate.key(a, evaluate.SEEDS) == evaluate.key(c, evaluate.SEEDS) != evaluate.key(
+        b, evaluate.SEEDS)
+
+
 def test_masks_begin_at_half_of_the_steps_that_a_resumed_run_is_given_if_they_have_not_yet(folder):
     train_on_screen("run", "--steps", "2", "--axes", "sparsest")
     state = evaluate.load_checkpoint("runs/run", "last.pt")

@@ -220,7 +220,7 @@ def train(folder, screen, state, device, more_steps):
         taught_by = split
         if config.get("adapt"):
             learn_others_only(model, state["known"])
-            taught_by = with_new_perturbations(split, screen, state["n_known"])
+            taught_by = evaluate.with_new_perturbations(split, screen, state["n_known"])
         optimizer = new_optimizer(model, config)
         optimizer.load_state_dict(state["optimizer"])
         shuffle = data.Shuffle(batches, taught_by["train"], config["batch_size"], config["seed"],
@@ -544,18 +544,12 @@ def adapted_state(config):
     continue_from(model, weights)
     shapes = {name: list(value.shape) for name, value in weights.items()}
     learn_others_only(model, shapes)
-    learned_from = with_new_perturbations(split, screen, len(known))
+    learned_from = evaluate.with_new_perturbations(split, screen, len(known))
     if new and not (len(learned_from["train"]) and len(learned_from["validation"])):
         raise DataError(f"{config['data']}: no training cell, or no validation cell, has a new "
                         "perturbation: more cells, or another --split-seed, are needed")
     return screen, state_of(config, screen, fingerprint, split, arguments, model) | {
         "known": shapes, "n_known": len(known), "done": not new}
-
-
-def with_new_perturbations(split, screen, n_known):
-    """Of the cells of a split those that the new perturbations, which follow n_known others in
-    screen.d, can be learned from."""
-    return {name: cells[(screen.d[cells] >= n_known).any(1)] for name, cells in split.items()}
 
 
 def resume_run(args, given, lock):

@@ -19,10 +19,8 @@ e_t of eq. 1 is called `effect` where it is drawn, as in sams_vae.py.
 """
 
 import argparse
-import collections
 import contextlib
 import csv
-import ctypes
 import difflib
 import errno
 import functools
@@ -32,24 +30,13 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import tempfile
 
-# Two settings of the machine that a CPU needs for speed, the first before torch is imported: how
-# many turns its threads (GNU OpenMP) spin while they wait for each other, before they sleep. The
-# default is fast alone and slow beside another program, no turns the reverse.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# And: glibc returns freed arrays to the system, which fills the next ones with zeros, page by page.
-# Ask it to keep them: M_MMAP_MAX is -4 (no arrays outside of the heap), M_TRIM_THRESHOLD is -1.
-with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt
-    for parameter, value in ((-4, 0), (-1, -1)):
-        ctypes.CDLL(None).mallopt(parameter, value)
-
+import data  # before torch: it sets what makes a CPU fast
 import numpy as np
 import torch
 
-import data
 from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, option_name
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
@@ -404,29 +391,18 @@ def conditions_of(screen):
 def strata_of(screen):
     """The S sets of covariate values that occur among the cells, (S, columns), and that of every
     cell, (N,): one set, of nothing, where there are no covariates."""
-    c = np.zeros((len(screen.d), 0), int) if screen.c is None else screen.c
-    if not c.shape[1]:
-        return c[:1], np.zeros(len(c), int)
-    strata, stratum = np.unique(c, axis=0, return_inverse=True)
+    if not screen.covariates:
+        return screen.c[:1], np.zeros(len(screen.c), int)
+    strata, stratum = np.unique(screen.c, axis=0, return_inverse=True)
     return strata, stratum.reshape(-1)
 
 
 def own_targets(dosages, perturbations, gene_names):
-    """The genes that perturbations of dosages (C, P) target, by their names: (C, G) bool.
-
-    A perturbation's name, or its first part, may be that of a gene, in any case of letters: KLF1,
-    KLF1_2, Klf1|KLF1. A part ends at what is no letter or digit, or at what is no hyphen either.
-    """
-    of_gene = {}
-    for g, name in enumerate(gene_names):
-        of_gene.setdefault(str(name).upper(), g)
+    """The genes that perturbations of dosages (C, P) target, by their names: (C, G) bool."""
     is_target = np.zeros((len(dosages), len(gene_names)), bool)
-    for t, name in enumerate(perturbations):
-        name = str(name).upper()
-        for part in (name, re.split(r"[^A-Z0-9-]", name)[0], re.split(r"[^A-Z0-9]", name)[0]):
-            if part in of_gene:
-                is_target[(dosages == t).any(1), of_gene[part]] = True
-                break
+    for t, gene in enumerate(data.targets(perturbations, gene_names)):
+        if gene is not None:
+            is_target[(dosages == t).any(1), gene] = True
     return is_target
 
 
@@ -631,17 +607,14 @@ def read_screen_of(config, checkpoint=None, adapt=None):
     if checkpoint is not None and not os.path.exists(config["data"]):
         raise DataError(f"the run's data, {config['data']}, are not there; --data says where they "
                         "are")
-    options, of_other = {k: config[k] for k in data.SCREEN_OPTIONS}, adapt or checkpoint
+    options, of_other = {k: config.get(k) for k in data.READING}, adapt or checkpoint
     if config.get("adapt"):
         options |= {"genes_of": of_other["gene_names"], "covariate": None}
     screen = data.read_screen(config["data"], **options, stream=config.get("stream"))
-    if config.get("adapt"):  # what it says of covariates cannot be followed here
-        screen.notes = [note for note in screen.notes if "like with like" not in note]
-        if config["covariate"]:
-            screen.covariates = of_other["covariates"]
-            screen.c = known_covariates(screen, config["covariate"], screen.covariates)
-            screen.notes.append(f"covariates as in {config['adapt']}: "
-                                + ", ".join(screen.covariates))
+    if config.get("adapt") and config["covariate"]:
+        screen.covariates = of_other["covariates"]
+        screen.c = known_covariates(screen, config["covariate"], screen.covariates)
+        screen.notes.append(f"covariates as in {config['adapt']}: " + ", ".join(screen.covariates))
     if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
         raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
                         "order, than the run was trained on; it needs the same file, and --data "
@@ -727,7 +700,6 @@ class Run:
         self.model_screen = as_the_model_sees(self.screen, self.config["model"],
                                               self.checkpoint["perturbations"])
         self.batches = data.Batches(self.model_screen, self.device)
-        self.library = self.screen.counts.library()
         self.model = build_model(self.checkpoint).to(self.device)
         self.split = {name: cells.numpy() for name, cells in self.checkpoint["split"].items()}
         self.learned_from = self.split["train"]
@@ -789,7 +761,7 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
         options[k] for k in ("library", "effects_from", "own_targets")))
     truth = data.read_simulation(run.config["data"])
     metrics |= masks(run, known_pathways, truth)
-    metrics |= latents(run, truth) if truth and truth[3] is not None else {}
+    metrics |= latents(run, truth) if truth else {}
     metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
     tables = ["iwelbo.csv", "top_genes.csv", *["masks.csv"] * run.model.has_effects]
     metrics = without_nan(metrics) | {
@@ -807,7 +779,7 @@ def library_of(run):
     a mean over eight quantiles 0.9998, with 10,000 counts 0.90.)"""
     if run.config["preset"] is not None:
         return 10_000
-    return int(np.median(run.library))
+    return int(np.median(run.screen.library))
 
 
 def likelihood(run, n_particles):
@@ -977,7 +949,7 @@ def write_top_genes(run, names, of_model, layers, library, n_top=20, n_particles
     if model.has_effects:
         nothing = torch.full((1, 1), data.NONE, device=run.device)
         strata, stratum = strata_of(run.screen)
-        c = None if run.screen.c is None else torch.from_numpy(strata[np.resize(
+        c = torch.from_numpy(strata[np.resize(
             np.random.default_rng(0).permutation(stratum), n_particles)][None]).to(run.device)
         basal = sobol_normal(model.n_latent, run.device)(n_particles)
         expected = []
@@ -1005,7 +977,7 @@ def expected_of_conditions(run, dosages, weight, n_particles, library):
     dosages = dosages.to(run.device)
     arms = torch.cat([torch.full_like(dosages[:1], data.NONE).expand(len(strata), -1),
                       dosages[condition]])  # the controls first
-    c = None if run.screen.c is None else torch.from_numpy(strata[rows]).to(run.device)
+    c = torch.from_numpy(strata[rows]).to(run.device)
     expected = expected_expression(run.model, arms, n_particles, library, c=c)
     results = []
     for arm in (len(strata) + np.arange(len(condition)), stratum):
@@ -1127,9 +1099,9 @@ def posterior_means(run, cells, mask, effect):
     order, over draws of all masks and effects, (K, T, L), in the axes of the masks: column l of
     `model.axes` is latent l of masks and effects."""
     model = run.model
-    for x, d, *c in run.batches.in_order(cells):
+    for x, d, c in run.batches.in_order(cells):
         z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
-        loc, _ = model.encode(x, z_pert, d, *c)
+        loc, _ = model.encode(x, z_pert, d, c)
         yield [(z.mean(0) @ model.axes).numpy(force=True)
                for z in (loc.expand_as(z_pert), loc + z_pert)]
 
@@ -1332,8 +1304,7 @@ def settings(metrics, without=()):
     of training but for some, the steps that were made, and the options of the evaluation."""
     config = metrics["config"]
     # How a file was read is in the fingerprint, but for the split; seeds may simulate screens.
-    covered = {*NO_MATTER, *data.SCREEN_OPTIONS, *without} - {"split_column", "covariate",
-                                                              "min_cells"}
+    covered = {*NO_MATTER, *data.READING, *without} - {"split_column", "covariate", "min_cells"}
     steps = config["steps"] if metrics["done"] else metrics["last_step"]
     if config["patience"] or config["masks_from"] in (0, math.ceil(steps / 2)):
         covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
@@ -1564,7 +1535,7 @@ def dosages_of(run, conditions):
 
 
 @torch.no_grad()
-def effect_interval(model, d, basal, c=None):
+def effect_interval(model, d, basal, c):
     """5 % and 95 % quantiles over particles of the effects of d (P,) on expected counts per 10,000,
     (G,) each.
 
@@ -1578,39 +1549,28 @@ def effect_interval(model, d, basal, c=None):
 
 
 def controls_of_file(run, path):
-    """The control cells of another file: a Screen, with the positions of the run's genes among its
-    own and with c as in the run. It is read like the run's, but for --subset and --exclude.
+    """The control cells of another file: a Screen, with genes and c as in the run. It is read like
+    the run's, but for --subset and --exclude.
 
     Raises DataError where the run's genes are not there, once each, or no value of a covariate.
     """
-    options = {k: run.config[k] for k in ("control", "one_hot_prefix", "combination_separator",
-                                          "layer")}
+    options = {k: run.config.get(k) for k in ("control", "one_hot_prefix", "combination_separator",
+                                              "label_pattern", "layer")}
     column = run.screen.label_column
     if column and column not in data.read_h5ad(path, options["layer"]).obs_columns:
         raise DataError(f"{path}: has no obs column {column!r}, which says in the run's data what "
                         "is a control: add one, if need be with control in all cells")
-    screen = data.read_screen(path, perturbation_column=column, **options, only_controls=True)
-    wanted, found = run.screen.gene_names.tolist(), screen.gene_names.tolist()
-    order = list(range(len(found)))
-    if wanted != found:
-        places = collections.defaultdict(list)
-        for g, name in enumerate(found):
-            places[name].append(g)
-        wrong = [name for name in wanted if len(places[name]) != 1]
-        if wrong:
-            raise DataError(f"{path}: {len(wrong):,} of the run's {len(wanted):,} genes are not "
-                            f"there, or more than once, such as {', '.join(wrong[:5])}; all are "
-                            f"needed, by these names (the file's are {', '.join(found[:3])}, ...)")
-        order = [places[name][0] for name in wanted]
+    screen = data.read_screen(path, perturbation_column=column, **options, only_controls=True,
+                              genes_of=run.screen.gene_names)
     if run.config["covariate"]:
         screen.c = known_covariates(screen, run.config["covariate"], run.screen.covariates)
-    return screen, order
+    return screen
 
 
 @torch.no_grad()
 def population(run, d, condition, n, seed, other=None):
-    """n cells to receive d (P,): basal states (n, L), covariates (n, columns) or None, and library
-    sizes (n,). The same for the same arguments.
+    """n cells to receive d (P,): basal states (n, L), covariates (n, columns), and library sizes
+    (n,). The same for the same arguments.
 
     Basal states are from the prior, covariates and library sizes those of the screen's cells of the
     condition; if there are none, of those that received one of its perturbations, or of all. With
@@ -1618,36 +1578,28 @@ def population(run, d, condition, n, seed, other=None):
     q(z_basal | x).
     """
     torch.manual_seed(seed)
-    rng, model, nothing = np.random.default_rng(seed), run.model, torch.full_like(d, data.NONE)
+    rng, model, screen = np.random.default_rng(seed), run.model, other or run.screen
+    chosen = np.ones(len(screen.d), bool)
     if other is None:
-        screen = run.screen
         parts = [t for t, name in enumerate(screen.perturbations)
                  if name in condition.split(screen.joiner)]
         for chosen in (screen.conditions == condition, np.isin(screen.d, parts).any(1),
                        np.ones(len(screen.d), bool)):
             if chosen.any():
                 break
-        cells = np.resize(rng.permutation(np.flatnonzero(chosen)), n)
-        library = run.library[cells]
+    cells = np.resize(rng.permutation(np.flatnonzero(chosen)), n)
+    c = torch.from_numpy(screen.c[cells]).to(run.device)
+    if other is None:
         basal = sobol_normal(model.n_latent, run.device)(n)
     else:
-        screen, order = other
-        cells = rng.permutation(len(screen.d))[:n]
-        x = screen.counts.dense(cells)[:, order]
-        filled = np.resize(np.flatnonzero(x.any(1)), n)
-        if not x.any():
-            raise DataError(f"{screen.path}: its control cells have no counts of the run's genes")
-        x, cells = torch.from_numpy(x[filled].astype(np.float32)).to(run.device), cells[filled]
-        library = x.sum(1).cpu().numpy()
-    c = None if run.screen.c is None else torch.from_numpy(screen.c[cells]).to(run.device)
-    if other is not None:
-        parts = zip(x.split(512), [None] * n if c is None else c.split(512))
+        x = torch.from_numpy(screen.counts.dense(cells).astype(np.float32)).to(run.device)
+        nothing = torch.full_like(d, data.NONE)
         posterior = [model.encode(x, x.new_zeros(1, len(x), model.n_latent), nothing.expand(
-            len(x), -1), c) for x, c in parts]
+            len(x), -1), c) for x, c in zip(x.split(512), c.split(512))]
         loc, var = (torch.cat([v.reshape(-1, model.n_latent) for v in part])
                     for part in zip(*posterior))
         basal = loc + var.sqrt() * torch.randn_like(loc)
-    return basal, c, library
+    return basal, c, screen.library[cells]
 
 
 def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0, other=None,
@@ -1669,9 +1621,8 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
         depth = library or (library_of(run) if other is None else int(np.median(libraries)))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
         expected = expected_expression(run.model, arms, library=depth, basal=basal,
-                                       c=None if c is None else c.expand(2, -1, -1))
-        few = slice(1000)
-        low, high = effect_interval(run.model, d, basal[few], None if c is None else c[few])
+                                       c=c.expand(2, -1, -1))
+        low, high = effect_interval(run.model, d, basal[:1000], c[:1000])
         control, counts = expected["counts"].cpu().numpy() * (1e4 / depth)
         of_condition = {"effect_counts_low": low.cpu().numpy(), "log2_fold_change": np.log2(
             counts / control), "effect_counts_high": high.cpu().numpy()}
@@ -1695,7 +1646,7 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
                    "n_training_cells": np.array([(trained_on == name).sum() for name in spelled])},
               var={"gene": run.screen.gene_names},
               layers={key: np.stack(values) for key, values in layers.items()},
-              uns={"library": depth, "basal_states": "prior" if other is None else other[0].path})
+              uns={"library": depth, "basal_states": "prior" if other is None else other.path})
     lines.append("\ncounts per 10,000, of the genes of largest effect on log-normalised expression "
                  f"(cells of {depth:,})" + "; data: all cells, those trained on, too, ± standard "
                  "error" * (other is None) + "\n")
@@ -1706,7 +1657,7 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
 
 def known_of(run, d, condition, c):
     """What is known of a condition with dosages d (P,), in words: its training cells and those of
-    its parts, masks that are empty, and whether covariates c (K, columns) or None were seen."""
+    its parts, masks that are empty, and whether covariates c (K, columns) were seen."""
     train, model, words = run.learned_from, run.model, []
     n = int((run.screen.conditions[train] == condition).sum())
     words.append(f"{n:,} training cells" if n else "no training cells of its own" + (
@@ -1722,7 +1673,7 @@ def known_of(run, d, condition, c):
                          f"{name} HAS NO EFFECT IN THE MODEL")
         elif model.has_mask and model.mask_probability()[t].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect")
-        if c is not None and len(received):
+        if c.shape[1] and len(received):
             rows = c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)
             unseen = 1 - rows.all(2).any(1).mean()
             if unseen > 0:
@@ -1763,8 +1714,7 @@ def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
         basal, c, libraries = population(run, d, name, n, evaluation_seed, other)
         sizes = np.full(n, library) if library else libraries
         for few in torch.arange(n).split(1000):
-            c_of_few = None if c is None else c[few]
-            log_rho = sample_frequencies(run.model, d, basal[few], c_of_few)
+            log_rho = sample_frequencies(run.model, d, basal[few], c[few])
             counts = sample_counts(run.model, log_rho, torch.as_tensor(
                 sizes[few.numpy()], dtype=torch.float32, device=run.device))
             x.append(counts.cpu().numpy().astype(np.uint32))
@@ -2156,7 +2106,7 @@ def use_run(folder, args, options):
             raise DataError("--latents are those of the run's own data: leave out --data")
         run = Run(folder, args.device)
         other = controls_of_file(run, args.data)
-        print(f"of the {len(other[0].d):,} control cells of {args.data}:")
+        print(f"of the {len(other.d):,} control cells of {args.data}:")
     else:
         run = Run(folder, args.device, args.data)
     own = {k: v for k, v in options.items() if k in ("library", "evaluation_seed")}

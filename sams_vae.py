@@ -148,7 +148,7 @@ class MLP(nn.Module):
     broadcast. What every particle shares, such as x (B, G) beside z_pert (K, B, L), thus costs one
     product and not K. A part that holds integers is dosages in index form, (..., P), and stands for
     the vector with a one in each of these places: it selects columns of W, and sums them. A part
-    that is None is nothing.
+    that is None, or has no columns, is nothing.
     """
 
     def __init__(self, part_sizes, n_hidden, n_layers, n_out):
@@ -162,7 +162,7 @@ class MLP(nn.Module):
         """Parts of shapes (..., size) or, of integers, (..., P), that broadcast -> (..., n_out)."""
         h = self.first.bias
         for part, weight in zip(parts, self.first.weight.split(self.part_sizes, dim=1)):
-            if part is None:
+            if part is None or part.shape[-1] == 0:
                 continue
             if part.is_floating_point():
                 h = h + F.linear(part, weight)

@@ -29,16 +29,17 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 
-import evaluate  # before torch: it sets two things that make a CPU fast
+import data  # before torch: it sets what makes a CPU fast
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode  # undocumented; --benchmark alone
 
-import data
+import evaluate
 from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, option_name
 from sams_vae import (MODELS, average_treatment_effects, begin_masks, continue_from, elbo, iwelbo,
                       kept_weights, learn_others_only)
@@ -140,10 +141,11 @@ ADAPTED = dict(steps=2000, lr=5e-3, effect_lr=0.02, mask_lr=0.03, patience=500, 
 # What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
 # that its row says how to read the file, and what of ours is not the paper's.
 PAPER = dict(axes="learned", start="zero", min_cells=0)
-NORMAN = PAPER | dict(layer="counts", gene_column="highly_variable", n_latent=200,
-              effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000, clip=100.0)
+NORMAN = PAPER | dict(one_hot_prefix="guide_", layer="counts", gene_column="highly_variable",
+                      n_latent=200, effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000,
+                      clip=100.0)
 PRESETS = {
-    "replogle": PAPER | dict(perturbation_column="sgID_AB", control="*non-targeting*"),
+    "replogle": PAPER | dict(perturbation_column="sgID_AB", control=["*non-targeting*"]),
     "norman-ood": NORMAN | dict(split="norman-ood"),
     "norman-data-efficiency": NORMAN | dict(split="norman-data-efficiency"),
     # Where there is no --data. A small screen needs a small model, and minutes allow few steps:
@@ -157,9 +159,8 @@ PRESETS = {
     "sparse-shift": dict(n_latent=15, n_hidden=200, n_layers=2, alpha=1e-30, mask_b=100.0,
                          steps=5000, batch_size=256, particles=1, lr=1e-3, effect_lr=0.01,
                          clip=100.0, min_cells=0, split_column="split") | {
-        f"simulated_{name}": data.SPARSE_SHIFT[argument]
-        for name, argument in data.ARGUMENTS.items()
-        if argument in data.SPARSE_SHIFT and name != "sparse_shift"},
+        f"simulated_{name}": data.SPARSE_SHIFT[name]
+        for name in ("perturbations", "cells", "pairs", "effect")},
 }
 
 
@@ -169,7 +170,8 @@ PRESETS = {
 
 
 def main(arguments=None):
-    """Train: read the options, begin a run or go on with one, train, evaluate a simulated one."""
+    """Train: read the options, begin a run or go on with one, train, evaluate a simulated one.
+    Returns the run's folder."""
     args, given = parse_arguments(arguments)
     device = begin_processes(args.device)  # more than one if torchrun starts this
     if args.benchmark:
@@ -196,13 +198,12 @@ def main(arguments=None):
                   "model knows can be tried on this file")
         else:
             train(folder, screen, state, device, "steps" in given)
-    if rank() > 0:
-        return
-    if state["config"].get("simulated"):
+    if rank() == 0 and state["config"].get("simulated"):
         torch.set_float32_matmul_precision("highest")
         evaluate.main([folder, "--device", str(device)])
     else:
         print(f"next: python evaluate.py {folder}")
+    return folder
 
 
 def train(folder, screen, state, device, more_steps):
@@ -248,18 +249,18 @@ def train(folder, screen, state, device, more_steps):
               f"{config['steps']:,} on {device}, "
               + (f"{n_ranks()} processes of {config['batch_size'] // n_ranks()} cells a step, "
                  if n_ranks() > 1 else "") + f"counts {batches.where}, at most about "
-              f"{data.clock((config['steps'] - step) * seconds)}")
+              f"{clock((config['steps'] - step) * seconds)}")
         # A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient,
         # Adam. Each cell pays its share of the global KL (A.1), so no step looks beyond its batch.
         done = step >= config["steps"] or (state["done"] and not more_steps)
         if done:
             print(f"{folder} has ended, at step {step:,}: more --steps would go on")
         while not done and not one_of_all(stop, step):
-            x, d, *c = next(shuffle)
+            x, d, c = next(shuffle)
             weight = ({"kl_weight": torch.tensor((step + 1) / config["kl_warmup"], device=device)}
                       if step + 1 < config["kl_warmup"] else {})
             # The ELBO: eq. 3, A.1
-            value, terms = objective(model, x, d, config["particles"], *c, **weight)
+            value, terms = objective(model, x, d, config["particles"], c, **weight)
             optimizer.zero_grad(set_to_none=True)
             (-value).backward()
             average_gradients(model)
@@ -345,8 +346,8 @@ def new_run(name, config, device, lock):
             config |= {"data": os.path.abspath(f"{folder}/simulated.h5ad"), "simulated": True}
             data.simulate(config["data"], **(
                 data.SPARSE_SHIFT if config["preset"] == "sparse-shift" else {}) | {
-                    argument: config[f"simulated_{name}"]
-                    for name, argument in data.ARGUMENTS.items() if name != "sparse_shift"})
+                    name.removeprefix("simulated_"): value for name, value in config.items()
+                    if name.startswith("simulated_")})
             screen, state = first_state(config, device)
         write_config(folder, config)
         evaluate.save_checkpoint(state, folder, "last.pt")
@@ -389,7 +390,7 @@ def new_folder(name, config, lock):
 
 def is_left_over(folder):
     """Whether it holds no more than what a start writes before its first checkpoint."""
-    first = r"(simulated\.h5ad|config\.json)(\..*\.\d+\.writing)?|last\.pt\..*\.\d+\.writing"
+    first = r"(simulated\.h5ad|config\.json)(\.writing)?|last\.pt\.writing"
     return os.path.isdir(folder) and all(re.fullmatch(first, name) for name in os.listdir(folder))
 
 
@@ -425,7 +426,8 @@ def first_state(config, device):
     if config["adapt"]:
         return adapted_state(config)
     screen = evaluate.read_screen_of(config)
-    data.say(screen.path, *screen.notes)
+    data.say(screen.path, *screen.notes, *data.unbalanced(screen, [
+        screen.label_column, config["split_column"], *(config["covariate"] or [])]))
     split = data.split_cells(screen, config["split_seed"], config["split"],
                              config["train_combinations"])
     fingerprint, n_perturbations = screen.fingerprint(), len(screen.perturbations)
@@ -498,21 +500,6 @@ def adapted_state(config):
     if config["stream"]:  # neighbours are read together
         split = {name: np.sort(cells) for name, cells in split.items()}
 
-    # Genes: those that both have, in the file's order.
-    genes, of_base = list(screen.gene_names), base["gene_names"]
-    missing = sorted(set(of_base) - set(genes))
-    places = list(range(len(genes)))
-    if genes != of_base:
-        place = {gene: g for g, gene in enumerate(of_base)}
-        places = [place[gene] for gene in genes]
-        print(f"  {len(genes):,} of the {len(of_base):,} genes of {config['adapt']} are in the "
-              "file, by name" + (
-                  f"; the model does without the other {len(missing):,}, missing or not there just "
-                  f"once: {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5)
-                  if missing else ""))
-    if len(genes) < len(of_base) / 2:
-        raise DataError(f"{config['data']}: fewer than half of the genes of {config['adapt']} are "
-                        f"there by name: its genes are {', '.join(of_base[:3])}, ...")
     # Perturbations: first those that the model has been trained on.
     arguments, model_class = base["model_arguments"], MODELS[config["model"]]
     trained = torch.nonzero(base["model"]["n_cells"] > 0).flatten()
@@ -535,7 +522,8 @@ def adapted_state(config):
               "between 0.1 and 0.9, and are rounded, which changes the effects of known "
               "perturbations: more --steps for that run would make it surer of them")
 
-    weights = kept_weights(model_class, arguments, base["model"], trained, torch.tensor(places))
+    weights = kept_weights(model_class, arguments, base["model"], trained,
+                           torch.arange(len(screen.gene_names)))
     n_cells[:len(known)] = weights["n_cells"]
     arguments = arguments | {
         "n_cells": n_cells, "x_mean": weights["x_mean"], "x_std": weights["x_std"]}
@@ -603,7 +591,7 @@ def new_optimizer(model, config):
                             weight_decay=config["weight_decay"], fused=True)
 
 
-def choose_objective(config, model, x, d, c=None):
+def choose_objective(config, model, x, d, c):
     """The ELBO of eq. 3 in the precision that is wanted, and compiled if that is wanted.
 
     A compiled one is tried on the batch x, d, c: raises DataError where it fails."""
@@ -626,7 +614,7 @@ def choose_objective(config, model, x, d, c=None):
     return objective
 
 
-def seconds_per_step(objective, model, n_particles, x, d, c=None):
+def seconds_per_step(objective, model, n_particles, x, d, c):
     """How long a step will take, about: of three, the fastest. Trains nothing, draws no random
     numbers that training would."""
     seconds = []
@@ -652,8 +640,8 @@ def validation_loss(model, batches, cells, n_particles):
     total = 0.0  # then a tensor: the loop below does not wait for a GPU either
     with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):
         torch.manual_seed(0)
-        for x, d, *c in batches.in_order(cells):
-            total = total - elbo(model, x, d, n_particles, *c)[0].double() * len(x)
+        for x, d, c in batches.in_order(cells):
+            total = total - elbo(model, x, d, n_particles, c)[0].double() * len(x)
     return float(total) / len(cells)
 
 
@@ -732,7 +720,7 @@ class Log:
             text += f"validation {line['validation_loss']:.2f}  "
         if best < math.inf:
             text += f"best validation {best:.2f}  "
-        text += f"{line['cells_per_second']:,} cells/s  {data.clock(left / self.steps_here)} left"
+        text += f"{line['cells_per_second']:,} cells/s  {clock(left / self.steps_here)} left"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a longer line would not be overwritten
             text, end = "\r" + text[:width].ljust(width), "\n" if done else ""
@@ -744,11 +732,20 @@ class Log:
             print(text, end=end, flush=True)
 
 
+def clock(seconds):
+    """90 -> 1:30."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+
+
 @contextlib.contextmanager
 def signals_remembered():
     """A list that fills when Ctrl-C or a polite kill comes, or the terminal closes; a second Ctrl-C
-    or kill does what it always did."""
+    or kill does what it always did. Outside of the main thread, where none can come, it is empty.
+    """
     came, handlers = [], {}
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
 
     def remember(number, frame):
         """Note the signal, and let the next one through. (Terminals that close send several.)"""
@@ -939,7 +936,7 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     own = {option_name(flag) for flag, *_ in OPTIONS + SIMULATION_OPTIONS} | {"preset"}
     given = {k: v for k, v in vars(args).items()
-             if k in own.union(data.SCREEN_OPTIONS) and v is not None}
+             if k in own.union(data.READING) and v is not None}
     if [args.benchmark, args.resume is not None, args.adapt is not None].count(True) > 1:
         raise DataError("--benchmark, --resume and --adapt exclude each other: each has a model of "
                         "its own")
@@ -959,7 +956,7 @@ def configuration(args, given):
     config = {"data": args.data and os.path.abspath(args.data), "adapt": None,
               "preset": args.preset if args.data or args.preset or args.benchmark else "simulated"}
     rows = OPTIONS + (SIMULATION_OPTIONS if args.data is None else [])
-    config |= dict.fromkeys(data.SCREEN_OPTIONS) | {"min_cells": data.MIN_CELLS}
+    config |= dict.fromkeys(data.READING) | {"min_cells": data.MIN_CELLS}
     config |= {option_name(flag): default for flag, default, *_ in rows}
     if args.data and not args.preset and not args.benchmark:  # None: `first_state` knows them
         config |= dict.fromkeys(own_settings(1, 1))
@@ -997,10 +994,12 @@ def configuration(args, given):
     if given.get("one_hot_prefix"):
         config |= dict.fromkeys({"perturbation_column", "control", "combination_separator"}
                                 - given.keys())
+    elif given.get("perturbation_column"):
+        config["one_hot_prefix"] = None
     # What would be ignored is refused.
     if "train_combinations" in given and config["split"] == "random":
         raise DataError("--train-combinations needs --split norman-ood or norman-data-efficiency")
-    of_a_file = [option for option in data.SCREEN_OPTIONS if option in given]
+    of_a_file = [option for option in data.READING if option in given]
     if args.data is None and set(of_a_file) - {"split_column", "min_cells", "covariate"}:
         raise DataError(f"--{of_a_file[0].replace('_', '-')} says how to read a file: it needs "
                         "--data")
@@ -1013,7 +1012,7 @@ def configuration(args, given):
 
 def configuration_of_adapted(args, given):
     """The same of --adapt: what is said of model and labels is that of the other run."""
-    folder, own = args.adapt.rstrip("/"), {*data.SCREEN_OPTIONS} - {"covariate"} | {
+    folder, own = args.adapt.rstrip("/"), {*data.READING} - {"covariate"} | {
         "steps", "batch_size", "particles", "lr", "mask_lr", "effect_lr", "patience", "clip",
         "seed", "split_seed", "precision", "compile", "stream", "log_every", "validate_every"}
     if args.data is None:
@@ -1032,7 +1031,8 @@ def configuration_of_adapted(args, given):
             *evaluate.SEEDS, *evaluate.NO_MATTER)} | {"fingerprint": base["fingerprint"]}
     config["base_seed"] = config["seed"]
     config.pop("simulated", None)
-    config |= dict.fromkeys(["gene_column", "subset", "exclude", "keep", "split_column", "stream"])
+    config |= dict.fromkeys(["gene_column", "gene_names", "subset", "exclude", "keep",
+                             "split_column", "stream"])
     if given.get("one_hot_prefix"):
         config |= dict.fromkeys(["perturbation_column", "control", "combination_separator"])
     elif given.get("perturbation_column"):
@@ -1062,30 +1062,32 @@ def benchmark(config, device):
     """
     n_cells, n_genes, n_perturbations, most = SHAPES[config["preset"] or "replogle"]
     rng, cells = np.random.default_rng(0), np.arange(n_cells)
-    counts = data.Counts((n_cells, n_genes), rng.integers(0, 9, (n_cells, n_genes), dtype=np.uint8))
+    counts = data.Counts(  # without any that is 0, as sparse counts are slowest
+        (n_cells, n_genes), rng.integers(1, 9, n_cells * n_genes, dtype=np.uint8),
+        np.tile(np.arange(n_genes, dtype=np.uint16), n_cells), n_genes * np.arange(n_cells + 1))
     d = rng.integers(0, n_perturbations, (n_cells, most))
-    batches = data.Batches(types.SimpleNamespace(counts=counts, d=d, c=None), device)
+    batches = data.Batches(types.SimpleNamespace(
+        counts=counts, d=d, c=np.zeros((n_cells, 0), np.int64)), device)
     shuffle = data.Shuffle(batches, cells, config["batch_size"], 0)
     model = MODELS[config["model"]](
         np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),
         **{option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS}).to(device)
-    optimizer, (x, d), loss = new_optimizer(model, config), next(shuffle), []
+    optimizer, (x, d, c), loss = new_optimizer(model, config), next(shuffle), []
     dosages = torch.arange(min(50, n_perturbations), device=device)[:, None]
-    objective = choose_objective(config, model, x, d)
+    objective = choose_objective(config, model, x, d, c)
     phases = {"batch": lambda: next(shuffle),
-              "forward": lambda: loss.append(objective(model, x, d, config["particles"])[0]),
+              "forward": lambda: loss.append(objective(model, x, d, config["particles"], c)[0]),
               "backward": lambda: (optimizer.zero_grad(), (-loss.pop()).backward()),
               "optimizer": optimizer.step}
     others = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
               "effects": lambda: average_treatment_effects(model, dosages, 1000)}
     phases["forward"](), phases["backward"](), optimizer.step()
-    peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-            data.peak_memory())
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     with Products() as of_iwelbo:
         others["iwelbo"]()
-    plain = choose_objective(config | {"compile": False}, model, x, d)
+    plain = choose_objective(config | {"compile": False}, model, x, d, c)
     with Products() as of_step:
-        plain(model, x, d, config["particles"])[0].backward()
+        plain(model, x, d, config["particles"], c)[0].backward()
     result = medians(phases | {"products": of_step.repeat}, 30, device)
     result |= medians(others | {"iwelbo_products": of_iwelbo.repeat}, 3, device)
     result["step"] = sum(result[name] for name in phases)
@@ -1100,6 +1102,14 @@ def benchmark(config, device):
     print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
     with data.replacing("benchmark.json") as path, open(path, "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
+
+
+def peak_memory():
+    """The most memory that this process has held up to now, in bytes."""
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 class Products(TorchDispatchMode):

@@ -46,11 +46,16 @@ GAP = 2**14  # shorter gaps are read and discarded: one long read beats two shor
 WATCHDOG = None  # seconds that HDF5 may take over names and labels; the command line sets them
 
 
+def printable(text):
+    """Text for a line on a terminal, which names in a file could command."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in str(text)[:2000])
+
+
 class DataError(ValueError):
     """What is wrong with a file or an option, and what to do: one sentence for the user."""
 
-    def __str__(self):  # names in a file can be anything, and could command the terminal
-        return "".join(c if c.isprintable() else "\ufffd" for c in super().__str__()[:2000])
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class NotCounts(DataError):
@@ -65,7 +70,7 @@ def require(is_so, sentence, kind=DataError):
 
 def say(*lines):
     """Print lines, the second and later ones indented."""
-    print(*lines, sep="\n  ")
+    print(*map(printable, lines), sep="\n  ")
 
 
 # ============================================================================================
@@ -100,8 +105,8 @@ def _h5_file(path):
     """Open an .h5ad file to read its tables; failures inside become a DataError that names it.
 
     HDF5 can loop for ever over damaged text, where no exception and no Ctrl-C reaches it. So a
-    command ends itself after WATCHDOG seconds; where h5py lets no other thread run (it is reading
-    an attribute), faulthandler ends it, with a traceback.
+    command ends itself after WATCHDOG seconds; where h5py lets no other thread run, as in
+    attributes, faulthandler ends it, with a traceback.
     """
     def give_up():
         os.write(2, f"error: {path}: HDF5 has not come back for {WATCHDOG} s, as on damaged text: "
@@ -326,6 +331,13 @@ def _column(file, table, column):
     return values
 
 
+def _numbered(texts):
+    """The different texts, sorted, and the position of each text among these, an array."""
+    values = sorted(set(texts))
+    place = {value: i for i, value in enumerate(values)}
+    return values, np.array([place[text] for text in texts], int)
+
+
 def _index_name(file, table):
     """The name of the column that holds the names of cells or genes."""
     frame = _member(file, table)
@@ -354,7 +366,10 @@ def _column_names(file, table):
     listed = _attribute(frame, "column-order")
     order = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
              for c in np.ravel([] if listed is None else listed).tolist()]
-    return [c for c in dict.fromkeys([*order, *_keys(frame)]) if c not in (index, "__categories")]
+    # The column a/b is a group a with a member b: a is none.
+    others = {index, "__categories"} | {c.split("/")[0] for c in order if "/" in c}
+    return [*dict.fromkeys([*(c for c in order if c != index),
+                            *(c for c in _keys(frame) if c not in others)])]
 
 
 # ============================================================================================
@@ -423,7 +438,9 @@ def cell_sums(counts):
         if some.any():
             sums[-1][:, some] = np.add.reduceat(np.stack([values, values * weights[part.columns]]),
                                                 part.indptr[:-1][some], axis=1)
-    return np.concatenate(sums, axis=1)
+    sums = np.concatenate(sums, axis=1)
+    require((sums[0] >= 0).all(), "the counts of a cell add up to more than 2^63")
+    return sums
 
 
 def _runs(rows, start, end):
@@ -466,8 +483,8 @@ def _as_counts(name, values, name_of):
 
 
 def _tidy(counts):
-    """Sort the entries of each cell by gene, add up those of the same gene, drop explicit zeros:
-    an .h5ad file may hold all of these."""
+    """Sort the entries of each cell by gene, add up entries of the same gene, drop zeros: an .h5ad
+    file may contain unsorted, repeated and zero entries."""
     values, columns, indptr = counts.values, counts.columns, counts.indptr
     rises, starts = columns[1:] > columns[:-1], indptr[1:-1]
     rises[starts[(starts > 0) & (starts < len(columns))] - 1] = True  # the first of a cell
@@ -500,8 +517,8 @@ def from_dense(x):
 def _gather(blocks, n_genes, n_entries):
     """Blocks of successive cells -> one Counts of about n_entries entries.
 
-    They are copied into arrays that wait for them: memory that was not written to yet takes none.
-    So counts are in memory once, and twice only while their type is widened.
+    The arrays are allocated first; the system gives them memory only as they are filled. So counts
+    are in memory once, and twice only while their type is widened.
     """
     values, columns = np.empty(n_entries, np.uint8), np.empty(n_entries, _positions(n_genes))
     indptr, n = [np.zeros(1, np.int64)], 0
@@ -552,8 +569,8 @@ class Matrix:
     name         its path in the file, such as "layers/counts"
     form         what it is in words, such as "sparse CSR"
     shape        (cells, genes), as obs and var say; DataError where the matrix says something else
-    by_row       whether some cells can be read without many others: not where it is sparse by
-                 columns, nor where it is dense in tall chunks
+    by_row       False if it is read by columns: CSC, or dense in very tall chunks
+    streams      True if a few cells can be read without reading many others
     n_rounded    how many of the values that were read were within 1e-6 of an integer
     """
 
@@ -566,8 +583,6 @@ class Matrix:
         self.dense = isinstance(node, h5py.Dataset)
         if self.dense:
             declared, self.data, self.form = node.shape, node, f"dense {node.dtype}"
-            self.height = node.chunks[0] if node.chunks else 1  # cells that are stored together
-            self.by_row = self.height <= 512
         else:
             # The h5sparse attributes are of anndata <= 0.6.
             form = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
@@ -575,10 +590,15 @@ class Matrix:
                     f"{name} has the unknown encoding {form!r}")
             declared = _attribute(node, "shape")
             declared = _attribute(node, "h5sparse_shape") if declared is None else declared
-            self.form, self.by_row = f"sparse {form[:3].upper()}", form.startswith("csr")
+            self.form = f"sparse {form[:3].upper()}"
+            self.by_row = self.streams = form.startswith("csr")
         require(declared is None or np.ravel(declared).tolist() == list(self.shape),
                 f"{name} has the shape {declared}, but obs and var say {self.shape}")
-        if not self.dense:
+        if self.dense:
+            height, width = node.chunks or (1, self.shape[1])
+            self.by_row, self.streams = height * self.shape[1] <= 16 * BLOCK, height <= 512
+            self.step = height if self.by_row else width  # rows, or columns, stored together
+        else:
             self._open_sparse()
         require(self.data.dtype.kind in "biuf",
                 f"{name} holds values of type {self.data.dtype}, not counts", NotCounts)
@@ -604,7 +624,7 @@ class Matrix:
         require(len(indptr) == n, f"{name}/indptr has {len(indptr)} values; a matrix of shape "
                 f"{self.shape} needs {n}")
         self.indptr = indptr = indptr[()].astype(np.int64)
-        i = int(np.argmax(np.diff(indptr, prepend=0) < 0))  # the first fall, else 0
+        i = int(np.argmax(np.append(False, indptr[1:] < indptr[:-1])))  # the first fall, else 0
         # Seen in real files of more than 2**31 entries, written with 32-bit integers.
         overflow = ": it has overflowed 32 bits" * bool(indptr[i] < 0)
         require(i == 0 and indptr[0] == 0, f"{name}/indptr must rise from 0, and is {indptr[i]} at "
@@ -616,31 +636,34 @@ class Matrix:
         """Counts of some rows and genes, positions in any order, a block of whole rows at a time.
 
         A matrix by columns is read into memory first, as one by rows with cells for genes."""
-        if self.dense:
-            return self._dense_blocks(rows, genes)
+        read = self._dense_blocks if self.dense else self._sparse_blocks
         if self.by_row:
-            return self._sparse_blocks(rows, genes)
-        n_entries = int((self.indptr[genes + 1] - self.indptr[genes]).sum())
-        return iter([_transposed(_gather(self._sparse_blocks(genes, rows), len(rows), n_entries))])
+            return read(rows, genes)
+        n_entries = 0 if self.dense else int((self.indptr[genes + 1] - self.indptr[genes]).sum())
+        return iter([_transposed(_gather(read(genes, rows), len(rows), n_entries))])
 
     def first_block(self):
         """Counts of about a BLOCK of values, cells x genes, or by columns genes x cells."""
-        everything = list(map(np.arange, self.shape))
-        return next(self._dense_blocks(*everything) if self.dense else
-                    self._sparse_blocks(*(everything if self.by_row else everything[::-1])))
+        majors, minors = map(np.arange, self.shape if self.by_row else self.shape[::-1])
+        if self.dense:
+            return next(self._dense_blocks(majors[:max(1, BLOCK // len(minors))], minors))
+        return next(self._sparse_blocks(majors, minors))
 
-    def _dense_blocks(self, rows, genes):
-        """Blocks of a dense matrix: whole rows of chunks, so that each is unpacked once."""
-        first = rows // self.height * (self.height * self.shape[1])
-        for a, b in _runs(rows, first, first + self.height * self.shape[1]):
-            part = rows[a:b]
-            tile = self.data[part[0]:part[-1] + 1]
+    def _dense_blocks(self, majors, minors):
+        """Blocks of a dense matrix: some rows or, by columns, columns. Chunks that are stored side
+        by side are read together, so that each is unpacked once."""
+        n_minor = self.shape[1 if self.by_row else 0]
+        first = majors // self.step * (self.step * n_minor)
+        for a, b in _runs(majors, first, first + self.step * n_minor):
+            part = majors[a:b]
+            stretch = slice(part[0], part[-1] + 1)
+            tile = self.data[stretch] if self.by_row else self.data[:, stretch].T
             if b - a < len(tile):
                 tile = tile[part - part[0]]
-            if not np.array_equal(genes, np.arange(self.shape[1])):
-                tile = tile[:, genes]
+            if not np.array_equal(minors, np.arange(n_minor)):
+                tile = tile[:, minors]
             yield from_dense(self._checked(tile, lambda i, part=part: (
-                part[i // len(genes)], genes[i % len(genes)])))
+                part[i // len(minors)], minors[i % len(minors)])))
 
     def _sparse_blocks(self, majors, minors):
         """Blocks of a sparse matrix: some majors, with all minors that are wanted."""
@@ -674,7 +697,7 @@ class Matrix:
         and gene, or by columns its gene and cell."""
         def name_of(i):
             """The cell and gene of value i, for an error."""
-            cell, gene = place_of(i) if self.dense or self.by_row else place_of(i)[::-1]
+            cell, gene = place_of(i) if self.by_row else place_of(i)[::-1]
             return f"cell {self.cell_names[cell]!r}, gene {self.gene_names[gene]!r}"
 
         counts, n_rounded = _as_counts(self.name, values, name_of)
@@ -683,19 +706,18 @@ class Matrix:
 
 
 class StoredCounts:
-    """Counts that stay in their file: what a Counts can, read anew each time.
+    """Counts that stay in their file: does what a Counts does, but reads the file each time.
 
     shape      (N, G), of the cells and genes that are wanted
     rows       (N,) positions of these cells in the file
-    n_bytes    what they would take in memory, about
+    n_bytes    what they would take in memory, about: dense ones are judged by a first block
     """
 
     def __init__(self, path, matrix, rows, genes):
         self.path, self.matrix, self.rows, self.genes = path, matrix, rows, genes
         self.shape, block, matrix.n_rounded = (len(rows), len(genes)), matrix.first_block(), 0
-        n_entries = len(block.values) / block.shape[0] * matrix.shape[0] if matrix.dense else (
-            len(matrix.indices))
-        self.density = 1.1 * n_entries / math.prod(matrix.shape)
+        self.density = 1.1 * (len(block.values) / math.prod(block.shape) if matrix.dense else
+                              len(matrix.indices) / math.prod(matrix.shape))
         self.n_bytes = int(self.density * math.prod(self.shape) * (
             block.values.itemsize + _positions(len(genes)).itemsize) + 8 * len(rows))
 
@@ -745,7 +767,7 @@ def ahead(items):
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item
-    finally:  # also where the caller has enough
+    finally:  # also if the caller stops early
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -761,13 +783,13 @@ class H5ad:
     shape                     (cells, genes)
     cell_names, gene_names    (cells,), (genes,) arrays of str; they may repeat
     obs_columns, var_columns  lists of the columns of obs and var other than the index
-    by_row                    see Matrix
+    streams                   see Matrix
     """
 
     def __init__(self, path, matrix, var):
         self.path, self.found, self.shape = path, f"{matrix.name}, {matrix.form}", matrix.shape
         self.cell_names, self.gene_names = matrix.cell_names, matrix.gene_names
-        self.by_row, self._matrix, self._var = matrix.by_row, matrix.name, var
+        self.streams, self._matrix, self._var = matrix.streams, matrix.name, var
         self.obs_columns, self.var_columns = (
             _column_names(matrix.file, table) for table in ("obs", var))
 
@@ -794,7 +816,7 @@ class H5ad:
 
         rows, genes    a boolean mask, (cells,) or (genes,), or positions in any order, each once
 
-        Every value that is read is checked: raises NotCounts, a DataError, with the cell and gene
+        Every value that is kept is checked: raises NotCounts, a DataError, with the cell and gene
         of one that is no count. What is not wanted is never kept, nor read where it can be skipped.
         """
         places = [np.arange(n)[slice(None) if chosen is None else chosen]
@@ -833,7 +855,7 @@ def read_h5ad(path, layer=None):
                 matrix = Matrix(file, name, cell_names, _names(file, var))
                 matrix.first_block()
             except NotCounts as error:
-                problem = problem or error  # what is wrong with X interests more than with raw
+                problem = problem or error  # of X, if there is one: users care most about that
                 continue
             if layer is None and name != "X":
                 say(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
@@ -855,8 +877,7 @@ def _advice(file, tried, cell_names):
     """What to do where the matrices `tried` (paths) hold no counts: the layers that do, or none."""
     places, found = _places_of_counts(file), []
     for layer, (name, var) in places.items():
-        # A damaged one is no advice; what is wrong with it is not what this sentence is about.
-        with contextlib.suppress(DataError, OSError, RuntimeError):
+        with contextlib.suppress(DataError, OSError, RuntimeError):  # a damaged matrix is no advice
             if name not in tried:
                 Matrix(file, name, cell_names, _names(file, var)).first_block()
                 found.append(layer)
@@ -937,18 +958,20 @@ def _write_column(table, name, values):
     missing = np.array([value is None for value in values.tolist()], bool)
     present = set(map(type, values[~missing].tolist()))
     if present == {str}:
-        categories, codes = np.unique(values[~missing].astype(str), return_inverse=True)
+        categories, codes = _numbered(values[~missing].tolist())
         if missing.any() or len(categories) <= len(values) / 2:
             all_codes = np.full(len(values), -1, np.int32)
             all_codes[~missing] = codes
-            return _write(table, name, {"codes": all_codes, "categories": categories},
+            return _write(table, name, {"codes": all_codes, "categories": _objects(categories)},
                           "categorical", ordered=False)
     if not missing.any():
         return _write(table, name, values)
-    filled = np.array([0 if value is None else value for value in values.tolist()])
-    kind = "boolean" if present == {bool} else "integer"
-    _write(table, name, {"values": filled.astype(bool) if present == {bool} else filled,
-                         "mask": missing}, f"nullable-{kind}")
+    nothing = math.nan if float in present else False if present == {bool} else 0
+    filled = np.array([nothing if value is None else value for value in values.tolist()])
+    if float in present:  # anndata has NaN for these
+        return _write(table, name, filled)
+    kind = "boolean" if filled.dtype == bool else "integer"
+    _write(table, name, {"values": filled, "mask": missing}, f"nullable-{kind}")
 
 
 def _write_counts(file, parts):
@@ -1000,12 +1023,15 @@ def replacing(path):
     Renaming is one step within a file system: `path` is the old file or the new one, never a part,
     also where the power fails. Raises DataError where it cannot be written: a full disk, say.
     """
-    temporary = f"{os.fspath(path)}.writing"
+    require(os.path.isfile(path) or not os.path.exists(path), f"{path}: cannot be written: is a "
+            "folder, a pipe or a device")
+    target = os.path.realpath(path)  # a link stays, and its file is replaced
+    temporary = f"{target}.writing"
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # the latter by HDF5
         number = getattr(error, "errno", None)
         reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
@@ -1159,15 +1185,15 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     split, split_notes = _read_split(file, how["split_column"])
 
     # Then their counts. A cell without any says nothing of frequencies; its l_i would be 0.
-    counts = file.counts(wanted, genes, stored=True)
+    stored = file.counts(wanted, genes, stored=True)
     if stream is None:
-        stream = counts.n_bytes > memory() / (2 if file.by_row else 1)
-    if stream and not file.by_row:
-        raise DataError(f"{path}: {file.found}, is stored so that cells cannot be read one by one, "
-                        "as --stream or its size asks for: write it by rows with python data.py "
-                        "prepare IN.h5ad OUT.h5ad")
-    counts = counts if stream else file.counts(wanted, genes)
+        stream = stored.n_bytes > memory() / (2 if file.streams else 1)
+    require(file.streams or not stream, f"{path}: {file.found}, is stored so that cells cannot be "
+            "read one by one, as --stream or its size asks for: write it by rows with python "
+            "data.py prepare IN.h5ad OUT.h5ad")
+    counts = stored if stream else stored.take()
     sums = cell_sums(counts)
+    stored.say_rounded()
     has_counts = sums[0] > 0
     rows, counts = np.flatnonzero(wanted)[has_counts], counts.without_empty(has_counts)
 
@@ -1266,9 +1292,11 @@ def read_labels(file, how):
     # Labels repeat: of a column of barcodes or of measurements the values are not listed.
     described = []
     for column in file.obs_columns[:30]:
-        values = file.obs(column)
-        few = values.dtype.kind != "f" and len({*values.tolist()}) <= max(20, len(values) / 2)
-        described.append(f"{column}: {_commonest(_texts(values), 3)}" if few else column)
+        described.append(column)
+        with contextlib.suppress(DataError):  # a damaged column
+            values = file.obs(column)
+            if values.dtype.kind != "f" and len({*values.tolist()}) <= max(20, len(values) / 2):
+                described[-1] += f": {_commonest(_texts(values), 3)}"
     raise DataError(f"{file.path}: no obs column has a well-known name: name one with "
                     "--perturbation-column and --control, or 0/1 columns with --one-hot-prefix; "
                     f"obs has the columns {'; '.join(described)}")
@@ -1326,9 +1354,10 @@ def _read_one_hot(file, how):
                     "and 1 alone")
     require(columns, f"{file.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
     values, parts = [], {"nan": ["nan"]}
+    joiner = " + " if any("+" in name for name in columns) else "+"
     for row in zip(*columns.values()):
         names = [name for name, v in zip(columns, row) if v == 1]
-        values.append("+".join(names) if {*row} <= {0, 1} else "nan")
+        values.append(joiner.join(names) if {*row} <= {0, 1} else "nan")
         parts.setdefault(values[-1], names)
     sets, notes = _parse(f"{file.path}: one-hot columns {prefix}*", values, parts, [""], how,
                          f"without the prefix, columns are {', '.join(list(columns)[:12])}")
@@ -1344,13 +1373,13 @@ def _parse(where, values, parts, controls, how, listed):
     controls, flags = (how["control"], 0) if how["control"] else (controls, re.IGNORECASE)
     # In a combination * must not reach beyond a part: with nt_*, nt_1|CCNE2_2 is perturbed.
     is_control, is_plain_control = (_matcher(patterns, flags) for patterns in (
-        controls, [c for c in controls if "*" not in c]))
+        controls, [c.rstrip("*") for c in controls if "*" not in c.rstrip("*")]))
     excluded, kept = _matcher(how["exclude"]), _matcher(how["keep"])
     try:
         pattern = re.compile(how["label_pattern"] or "(.*)", re.DOTALL)
         name_of = {part: match[1] for part in itertools.chain(*parts.values())
                    if (match := pattern.fullmatch(part)) and match[1]}
-    except (re.error, IndexError) as error:
+    except (re.error, IndexError, OverflowError, RecursionError) as error:
         raise DataError(f"--label-pattern {how['label_pattern']!r}: {error}; a group in parentheses"
                         " must say what names the perturbation") from None
 
@@ -1358,15 +1387,14 @@ def _parse(where, values, parts, controls, how, listed):
         """The perturbations of a label: None if it is none, empty if it is a control."""
         if (is_control if len(parts[label]) < 2 else is_plain_control)(label):
             return None if excluded(label) else frozenset()
-        names, left_out = set(), label == "" or excluded(label)
-        for part in parts[label]:
-            name = name_of.get(part, part)
-            if is_control(part) or is_control(name):
-                continue  # GENE+ctrl is GENE
-            names.add(name)
+        names, left_out = set(), label == ""
+        for part in [label, *parts[label]]:
+            name, of_control = name_of.get(part, part), is_control(part)
             left_out = left_out or excluded(part) or excluded(name) or (
-                part.lower() in UNASSIGNED and not kept(part))
-        return None if left_out else frozenset(names)
+                part.lower() in UNASSIGNED and not kept(part) and not of_control)
+            if part != label or len(parts[label]) == 1:
+                names |= {name} - {name if of_control or is_control(name) else None}
+        return None if left_out else frozenset(names)  # GENE+ctrl is GENE
 
     n_cells = collections.Counter(values)
     parsed = {label: parse(label) for label in n_cells}  # far fewer labels than cells
@@ -1483,8 +1511,8 @@ def _choose_genes(file, how, genes_of=None):
     def names_by(column):
         """Names of these genes by a column of var; by the index where it is missing, or None."""
         names = file.gene_names if column is None else file.var(column)
-        return _objects(own if v is None or v != v or v == "" else str(v)
-                        for v, own in zip(names[genes].tolist(), file.gene_names[genes]))
+        return _objects(name or own for name, own in zip(
+            _texts(names[genes]), file.gene_names[genes]))
 
     names, wrong = names_by(how["gene_names"]), []
     if genes_of is None or names.tolist() == list(genes_of):
@@ -1504,12 +1532,13 @@ def _choose_genes(file, how, genes_of=None):
 def _read_covariates(file, columns, rows, is_control, conditions):
     """Covariates (N, C) as positions in the names of all values, these names, and notes.
 
-    Raises DataError where no cells could be compared within covariates, as effects of data are."""
+    Raises DataError if no perturbed cell shares its covariates with a control cell: effects in the
+    data are compared within covariates."""
     c, names = np.full((len(rows), len(columns)), NONE), []
     for j, column in enumerate(columns):
-        found = file.obs(column)[rows]
-        missing = np.array([v is None or v != v or v == "" for v in found.tolist()])
-        values, place = np.unique(found[~missing].astype(str), return_inverse=True)
+        found = _objects(_texts(file.obs(column)[rows]))
+        missing = found == ""
+        values, place = _numbered(found[~missing].tolist())
         if not 2 <= len(values) <= min(50, max(2, len(rows) / 10)) or column in columns[:j]:
             raise DataError(f"{file.path}: --covariate {column!r} has {len(values):,} values for "
                             f"{len(rows):,} cells: different columns of 2 to 50 values, each with "
@@ -1524,8 +1553,8 @@ def _read_covariates(file, columns, rows, is_control, conditions):
                         f"leave out --covariate {' --covariate '.join(columns)}")
     return c, names, [f"covariates: {', '.join(names)}" * bool(names), (
         f"warning: {(~compared).sum():,} cells, with all cells of {len(alone):,} conditions, have "
-        "covariates that no control cell has: trained on, but no part of the effects by the data"
-    ) * (not compared.all())]
+        "covariates that no control cell has: the model trains on them; the effects measured in "
+        "the data leave them out") * (not compared.all())]
 
 
 def _doubts(library, hashes):
@@ -1534,7 +1563,8 @@ def _doubts(library, hashes):
     n_twice = int(deep.sum()) - len(np.unique(hashes[deep]))
     if n_twice > 0.01 * len(library):
         notes.append(f"warning: {n_twice:,} cells have exactly the counts of another cell: copies "
-                     "end in train and test, so that results look better than they are; keep one")
+                     "end up in both train and test, and results look better than they are: keep "
+                     "one of each")
     low, middle, high = np.quantile(library, [0.1, 0.5, 0.9])
     if len(library) >= 20 and middle >= 100 and high - low < 0.02 * middle:
         notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}: these look "
@@ -1545,14 +1575,17 @@ def _doubts(library, hashes):
 def unbalanced(screen, given=()):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do. Columns `given`
-    are left out. Unlike: a total variation distance, within the strata of covariates and among
-    values that controls have, that exceeds what chance leaves by 0.1."""
+    are left out. We call them unlike if their total variation distance, within the strata of
+    covariates and among values that controls have, exceeds what chance gives by 0.1."""
     notes, perturbed = [], (screen.d != NONE).any(1).astype(int)
     stratum = np.unique(np.pad(screen.c, ((0, 0), (1, 0))), axis=0, return_inverse=True)[1].ravel()
     for column in [column for column in screen.file.obs_columns if column not in given]:
-        found = screen.obs(column)
-        values, v = np.unique(found.astype(str), return_inverse=True)
-        if found.dtype.kind == "f" or not 2 <= len(values) <= 50:  # a measurement, a barcode
+        try:
+            found = screen.obs(column)
+        except DataError:  # a damaged column that nobody asked for
+            continue
+        values, v = _numbered([] if found.dtype.kind == "f" else _texts(found))
+        if not 2 <= len(values) <= 50:  # a measurement, a barcode
             continue
         n = np.zeros((stratum.max() + 1, 2, len(values)))
         np.add.at(n, (stratum, perturbed, v), 1)  # controls, perturbed cells
@@ -2060,14 +2093,6 @@ def decode(z, decoder):
     return z
 
 
-def _numbers(file, name):
-    """A data set of numbers, of any shape."""
-    node = _member(file, name)
-    require(isinstance(node, h5py.Dataset) and node.dtype.kind in "biuf",
-            f"{name} holds no numbers")
-    return node[()]
-
-
 def read_simulation(path):
     """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z (cells, L))
     of a simulated screen; None for other files."""
@@ -2075,14 +2100,15 @@ def read_simulation(path):
         if _member(file, "uns/simulation", required=False) is None:
             return None
         names, mask, effect = (f"uns/simulation/{n}" for n in ("perturbations", "mask", "effect"))
-        return (list(_read(file, names)), _numbers(file, mask).astype(bool),
-                _numbers(file, effect), _numbers(file, "obsm/X_true_z"))
+        return (list(_read(file, names)), _member(file, mask)[()].astype(bool),
+                _member(file, effect)[()], _member(file, "obsm/X_true_z")[()])
 
 
 def read_layers(path):
     """{layer: array (obs x var)} of a file that write_h5ad wrote, such as predictions."""
     with _h5_file(path) as file:
-        return {name: _numbers(file, f"layers/{name}") for name in _keys(_member(file, "layers"))}
+        return {name: _member(file, f"layers/{name}")[()]
+                for name in _keys(_member(file, "layers"))}
 
 
 def read_pathways(path):
@@ -2107,13 +2133,14 @@ def read_pathways(path):
 
 
 # ============================================================================================
-# prepare: of a file of any size, what is wanted, sparse
+# prepare: write the wanted part of a large file, sparse
 # ============================================================================================
 
 # Replogle et al. 2022 as in the paper (4.1), whose text has 118,461 cells: targets and genes are
 # listed in a file beside this one; the controls are those that the authors' code draws.
 RECIPES = {"replogle-filtered": dict(
-    perturbation_column="sgID_AB", control=["*non-targeting*"], controls=2000, seed=0)}
+    perturbation_column="sgID_AB", control=["*non-targeting*"], gene_names="gene_name",
+    controls=2000, seed=0)}
 RECIPE_FILE, EXPECTED = "replogle_filtered.json", (118_641, 1187, 722)
 
 
@@ -2121,15 +2148,14 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
     """Write some cells and genes of an .h5ad file of any size to another, counts sparse by rows.
 
     path, out   the files; cells and genes stay in their order, as splits depend on it
-    genes       a text file, a gene a line: of these names, in the index of var or in the column of
-                var that has most of them
+    genes       a text file with the names of the genes to keep, one a line
     controls    at most so many control cells, drawn by numpy's legacy generator from `seed`
     recipe      one of RECIPES, in place of all other options
     options     as in `read_screen`; labels are read if an option asks for them
 
-    Kept are all columns of obs and var, and uns/pathways. Takes a few hundred bytes of memory a
-    cell, and half a gigabyte; a matrix by columns is read into memory. Prints what is kept. Raises
-    DataError for a wrong file or option.
+    Kept are all columns of obs and var (categories lose their order), and uns/pathways. Takes a few
+    hundred bytes of memory a cell, and half a gigabyte; a matrix by columns is read into memory.
+    Prints what is kept. Raises DataError for a wrong file or option.
     """
     lists, pathways, in_subset, sets = {}, None, None, None
     if recipe is not None:
@@ -2164,18 +2190,17 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
                         f"{'; '.join(notes)}")
 
     # The genes.
-    places, _, gene_notes = _choose_genes(file, how)
+    places, names, gene_notes = _choose_genes(file, how)
     if genes or lists:
-        names = lists.get("measured_gene_names")
+        listed = lists.get("measured_gene_names")
         if genes:
             with open(genes, encoding="utf-8", errors="replace") as lines:
-                names = list(filter(None, map(str.strip, lines)))
-        names = set(names)
-        column, found = _column_with_most(file, names)
-        places = np.array([g for g in places if found[g] in names], int)
-        gene_notes.append(f"{len(names.intersection(found)):,} of the {len(names):,} listed genes "
-                          f"are in {column}, where genes are called {', '.join(found[:3])}; "
-                          f"missing: {', '.join(sorted(names.difference(found))[:5]) or 'none'}")
+                listed = list(filter(None, map(str.strip, lines)))
+        missing = set(listed) - set(names)
+        places = places[[name in set(listed) for name in names]]
+        gene_notes.append(f"{len(set(listed)) - len(missing):,} of the {len(set(listed)):,} listed "
+                          f"genes are there, where genes are called {', '.join(names[:3])}; "
+                          f"missing: {', '.join(sorted(missing)[:5]) or 'none'}")
     if not len(places):
         raise DataError(f"{path}: no gene is left: {'; '.join(gene_notes)}")
     say(path, *notes, *gene_notes)
@@ -2207,15 +2232,6 @@ def _with_progress(parts, n_cells):
                   file=sys.stderr, flush=True)
 
 
-def _column_with_most(file, names):
-    """Which column of var, or its index, has most of these names of genes: in words, and a list."""
-    found = {"the index of var": file.gene_names.tolist()}
-    for column in file.var_columns:
-        with contextlib.suppress(DataError):
-            found[f"var column {column!r}"] = list(map(str, file.var(column).tolist()))
-    return max(found.items(), key=lambda item: len(names.intersection(item[1])))
-
-
 # ============================================================================================
 # The command line
 # ============================================================================================
@@ -2237,10 +2253,10 @@ SIMULATION_OPTIONS = [(f"--{name.replace('_', '-')}", _default[name], allowed, t
 
 
 def add_screen_options(parser, training=True):
-    """The options of READING; but for those of training, which a file is not prepared by."""
+    """The options of READING; if not training, without the ones that only training uses."""
     group = parser.add_argument_group("reading the file")
     for name, (default, metavar, text) in READING.items():
-        if training or name not in ("gene_names", "split_column", "covariate"):
+        if training or name not in ("split_column", "covariate"):
             how = {"action": "append"} if default == [] else {
                 "type": number_within(int, *AT_LEAST_0) if default == 0 else str}
             text += "; may be repeated" * (default == []) + (
@@ -2341,12 +2357,8 @@ def main_of_prepare(arguments):
     path, out = options.pop("file"), options.pop("out")
     require("recipe" not in options or len(options) == 1,
             "--recipe says which cells and genes are kept: leave the other options out")
-    # Before hours of reading.
     require(not os.path.exists(out) or not os.path.exists(path) or not os.path.samefile(path, out),
             f"{out} is the file that is read: choose another name")
-    folder = os.path.dirname(os.path.abspath(out))
-    require(not os.path.isdir(out) and os.access(folder, os.W_OK), f"{out} cannot be written: a "
-            "file in a folder that exists, and that you may write to, was expected")
     prepare(path, out, **options)
 
 

@@ -1181,7 +1181,8 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     file = read_h5ad(path, how["layer"])
     genes, gene_names, gene_notes = _choose_genes(file, how, genes_of)
     labels = read_labels(file, how)
-    wanted, cell_notes = _choose_cells(file, labels, how, only_controls)
+    in_subset = _in_subset(file, how["subset"])
+    wanted, cell_notes = _choose_cells(in_subset, labels, how, only_controls)
     split, split_notes = _read_split(file, how["split_column"])
 
     # Then their counts. A cell without any says nothing of frequencies; its l_i would be 0.
@@ -1446,9 +1447,8 @@ def _dosages(path, sets):
     return d, perturbations, conditions, joiner
 
 
-def _choose_cells(file, labels, how, only_controls=False, in_subset=None):
-    """Which cells are wanted, (cells,) bool, by --subset and labels; lines on what is dropped."""
-    in_subset = _in_subset(file, how["subset"]) if in_subset is None else in_subset
+def _choose_cells(in_subset, labels, how, only_controls=False):
+    """Which cells of in_subset (cells,) are wanted, (cells,) bool; lines on what is dropped."""
     has_label = np.array([names is not None for names in labels.sets])
     wanted, rare, few = in_subset & has_label, set(), True
     if only_controls:
@@ -2157,53 +2157,24 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
     hundred bytes of memory a cell, and half a gigabyte; a matrix by columns is read into memory.
     Prints what is kept. Raises DataError for a wrong file or option.
     """
-    lists, pathways, in_subset, sets = {}, None, None, None
+    lists, pathways = {}, None
     if recipe is not None:
         options = dict(RECIPES[recipe])
         controls, seed = options.pop("controls"), options.pop("seed")
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE_FILE)) as file:
-            lists = json.load(file)
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE_FILE)) as lines:
+            lists = json.load(lines)
+    elif genes is not None:
+        with open(genes, encoding="utf-8", errors="replace") as lines:
+            lists = {"measured_gene_names": list(filter(None, map(str.strip, lines)))}
     how = reading(options)
     file = read_h5ad(path, how["layer"])
-    notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes"]
     with contextlib.suppress(DataError):  # damaged ones are in nobody's way here
         pathways = lists.get("pathways") or read_pathways(path)
-
-    # The cells.
-    if lists:
-        targeted = [*lists["perturbation_genes"], "non-targeting"]
-        in_subset = np.isin(file.obs("gene").astype(str), targeted)
-    wanted = _in_subset(file, how["subset"])
-    if controls is not None or any(how[name] for name in [*LABEL_OPTIONS, "min_cells"]):
-        labels = read_labels(file, how)
-        wanted, dropped = _choose_cells(file, labels, how, in_subset=in_subset)
-        sets, notes = labels.sets, notes + [*labels.notes, *dropped]
-    if controls is not None:
-        found = np.flatnonzero(wanted & [names == frozenset() for names in sets])
-        surplus = np.random.RandomState(seed).permutation(len(found))[controls:]
-        wanted[found[surplus]] = False
-        notes.append(f"dropped {len(surplus):,} of {len(found):,} controls")
-    rows = np.flatnonzero(wanted)
-    n_perturbations = None if sets is None else len(set().union(*(sets[i] for i in rows)))
-    if not len(rows) or n_perturbations == 0:
-        raise DataError(f"{path}: no {'perturbed ' * bool(len(rows))}cell is left: "
-                        f"{'; '.join(notes)}")
-
-    # The genes.
-    places, names, gene_notes = _choose_genes(file, how)
-    if genes or lists:
-        listed = lists.get("measured_gene_names")
-        if genes:
-            with open(genes, encoding="utf-8", errors="replace") as lines:
-                listed = list(filter(None, map(str.strip, lines)))
-        missing = set(listed) - set(names)
-        places = places[[name in set(listed) for name in names]]
-        gene_notes.append(f"{len(set(listed)) - len(missing):,} of the {len(set(listed)):,} listed "
-                          f"genes are there, where genes are called {', '.join(names[:3])}; "
-                          f"missing: {', '.join(sorted(missing)[:5]) or 'none'}")
-    if not len(places):
-        raise DataError(f"{path}: no gene is left: {'; '.join(gene_notes)}")
-    say(path, *notes, *gene_notes)
+    rows, n_perturbations, notes = _cells_to_prepare(
+        file, how, lists.get("perturbation_genes"), controls, seed)
+    places, gene_notes = _genes_to_prepare(file, how, lists.get("measured_gene_names"))
+    say(path, f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", *notes,
+        *gene_notes)
 
     stored = file.counts(rows, places, stored=True)
     write_h5ad(
@@ -2216,9 +2187,44 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
     stored.say_rounded()
     kept, words = (len(rows), len(places), n_perturbations), ("cells", "genes", "perturbations")
     print(f"{out}: " + ", ".join(f"{n:,} {w}" for n, w in zip(kept, words) if n is not None))
-    if lists and kept != EXPECTED:
+    if recipe and kept != EXPECTED:
         print("  expected were " + ", ".join(f"{n:,} {w}" for n, w in zip(EXPECTED, words))
               + ": this is not the file that the recipe is for, or it has changed")
+
+
+def _cells_to_prepare(file, how, targeted, controls, seed):
+    """Positions of the cells to keep, the number of their perturbations (None where no option asks
+    for labels), and lines on what is dropped. targeted: of these genes alone, or None for all."""
+    wanted, n_perturbations, notes = _in_subset(file, how["subset"]), None, []
+    if targeted is not None:
+        wanted &= np.isin(_texts(file.obs("gene")), [*targeted, "non-targeting"])
+    if controls is not None or any(how[name] for name in [*LABEL_OPTIONS, "min_cells"]):
+        labels = read_labels(file, how)
+        wanted, dropped = _choose_cells(wanted, labels, how)
+        notes = [*labels.notes, *dropped]
+        if controls is not None:
+            found = np.flatnonzero(wanted & [names == frozenset() for names in labels.sets])
+            surplus = np.random.RandomState(seed).permutation(len(found))[controls:]
+            wanted[found[surplus]] = False
+            notes.append(f"dropped {len(surplus):,} of {len(found):,} controls")
+        n_perturbations = len(set().union(*(labels.sets[i] for i in np.flatnonzero(wanted))))
+    require(wanted.any() and n_perturbations != 0, f"{file.path}: no perturbed cell is left, or no "
+            f"cell at all: {'; '.join(notes)}")
+    return np.flatnonzero(wanted), n_perturbations, notes
+
+
+def _genes_to_prepare(file, how, listed):
+    """Positions of the genes to keep, and lines on what is left out. listed: names, or None."""
+    places, names, notes = _choose_genes(file, how)
+    if listed is not None:
+        listed = set(listed)
+        missing = sorted(listed - set(names))
+        places = places[[name in listed for name in names]]
+        notes.append(f"{len(listed) - len(missing):,} of the {len(listed):,} listed genes are there"
+                     f", where genes are called {', '.join(names[:3])}; missing: "
+                     + (", ".join(missing[:5]) or "none"))
+    require(len(places), f"{file.path}: no gene is left: {'; '.join(notes)}")
+    return places, notes
 
 
 def _with_progress(parts, n_cells):

@@ -1356,7 +1356,13 @@ def test_a_dense_matrix_in_tall_chunks_is_read_by_columns_in_little_memory(tmp_p
     path = write_modern(tmp_path / "x.h5ad", lambda file: file.create_dataset(
         "X", data=x.astype("f4"), chunks=(2000, 3), compression="gzip"), None,
                         cells=names, genes=names[:200])
-    read, rows, genes = data.read_h5ad(path), np.arange(1999, 0, -3), np.array([199, 0, 3, 4])
+    sizes, original = [], h5py.Dataset.__getitem__
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py.Dataset, "__getitem__", lambda dataset, key: (
+            values := original(dataset, key), sizes.append(np.size(values)))[0])
+        read = data.read_h5ad(path)
+    assert max(sizes) == 2000  # names of cells, one column
+    rows, genes = np.arange(1999, 0, -3), np.array([199, 0, 3, 4])
     assert (read.counts().dense() == x).all() and not read.streams
     assert (read.counts(rows, genes).dense() == x[rows][:, genes]).all()
     tracemalloc.start()
@@ -2539,6 +2545,7 @@ def test_odd_columns_are_in_nobody_s_way_and_prepared_as_anndata_opens_them(tmp_
             index=list("abcdefghi"))).write_h5ad(tmp_path / "x.h5ad")
     data.main([str(tmp_path / "x.h5ad")])
     capsys.readouterr()
+    assert data.read_h5ad(tmp_path / "x.h5ad").obs_columns == ["gene", "dose", "n/a", "note"]
     data.read_screen(tmp_path / "x.h5ad", stream=True)
     assert "within 1e-6 of an integer were rounded" in capsys.readouterr().out
     (tmp_path / "link.h5ad").symlink_to(tmp_path / "y.h5ad")

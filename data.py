@@ -2309,6 +2309,15 @@ def given(parser, arguments):
     return {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
 
 
+MACHINE = {  # what a MemoryError or a RuntimeError of torch says, and what it means
+    "MemoryError|out of memory|allocate|(multiplic|calcul)ation overflow":
+        "not enough memory: a smaller model or fewer particles, cells in a batch or genes take "
+        "less",
+    "Connection (closed|reset|refused)|Broken pipe|remote process|NCCL":
+        "another process has ended: if the run has begun, --resume goes on from its last "
+        "validation"}
+
+
 def run(main):
     """Run a command; what is wrong with a file, an option or the machine becomes one sentence on
     standard error and exit status 2."""
@@ -2330,12 +2339,12 @@ def run(main):
         problem = (f"{os.fsdecode(error.filename or 'reading or writing failed')}: "
                    f"{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[-1]
-        if isinstance(error, RuntimeError) and not re.search(
-                "out of memory|allocate memory|(multiplic|calcul)ation overflow", reason):
+        lines = [*str(error).splitlines(), type(error).__name__]
+        found = [(words, line) for pattern, words in MACHINE.items() for line in lines
+                 if re.search(pattern, line)]
+        if not found:
             raise
-        problem = ("not enough memory: a smaller model or fewer particles, cells in a batch or "
-                   f"genes take less ({reason})")
+        problem = "{} ({:.200})".format(*found[0])
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {problem}", file=sys.stderr)

@@ -24,7 +24,6 @@ import csv
 import difflib
 import errno
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -37,11 +36,12 @@ import data  # before torch: it sets what makes a CPU fast
 import numpy as np
 import torch
 
+import train
 from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, option_name
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 7  # of metrics.json; a file of another format is not read
+FORMAT = 8  # of metrics.json; a file of another format is not read
 SCALES = ("log_normalised", "counts")
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
              "matching_mean": "matching mean"}
@@ -533,25 +533,9 @@ def with_controls(cells, train, is_control):
 # ============================================================================================
 
 
-def save_checkpoint(state, folder, name):
-    """Write runs/NAME/best.pt or last.pt, whole or not at all. See `new_run` in train.py.
-
-    At its end, which torch.load passes over, is a hash of what stands before it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    checksum = hash_of(buffer)
-    with data.replacing(os.path.join(folder, name)) as path, open(path, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.write(checksum)
-
-
 def hash_of(file):
     """A hash of what is left of an open file, 64 bytes."""
-    digest = hashlib.blake2b(digest_size=32)
-    for block in iter(lambda: file.read(2**20), b""):
-        digest.update(block)
-    return digest.hexdigest().encode()
+    return train.hash_of(file.read())
 
 
 def hashes_of(folder, names):
@@ -563,149 +547,23 @@ def hashes_of(folder, names):
     return found
 
 
-def load_checkpoint(folder, name):
-    """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code.
+class Run(train.Run):
+    """A trained run as best.pt has it, and how far its training has come."""
 
-    Raises DataError where it is missing, no checkpoint, or not to the last bit what was saved."""
-    path = os.path.join(folder, name)
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except FileNotFoundError:
-        if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
-            raise DataError(f"{folder} has no best.pt yet, which validations write (with --axes "
-                            "sparsest, once there are masks): wait if it is being trained, else "
-                            f"python train.py --resume {folder}, or start a new run if its loss "
-                            "was not finite") from None
-        raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
-                        "and this one has no checkpoint to go on from") from None
-    except NotADirectoryError:
-        raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
-    if hash_of(io.BytesIO(content[:-64])) != content[-64:]:
-        raise DataError(f"{path}: is damaged, was changed, or is no checkpoint of this version of "
-                        "train.py")
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of a later version of torch, say
-        raise DataError(f"{path}: torch cannot read it ({type(error).__name__})") from None
-
-
-def build_model(checkpoint):
-    """The model of a checkpoint, with its weights, on the CPU."""
-    model = MODELS[checkpoint["config"]["model"]](**checkpoint["model_arguments"])
-    model.load_state_dict(checkpoint["model"])
-    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
-        raise DataError("the weights of this run are not all finite: start a new one with a lower "
-                        "--lr, or with --clip 100")
-    return model
-
-
-def read_screen_of(config, checkpoint=None, adapt=None):
-    """The screen of a configuration; with a checkpoint, checked to be the one it was trained on.
-    `adapt` is the checkpoint of another run that is adapted to it: genes and covariates are those
-    of that run."""
-    if checkpoint is not None and not os.path.exists(config["data"]):
-        raise DataError(f"the run's data, {config['data']}, are not there; --data says where they "
-                        "are")
-    options, of_other = {k: config.get(k) for k in data.READING}, adapt or checkpoint
-    if config.get("adapt"):
-        options |= {"genes_of": of_other["gene_names"], "covariate": None}
-    screen = data.read_screen(config["data"], **options, stream=config.get("stream"))
-    if config.get("adapt") and config["covariate"]:
-        screen.covariates = of_other["covariates"]
-        screen.c = known_covariates(screen, config["covariate"], screen.covariates)
-        screen.notes.append(f"covariates as in {config['adapt']}: " + ", ".join(screen.covariates))
-    if checkpoint is not None and checkpoint["fingerprint"] != screen.fingerprint():
-        raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
-                        "order, than the run was trained on; it needs the same file, and --data "
-                        "says where")
-    return screen
-
-
-def known_covariates(screen, columns, known):
-    """Covariates of a screen's cells, (N, columns), as positions in the values that a run knows.
-    Raises DataError where a column is missing, or has no known value."""
-    absent = [column for column in columns if column not in screen.file.obs_columns]
-    if absent:
-        raise DataError(f"{screen.path}: has no obs column {absent[0]!r}, a covariate that the run "
-                        "was trained with: add it, if need be with the same value in all cells")
-    values = [[f"{column}={value}" for value in screen.obs(column).astype(str)]
-              for column in columns]
-    index = {name: i for i, name in enumerate(known)}
-    unknown = sorted({value for of_column in values for value in of_column} - index.keys())
-    if any(index.keys().isdisjoint(of_column) for of_column in values):
-        raise DataError(f"{screen.path}: has {', '.join(unknown[:5])}, and the run was trained on "
-                        f"{', '.join(known[:10])}: one of these is needed")
-    if unknown:
-        print(f"{screen.path}: the run knows no {', '.join(unknown[:5])}: taken as unknown")
-    return np.array([[index.get(v, data.NONE) for v in of_column] for of_column in values]).T
-
-
-def as_the_model_sees(screen, model, perturbations=None):
-    """A model that adds no effects up (SVAE+) knows labels: each combination is one of its own.
-    perturbations are those of a checkpoint, in its order, if there is one."""
-    screen = screen if MODELS[model].adds_effects else data.one_label_per_cell(screen)
-    return screen if perturbations is None else data.renumbered(screen, perturbations)
-
-
-def with_new_perturbations(split, screen, n_known):
-    """Of the cells of a split those that the new perturbations of --adapt, which follow n_known
-    others in screen.d, are learned from."""
-    return {name: cells[(screen.d[cells] >= n_known).any(1)] for name, cells in split.items()}
-
-
-def read_log(folder):
-    """The lines of log.jsonl as dicts; one that was cut off, or is none of train.py's, is left
-    out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError), open(
-            os.path.join(folder, "log.jsonl"), errors="replace") as file:
-        for text in file:
-            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError,
-                                     OverflowError, RecursionError):
-                line = json.loads(text)
-                numbers = [line["step"], line["loss"], *(
-                    v for k, v in line.items() if k != "latents_touched")]
-                if text.endswith("\n") and all(map(math.isfinite, numbers)):
-                    lines.append(line)
-    return lines
-
-
-def choose_device(name=None):
-    """The device of that name, or a GPU if there is one, or the CPU. Raises DataError."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-class Run:
-    """A trained run: its configuration, its screen on the device, and the model of best.pt.
-
-    screen is the file's; model_screen is that as the model sees it (`as_the_model_sees`)."""
-
-    def __init__(self, folder, device=None, data_path=None):
-        self.folder, self.device = folder, choose_device(device)
+    @classmethod
+    def load(cls, folder, device=None, data_path=None):
+        """Open runs/NAME; data_path says where its data are, if they have moved."""
         names = [name for name in ("best.pt", "last.pt") if os.path.isfile(f"{folder}/{name}")]
-        self.hashes = hashes_of(folder, names)  # before they are read: training may go on
-        self.checkpoint, last = (load_checkpoint(folder, name) for name in ("best.pt", "last.pt"))
-        self.last_step, self.done = last["step"], last["done"]
-        self.config = last["config"] | (
-            {"data": os.path.abspath(data_path)} if data_path else {})
-        self.screen = read_screen_of(self.config, self.checkpoint)
-        self.model_screen = as_the_model_sees(self.screen, self.config["model"],
-                                              self.checkpoint["perturbations"])
-        self.batches = data.Batches(self.model_screen, self.device)
-        self.model = build_model(self.checkpoint).to(self.device)
-        self.split = {name: cells.numpy() for name, cells in self.checkpoint["split"].items()}
-        self.learned_from = self.split["train"]
-        if self.config.get("adapt"):
-            self.learned_from = with_new_perturbations(
-                self.split, self.model_screen, self.checkpoint["n_known"])["train"]
+        hashes = hashes_of(folder, names)  # before they are read: training may go on
+        last = train.load_checkpoint(folder, "last.pt")  # --resume may have given it more steps
+        changes = {name: last["config"][name] for name in ("data", "steps", "precision")}
+        if data_path:
+            changes["data"] = os.path.abspath(data_path)
+        run = super().load(folder, "best.pt", device, **changes)
+        best, run.progress = run.progress, train.Progress(**last["progress"])
+        run.done, run.last_step, run.progress = run.is_done, run.progress.step, best
+        run.hashes, run.learned_from = hashes, run.taught_by["train"]
+        return run
 
     def write(self, name, **contents):
         """Write an .h5ad file into the run's folder."""
@@ -753,16 +611,17 @@ def evaluate(run, iwelbo_particles=100, ate_particles=2500, library=None, effect
                "evaluation_seed": evaluation_seed, "pathways": pathways}
     known_pathways = load_pathways(run, pathways)  # before the long part: the file may be wrong
     torch.manual_seed(evaluation_seed)
-    metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.checkpoint["fingerprint"],
-               "step": run.checkpoint["step"], "last_step": run.last_step, "done": run.done,
-               "validation_loss": run.checkpoint["best"], "options": options}
+    metrics = {"format": FORMAT, "config": run.config, "fingerprint": run.fixed["fingerprint"],
+               "step": run.progress.step, "last_step": run.last_step, "done": run.done,
+               "masks_from": run.progress.masks_from,
+               "validation_loss": run.progress.best, "options": options}
     metrics |= likelihood(run, iwelbo_particles)
     metrics |= effects(run, ate_particles, *(
         options[k] for k in ("library", "effects_from", "own_targets")))
     truth = data.read_simulation(run.config["data"])
     metrics |= masks(run, known_pathways, truth)
     metrics |= latents(run, truth) if truth else {}
-    metrics["warnings"] = warnings_of(metrics, read_log(run.folder))
+    metrics["warnings"] = warnings_of(metrics, train.read_log(run.folder))
     tables = ["iwelbo.csv", "top_genes.csv", *["masks.csv"] * run.model.has_effects]
     metrics = without_nan(metrics) | {
         "files": run.hashes | hashes_of(run.folder, ["effects.h5ad", *tables])}
@@ -796,7 +655,7 @@ def likelihood(run, n_particles):
             "iwelbo_monte_carlo_error": error,
             "n_test_cells": n, "iwelbo_joint_total": joint, "iwelbo_joint_per_cell": joint / n,
             "iwelbo_joint_effective_sample_size": effective_sample_size,
-            **(of_new_perturbations(run, predictive, n_particles) if run.config.get("adapt") else
+            **(of_new_perturbations(run, predictive, n_particles) if run.config["adapt"] else
                {})}
 
 
@@ -805,7 +664,7 @@ def of_new_perturbations(run, predictive, n_particles):
     perturbations that it has learned, after that, of `predictive` (N,), that of all test cells, and
     before, when the prior is all that is known of them (SVAE+ and the conditional VAE, which have
     none, take these cells for controls). And their conditions, to find them in another run."""
-    test, n_cells, n_known = run.split["test"], run.model.n_cells, run.checkpoint["n_known"]
+    test, n_cells, n_known = run.split["test"], run.model.n_cells, run.n_known
     learned = np.flatnonzero(n_cells.cpu().numpy() > 0)
     learned = learned[learned >= n_known]
     is_new = np.isin(run.model_screen.d[test], learned).any(1)
@@ -951,11 +810,11 @@ def write_top_genes(run, names, of_model, layers, library, n_top=20, n_particles
         strata, stratum = strata_of(run.screen)
         c = torch.from_numpy(strata[np.resize(
             np.random.default_rng(0).permutation(stratum), n_particles)][None]).to(run.device)
-        basal = sobol_normal(model.n_latent, run.device)(n_particles)
+        basal = sobol_normal(n_particles, model.n_latent, run.device)
         expected = []
         for move in torch.cat([torch.zeros_like(model.axes[:1]), model.axes.T]):
             torch.manual_seed(0)  # the same noise for all
-            of_move = expected_expression(model, nothing, library=library, c=c, basal=basal + move)
+            of_move = expected_expression(model, nothing, c, library=library, basal=basal + move)
             expected.append({scale: y[0].cpu().numpy() for scale, y in of_move.items()})
         for latent, moved in enumerate(expected[1:]):
             add("latent", latent, moved["log_normalised"] - expected[0]["log_normalised"],
@@ -978,7 +837,7 @@ def expected_of_conditions(run, dosages, weight, n_particles, library):
     arms = torch.cat([torch.full_like(dosages[:1], data.NONE).expand(len(strata), -1),
                       dosages[condition]])  # the controls first
     c = torch.from_numpy(strata[rows]).to(run.device)
-    expected = expected_expression(run.model, arms, n_particles, library, c=c)
+    expected = expected_expression(run.model, arms, c, n_particles, library)
     results = []
     for arm in (len(strata) + np.arange(len(condition)), stratum):
         results.append({})
@@ -1113,12 +972,12 @@ def warnings_of(metrics, log):
     """
     m, config, found = metrics, metrics["config"], []
     sparsest = config["axes"] == "sparsest"
-    if "mask" in m and not config.get("adapt"):
-        steps = m["step"] - config["masks_from"] * sparsest
+    if "mask" in m and not config["adapt"]:
+        steps = m["step"] - m["masks_from"]
         if sparsest and steps < 100:
             found.append("masks have hardly been trained and are a first guess: the lowest "
                          f"validation loss was {steps:,} steps after they began, at step "
-                         f"{config['masks_from']:,}" + (
+                         f"{m['masks_from']:,}" + (
                              ", and rose from there: the training cells may be too few to say "
                              "which latent dimensions a perturbation touches"
                              if m["step"] < m["last_step"] else ", where training ended"))
@@ -1225,7 +1084,7 @@ def guide_of(config):
 def model_of(config):
     """A run's model in the rows of a table."""
     return config["model"] + ", sparsest axes" * (config["axes"] == "sparsest") + (
-        ", adapted" if config.get("adapt") else "")
+        ", adapted" if config["adapt"] else "")
 
 
 def table(metrics, scale=SCALES[0]):
@@ -1287,7 +1146,7 @@ def table(metrics, scale=SCALES[0]):
             if source == "all" and group == "all":
                 lines.append("(predictions were trained on most of these cells, with their noise: "
                              "they may exceed its limit)")
-            if m["config"].get("adapt") and group == "all":
+            if m["config"]["adapt"] and group == "all":
                 lines.append("(in this file the model has learned from the training cells with new "
                              f"perturbations; cells that {m['config']['adapt']} was trained on are "
                              "no test of it)")
@@ -1296,7 +1155,7 @@ def table(metrics, scale=SCALES[0]):
 
 SEEDS = ("seed", "split_seed", "simulated_seed", "base_seed")  # a row is a mean over these
 ROW = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")  # its rows
-NO_MATTER = ("data", "name", "preset", "compile", "log_every", "validate_every", "adapt")
+NO_MATTER = ("data", "name", "preset", "log_every", "validate_every", "adapt")
 
 
 def settings(metrics, without=()):
@@ -1306,8 +1165,9 @@ def settings(metrics, without=()):
     # How a file was read is in the fingerprint, but for the split; seeds may simulate screens.
     covered = {*NO_MATTER, *data.READING, *without} - {"split_column", "covariate", "min_cells"}
     steps = config["steps"] if metrics["done"] else metrics["last_step"]
-    if config["patience"] or config["masks_from"] in (0, math.ceil(steps / 2)):
-        covered.add("masks_from")  # as the axes and the steps say; after --resume it may not be
+    if "base" in config:  # with --adapt: how the other run was trained
+        config = config | {"base": {k: v for k, v in config["base"].items()
+                                    if k not in (*SEEDS, *NO_MATTER)}}
     screen = "simulated" if config.get("simulated") else metrics["fingerprint"]
     return {k: v for k, v in config.items() if k not in covered} | {
         "steps": steps, "data": screen} | metrics["options"]
@@ -1450,7 +1310,7 @@ def table_of_runs(runs, scale="log_normalised"):
         of_table = settings(members[0], SEEDS + ROW)
         differing = [f"{k} {v if k != 'data' else config['data']}" for k, v in of_table.items()
                      if k not in ("split", "base") and any(s.get(k) != v for s in all_settings)]
-        differing += [f"adapts {config['adapt']}"] if config.get("adapt") else []
+        differing += [f"adapts {config['adapt']}"] if config["adapt"] else []
         if not members[0]["done"]:
             differing.append(f"stopped before step {config['steps']:,}")
         tables.append("\n".join([
@@ -1544,7 +1404,7 @@ def effect_interval(model, d, basal, c):
     knows of the effects. It is no standard error.
     """
     control = model.log_rho(basal, torch.full_like(d, data.NONE), c).exp()
-    difference = 1e4 * (sample_frequencies(model, d, basal, c).exp() - control)  # (K, G)
+    difference = 1e4 * (sample_frequencies(model, d, c, basal).exp() - control)  # (K, G)
     return torch.quantile(difference, torch.tensor([0.05, 0.95], device=d.device), dim=0)
 
 
@@ -1563,7 +1423,7 @@ def controls_of_file(run, path):
     screen = data.read_screen(path, perturbation_column=column, **options, only_controls=True,
                               genes_of=run.screen.gene_names)
     if run.config["covariate"]:
-        screen.c = known_covariates(screen, run.config["covariate"], run.screen.covariates)
+        screen.c = train.known_covariates(screen, run.config["covariate"], run.screen.covariates)
     return screen
 
 
@@ -1590,7 +1450,7 @@ def population(run, d, condition, n, seed, other=None):
     cells = np.resize(rng.permutation(np.flatnonzero(chosen)), n)
     c = torch.from_numpy(screen.c[cells]).to(run.device)
     if other is None:
-        basal = sobol_normal(model.n_latent, run.device)(n)
+        basal = sobol_normal(n, model.n_latent, run.device)
     else:
         x = torch.from_numpy(screen.counts.dense(cells).astype(np.float32)).to(run.device)
         nothing = torch.full_like(d, data.NONE)
@@ -1620,8 +1480,8 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
         basal, c, libraries = population(run, d, name, ate_particles, evaluation_seed, other)
         depth = library or (library_of(run) if other is None else int(np.median(libraries)))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
-        expected = expected_expression(run.model, arms, library=depth, basal=basal,
-                                       c=c.expand(2, -1, -1))
+        expected = expected_expression(run.model, arms, c.expand(2, -1, -1), library=depth,
+                                       basal=basal)
         low, high = effect_interval(run.model, d, basal[:1000], c[:1000])
         control, counts = expected["counts"].cpu().numpy() * (1e4 / depth)
         of_condition = {"effect_counts_low": low.cpu().numpy(), "log2_fold_change": np.log2(
@@ -1658,16 +1518,16 @@ def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0
 def known_of(run, d, condition, c):
     """What is known of a condition with dosages d (P,), in words: its training cells and those of
     its parts, masks that are empty, and whether covariates c (K, columns) were seen."""
-    train, model, words = run.learned_from, run.model, []
-    n = int((run.screen.conditions[train] == condition).sum())
+    cells, model, words = run.learned_from, run.model, []
+    n = int((run.screen.conditions[cells] == condition).sum())
     words.append(f"{n:,} training cells" if n else "no training cells of its own" + (
-        f" since {run.config['adapt']}" if run.config.get("adapt") else ""))
+        f" since {run.config['adapt']}" if run.config["adapt"] else ""))
     for t in d[d != data.NONE].tolist():
-        name, cells = run.model_screen.perturbations[t], int(model.n_cells[t])
-        received = train[(run.model_screen.d[train] == t).any(1)]
+        name, n_own = run.model_screen.perturbations[t], int(model.n_cells[t])
+        received = cells[(run.model_screen.d[cells] == t).any(1)]
         if not n:
-            words.append(f"{name} has {cells:,}, alone and in combinations")
-        if not cells:
+            words.append(f"{name} has {n_own:,}, alone and in combinations")
+        if not n_own:
             words.append(f"WHAT IS PREDICTED FOR {name} IS THE PRIOR'S, NOT THE DATA'S"
                          if model.has_effects and model.adds_effects else
                          f"{name} HAS NO EFFECT IN THE MODEL")
@@ -1714,7 +1574,7 @@ def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
         basal, c, libraries = population(run, d, name, n, evaluation_seed, other)
         sizes = np.full(n, library) if library else libraries
         for few in torch.arange(n).split(1000):
-            log_rho = sample_frequencies(run.model, d, basal[few], c[few])
+            log_rho = sample_frequencies(run.model, d, c[few], basal[few])
             counts = sample_counts(run.model, log_rho, torch.as_tensor(
                 sizes[few.numpy()], dtype=torch.float32, device=run.device))
             x.append(counts.cpu().numpy().astype(np.uint32))
@@ -1818,7 +1678,7 @@ def in_order_of_angle(matrix):
 
 def figure_of_training(folder, step):
     """Loss, KL terms and masks over the steps of log.jsonl; a line at the step of best.pt."""
-    log = read_log(folder)
+    log = train.read_log(folder)
     if not log:
         raise DataError(f"{folder}/log.jsonl: no line to draw")
     figure, axes = pyplot().subplots(1, 4, figsize=(14, 3), layout="constrained", sharex=True)
@@ -2099,16 +1959,16 @@ def main(arguments=None):
 
 def use_run(folder, args, options):
     """--predict and --latents of one run."""
-    own_data, other = load_checkpoint(folder, "last.pt")["config"]["data"], None
+    own_data, other = train.load_checkpoint(folder, "last.pt")["config"]["data"], None
     if args.predict and args.data and os.path.exists(own_data) and not (
             os.path.exists(args.data) and os.path.samefile(own_data, args.data)):
         if args.latents:
             raise DataError("--latents are those of the run's own data: leave out --data")
-        run = Run(folder, args.device)
+        run = Run.load(folder, args.device)
         other = controls_of_file(run, args.data)
         print(f"of the {len(other.d):,} control cells of {args.data}:")
     else:
-        run = Run(folder, args.device, args.data)
+        run = Run.load(folder, args.device, args.data)
     own = {k: v for k, v in options.items() if k in ("library", "evaluation_seed")}
     if args.predict:
         particles = {k: v for k, v in options.items() if k == "ate_particles"}
@@ -2124,10 +1984,10 @@ def use_run(folder, args, options):
 
 def evaluate_run(folder, args, options, alone):
     """Evaluate one run unless that was done before, and draw its figures. Returns its metrics."""
-    run = Run(folder, args.device, args.data) if args.data else None  # the file may be wrong
+    run = Run.load(folder, args.device, args.data) if args.data else None  # the file may be wrong
     metrics = None if args.again else evaluated(folder, options)
     if metrics is None:
-        run = run or Run(folder, args.device, args.data)
+        run = run or Run.load(folder, args.device, args.data)
         metrics = evaluate(run, **options)
         print(f"\n{folder}\n{table(metrics, args.scale)}\n\nwritten: {folder}/metrics.json, "
               "effects.h5ad, iwelbo.csv, top_genes.csv" + ", masks.csv" * run.model.has_effects)
@@ -2135,7 +1995,7 @@ def evaluate_run(folder, args, options, alone):
         print(f"\n{folder}, as evaluated before (--again evaluates anew)\n"
               f"{table(metrics, args.scale)}")
     if args.figures:
-        run = run or Run(folder, args.device, args.data)
+        run = run or Run.load(folder, args.device, args.data)
         figures = [figure_of_training(folder, metrics["step"])] if metrics["last_step"] else []
         figures.append(figure_of_effects(run, metrics))
         if run.model.has_effects:

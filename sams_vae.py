@@ -92,19 +92,20 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     """
     x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype).clamp(-20, 20)
     theta = log_theta.double().exp().expand(x.shape[-1:])  # (G,)
-    # The first line is the same for all particles, and differences in it are small if theta is
-    # large: in double precision.
-    log_gammas = (torch.lgamma(x + theta) - torch.lgamma(theta)  # (B, G)
-                  - torch.lgamma(x.double() + 1))
     s = log_rho + (log_library - log_theta)  # (..., B, G): the largest arrays of a training step
-    # log sigmoid(-s) is -softplus(s). s - softplus(s) would be log sigmoid(s) at the price of one
-    # transcendental function, and lose its digits where theta is small. Each term is summed before
-    # they are added: fewer large arrays. (And no softplus @ theta, which would be in bfloat16 where
-    # matrix products are.) In training, double sums would take a fifth of this function's time.
-    exact = None if torch.is_grad_enabled() else torch.float64
+    # Where no gradient is taken all that is summed over genes is in double precision. In training,
+    # that would take a fifth of this function's time.
+    exact = s.dtype if torch.is_grad_enabled() else torch.float64
+    # The first line is the same for all particles. Differences in it are small if theta is large.
+    first_line = (torch.lgamma(x + theta) - torch.lgamma(theta)
+                  - torch.lgamma(x.to(exact) + 1)).sum(-1)  # (B,)
+    # log sigmoid(-s) is -softplus(s). (s - softplus(s) would be log sigmoid(s) at the price of one
+    # transcendental function, but loses its digits where theta is small.) Each term is summed
+    # before they are added: fewer large arrays. And no softplus @ theta, which would be in bfloat16
+    # where matrix products are.
     second_line = ((x * F.logsigmoid(s)).sum(-1, dtype=exact)
                    - (F.softplus(s) * theta.to(s.dtype)).sum(-1, dtype=exact))
-    return (log_gammas.sum(-1).to(second_line.dtype) + second_line).to(s.dtype)
+    return (first_line.to(exact) + second_line).to(s.dtype)
 
 
 # ============================================================================================

@@ -155,9 +155,10 @@ def test_nb_in_single_precision_is_exact_for_small_theta_and_large_counts_of_few
     log_rho = (logits + 0.05 * torch.randn(3, 200, 10)).log_softmax(-1)
     library, log_theta = x.sum(-1, keepdim=True).log(), torch.tensor(theta).log()
     exact = nb_log_likelihood(x, *(v.double() for v in (log_rho, log_theta, library)))
-    for needs_gradient in (False, True):  # sums are in double precision, or not
-        found = nb_log_likelihood(x, log_rho.requires_grad_(needs_gradient), log_theta, library)
-        assert (found - exact).abs().max() < 1e-4
+    for training, within in ((False, 1e-4), (True, 0.05)):  # there sums are in single precision
+        with torch.set_grad_enabled(training):
+            found = nb_log_likelihood(x, log_rho, log_theta, library)
+        assert (found - exact).abs().max() < within
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 1], [0, 0, 1_000_000], [1, 0, 999_999]])

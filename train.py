@@ -24,6 +24,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -139,8 +140,8 @@ def turn_axes(run, optimizer):
     for parameter in parameters_of(model, MASKS) + parameters_of(model, EFFECTS):
         optimizer.state.pop(parameter, None)  # Adam's moments are in the old axes
     progress.masks_from = progress.step
-    print(f"step {progress.step:,}  axes turned, masks begin: {before:.1f} -> {after:.1f} latents "
-          "per perturbation")
+    print("\n" * sys.stdout.isatty() + f"step {progress.step:,}  axes turned, masks begin: "
+          f"{before:.1f} -> {after:.1f} latents per perturbation")
 
 
 @dataclasses.dataclass
@@ -623,18 +624,19 @@ def new_run(args, given, device):
 
 
 def new_folder(name, config):
-    """Create runs/NAME; without a name, one made of the options that is still free."""
-    source = os.path.splitext(os.path.basename(config["data"] or "simulated"))[0][:80]
-    guide = "-".join(word for word, on in (("basal", config["correlated_basal"]),
-                                           ("effects", config["correlated_effects"]),
-                                           ("sparsest", config["axes"] == "sparsest")) if on)
-    base = f"{source}-{config['model']}-{guide or 'mean-field'}"
+    """Create runs/NAME; without a name, one made of the options, with a number if it is taken."""
+    words = [os.path.splitext(os.path.basename(config["data"] or "simulated"))[0][:80]]
     if config["adapt"]:
-        base = f"{source}-adapted-{os.path.basename(config['adapt'])[:80]}"
-    elif config["split"] != "random":
-        base += f"-f{config['train_combinations']:g}-split{config['split_seed']}"
-    base, n = name or f"{base}-seed{config['seed']}", 1
-    while True:
+        words += ["adapted", os.path.basename(config["adapt"])[:80]]
+    else:
+        guide = [word for word, on in (("basal", config["correlated_basal"]),
+                                       ("effects", config["correlated_effects"]),
+                                       ("sparsest", config["axes"] == "sparsest")) if on]
+        words += [config["model"], *(guide or ["mean-field"])]
+        if config["split"] != "random":
+            words += [f"f{config['train_combinations']:g}", f"split{config['split_seed']}"]
+    base = name or "-".join([*words, f"seed{config['seed']}"])
+    for n in itertools.count(1):
         folder = os.path.join("runs", base if n == 1 else f"{base}-{n}")
         try:
             os.makedirs(folder)  # of several processes, one makes it
@@ -643,7 +645,6 @@ def new_folder(name, config):
             if name:
                 raise DataError(f"{folder} exists: choose another --name, or --resume {folder}"
                                 ) from None
-        n += 1
 
 
 def simulate(config):

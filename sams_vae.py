@@ -48,7 +48,6 @@ trained model has not seen; the ELBO (A.1); the importance-weighted ELBO (3.1); 
 (3.2); and last, behind these, what makes them fast.
 """
 
-import functools
 import math
 
 import torch
@@ -469,10 +468,10 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 
     def kl_mask(self, t):
         """KL(q(p_t) || Beta(a, b)), (U,)."""
-        beta = functools.partial(torch.distributions.Beta, validate_args=False)  # a GPU would wait
         a, b = self.posterior(t)
-        prior = beta(torch.full_like(a, self.mask_a), torch.full_like(b, self.mask_b))
-        return torch.distributions.kl_divergence(beta(a, b), prior).sum(-1)
+        prior = torch.full_like(a, self.mask_a), torch.full_like(b, self.mask_b)
+        return torch.distributions.kl_divergence(*(  # a check of values would wait for a GPU
+            torch.distributions.Beta(*ab, validate_args=False) for ab in ((a, b), prior))).sum(-1)
 
     def posterior(self, t):
         """a and b of q(p_t), (U, L) each."""

@@ -4360,7 +4360,7 @@ def test_predictions_for_another_file_have_its_depth_and_its_covariates(folder, 
         data.write_h5ad("other.h5ad", X=x, obs={
             "cell": [f"c{i}" for i in range(len(x))], "condition": ["control"] * len(x),
             "batch": np.full(len(x), batch)}, var={"gene": [f"G{g + 1:03d}" for g in range(40)]})
-        command = ["runs/run", "--predict", "P001", "--data", "other.h5ad", "--sample", "10"]
+        command = ["runs/run", "--predict", "P001", "--data", "other.h5ad", "--sample", "200"]
         if batch == 7:
             with pytest.raises(data.DataError, match="has batch=7, and the run.*batch=0, batch=1"):
                 evaluate.main(command)

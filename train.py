@@ -90,13 +90,12 @@ def train(run):
                 if validates:
                     loss = from_first(lambda: validation_loss(run))
                     line["validation_loss"] = round(loss, 4)
-                    is_best = progress.validated(loss)
-                log.write(line)
-                if validates:
-                    if is_best and phase.file:
+                    if progress.validated(loss) and phase.file:
                         run.save(phase.file, optimizer)
-                    run.save("last.pt", optimizer)  # after its line: later ones are written again
-                    seed_from_here(run)
+                log.write(line)
+            if validates:
+                run.save("last.pt", optimizer)  # after its line: --resume removes later ones
+                seed_from_here(run)
     log.say_end()
 
 

@@ -289,7 +289,7 @@ class SAMSVAE(nn.Module):
         """The reverse."""
         self.masks_of_one = state
 
-    # The masks m_t. The models below have other versions of the first five methods.
+    # The masks m_t. The models below have other versions of these methods.
 
     def init_mask(self, n_perturbations):
         """The guide's mask parameters, q(m_tl) = Bern(sigmoid(mask_logits_tl)): 1/2 at first."""
@@ -452,7 +452,8 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     @torch.no_grad()
     def set_masks(self, logits):
         """E_q[p_tl] = sigmoid(logits), (T, L)."""
-        # Of all a and b of this mean those of least KL are wanted: the smaller one is 1.
+        # The smaller of a and b is 1: of all pairs of this mean nearly the one of least KL, where
+        # the prior's a is 1 and the entry is probably 0.
         self.mask_log_a.copy_(logits.clamp(min=0))
         self.mask_log_b.copy_((-logits).clamp(min=0))
 
@@ -736,9 +737,9 @@ def perturbation_dims(model):
 
 @torch.no_grad()
 def continue_from(model, base, known):
-    """Give a model the weights of a trained one of its class, `base`. Its first perturbations are
-    known (T',), a tensor of perturbations of base; others stay as they are. Masks become certain:
-    1 where their probability is above 1/2, else 0."""
+    """Give a model the weights of a trained one of its class, `base`. known (T',) are positions of
+    perturbations in base, which become the model's first T'; the rest keep their initial values.
+    Masks become certain: 1 where their probability is above 1/2, else 0."""
     dims, weights = perturbation_dims(model), base.state_dict()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if name not in dims:
@@ -759,7 +760,7 @@ def learn_others_only(model, n_known):
     """
     dims, n_new = perturbation_dims(model), len(model.n_cells) - n_known
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in dims and n_new > 0)
+        parameter.requires_grad_(name in dims)
         if parameter.requires_grad:
             is_new = torch.zeros_like(parameter)
             is_new.narrow(dims[name], parameter.shape[dims[name]] - n_new, n_new).fill_(1)
@@ -875,13 +876,10 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
     A model without global latents (the conditional VAE) has no joint weight: its joint one is the
     sum over cells of the predictive one, and the effective sample size is NaN.
 
-    batches yields x (B, G), d (B, P), c (B, C). Returns predictive
-    (N,), joint (a float, the total), effective_sample_size (a float), and the Monte Carlo standard
-    error of the mean of `predictive` (a float): what its value would vary by with other draws. (It
-    is too small where a cell's weight is on few particles: 0.018 in place of 0.035 in one of two
-    trained models with K = 100, and right in the other.) At most about `chunk` numbers per
-    temporary array (default: `chunk_on`): memory grows with neither K nor N, except for the draws
-    of (M, E) themselves, (K, T, L).
+    batches yields x (B, G), d (B, P), c (B, C). Returns predictive (N,), joint (a float, the total)
+    and effective_sample_size (a float). At most about `chunk` numbers per temporary array (default:
+    `chunk_on`): memory grows with neither K nor N, except for the draws of (M, E) themselves,
+    (K, T, L).
     """
     chunk = chunk or chunk_on(model, 2**22)
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_particles, chunk)
@@ -889,7 +887,7 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
     log_ratio = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
         mask.split(n_chunk), effect.split(n_chunk))])  # (K, T)
     log_w_joint, in_test = 0.0, torch.zeros_like(model.n_cells, dtype=torch.bool)
-    predictive, influence = [], 0.0
+    predictive = []
     for batch in batches:
         # Few cells with all their particles at a time: what particles share is computed once.
         few = max(1, chunk // (n_particles * batch[0].shape[1]))
@@ -900,19 +898,13 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
             predictive.append(torch.logsumexp(log_w, dim=0) - math.log(n_particles))
             log_w_joint = log_w_joint + log_w.double().sum(-1)  # eq. 7: the product over cells
             in_test[d[d != NONE]] = True
-            # By the delta method: d log(sum_k w_ik) = sum_k (w_ik / sum_j w_ij) d log w_ik. Cells
-            # share (M_k, E_k), so that it is particles that are independent, not cells.
-            influence = influence + torch.softmax(log_w.double(), dim=0).sum(-1)  # (K,)
     predictive = torch.cat(predictive)
-    error = math.nan  # one particle says nothing of others
-    if n_particles > 1:
-        error = math.sqrt(n_particles) * (influence / len(predictive)).std().item()
     if not model.has_effects:
-        return predictive, predictive.double().sum().item(), math.nan, error
+        return predictive, predictive.double().sum().item(), math.nan
     log_w_joint = log_w_joint + log_ratio[:, in_test].sum(-1)
     joint = torch.logsumexp(log_w_joint, dim=0) - math.log(n_particles)  # eq. 6
     weight = torch.softmax(log_w_joint, dim=0)
-    return predictive, joint.item(), 1 / weight.square().sum().item(), error
+    return predictive, joint.item(), 1 / weight.square().sum().item()
 
 
 # ============================================================================================
@@ -925,19 +917,21 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
     """Mean expression of cells that receive each row of dosages, arms (C, P); their covariates are
     the rows of c, (C, columns), or, each particle's own, (C, K, columns).
 
-    E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of two functions
+    E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of three functions
     of the counts x of a cell with the given library size:
 
         counts           y = x: the inner expectation is exactly library * rho
-        log_normalised   y = log2(1 + 1e4 x / sum x), of cells with sum x > 0
+        per_10k          y = 1e4 x / sum x
+        log_normalised   y = log2(1 + 1e4 x / sum x)
 
-    (3.2 has the first; the authors' code for Table 1 takes the second.) A simulated cell without
-    any count, which a small library makes likely, has no second y. It is left out, as a data set
-    leaves it out. All arms share every latent: z_basal, masks, effects and the noise of the
-    likelihood, so that equal arms give equal results. With basal (K, L) these are the basal states,
-    such as those of given cells, in place of n_particles draws from p. Returns a dict of two (C, G)
-    tensors, "counts" and "log_normalised", in double precision. At most about `chunk` numbers per
-    temporary array (default: `chunk_on`).
+    (3.2 has the first; the authors' code for Table 1 takes the last. Means of real cells are of the
+    last two, and the second is not 1e4 rho: where a gene with theta = 0.5 has a quarter of the
+    counts, 1,939 and 2,500.) A simulated cell without any count, which a small library makes
+    likely, has only the first y; the others leave it out, as a data set does. All arms share every
+    latent: z_basal, masks, effects and the noise of the likelihood, so that equal arms give equal
+    results. With basal (K, L) these are the basal states, such as those of given cells, in place of
+    n_particles draws from p. Returns a dict of three (C, G) tensors in double precision. At most
+    about `chunk` numbers per temporary array (default: `chunk_on`).
     """
     chunk = chunk or chunk_on(model, 2**24)
     t, drawn = draws_for(arms, len(model.n_cells), shared=True)
@@ -947,18 +941,18 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
     if c.ndim == 2:
         c = c[:, None].expand(-1, n_particles, -1)
     counts = arms.new_zeros(len(arms), len(model.log_theta), dtype=torch.float64)
-    log_normalised = LogNormalisedMean(model.log_theta, library, len(arms))
+    normalised = NormalisedMeans(model.log_theta, library, len(arms))
     n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + counts.shape[1]))
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_globals(t, len(k))  # (M, E) ~ q
         z_basal = basal[k].unsqueeze(1)  # (K, 1, L): the same for every arm
         z = z_basal + sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
-        log_normalised.next_particles(len(k))
+        normalised.next_particles(len(k))
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm], c[arm, k])  # (K, G)
-            log_normalised.add(arm, log_rho)  # in place of averaging y of sampled counts
+            normalised.add(arm, log_rho)  # in place of averaging y of sampled counts
             counts[arm] += log_rho.exp().sum(0, dtype=torch.float64)
-    return {"counts": library * counts / n_particles, "log_normalised": log_normalised.result()}
+    return {"counts": library * counts / n_particles, **normalised.result()}
 
 
 def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chunk=None):
@@ -966,10 +960,10 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
 
     ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ]
 
-    for the two y of `expected_expression`, whose arguments these are, in cells of unknown
-    covariates if there are some; "no perturbation" is the paper's d_0. Returns a dict of two (C, G)
-    tensors, "counts" and "log_normalised". A dosage without any perturbation has an effect of
-    exactly zero. Differs from the authors' code, which draws a new z_basal for each arm.
+    for the three y of `expected_expression`, whose arguments these are, in cells of unknown
+    covariates if there are some; "no perturbation" is the paper's d_0. Returns a dict of three
+    (C, G) tensors. A dosage without any perturbation has an effect of exactly zero. Differs from
+    the authors' code, which draws a new z_basal for each arm.
     """
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
     no_covariates = arms.new_empty(len(arms), 0)
@@ -1019,12 +1013,17 @@ def sobol_normal(n, n_latent, device):
     return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)).float().to(device)  # ndtri: finite there
 
 
-class LogNormalisedMean:
-    """Mean over particles of y = log2(1 + 1e4 x / sum x), sum x > 0, for C arms, from their rho.
+class NormalisedMeans:
+    """Means over particles of 1e4 x / sum x and log2(1 + 1e4 x / sum x), sum x > 0, for C arms.
 
-    It has no closed form, but sampled counts are a noisy and slow way to it. The counts are a
-    Gamma-Poisson mixture: x ~ Poisson(rate), rate = library rho gamma, gamma ~ Gamma(theta, theta).
-    With h(x) = log2(1 + 1e4 x / library), which depends on the gene's own count alone,
+    Sampled counts are a noisy and slow way to them. The counts are a Gamma-Poisson mixture:
+    x ~ Poisson(rate), rate = library rho gamma, gamma ~ Gamma(theta, theta). Given gamma, and given
+    its sum, x is multinomial. So the first mean is exact,
+
+        E[1e4 x / sum x | gamma, sum x > 0] = 1e4 rate / (sum of the rates).
+
+    The second has no closed form. With h(x) = log2(1 + 1e4 x / library), which depends on the
+    gene's own count alone,
 
         E[y] = E[h] + E[y - h].
 
@@ -1034,17 +1033,18 @@ class LogNormalisedMean:
     so that dividing by one minus its mean leaves such cells out.
 
     The arms share gamma, and start their Poisson draws from the same random numbers. In small
-    models (10 to 1,000 genes, theta 0.05 to 10, library 200 and 10,000) the variance of an effect
-    was 1.4 to 89 times smaller than by as many counts that each arm samples on its own. Against
-    counts whose gamma the arms share it was smaller in most cases, too, but up to 8 times larger
-    for 10 genes and theta = 0.05: a cell's counts are on few genes then, and y - h is not small.
+    models (10 to 1,000 genes, theta 0.05 to 10, library 200 and 10,000) the variance of a
+    log-normalised effect was 1.4 to 89 times smaller than by as many counts that each arm samples
+    on its own. Against counts whose gamma the arms share it was smaller in most cases, too, but up
+    to 8 times larger for 10 genes and theta = 0.05: a cell's counts are on few genes then, and
+    y - h is not small.
     """
 
     def __init__(self, log_theta, library, n_arms):
         self.theta = log_theta.detach().clamp(-20, 20).exp()  # as in nb_log_likelihood
         self.library, self.mean_h = library, mean_log_of_poisson(library, log_theta.device)
         shape = (n_arms, len(log_theta))
-        self.h, self.rest = log_theta.new_zeros(2, *shape, dtype=torch.float64)
+        self.per_10k, self.h, self.rest = log_theta.new_zeros(3, *shape, dtype=torch.float64)
         self.not_empty = log_theta.new_zeros(n_arms, 1, dtype=torch.float64)
         self.n_particles = 0
         self.poisson_noise = torch.Generator(log_theta.device)
@@ -1060,18 +1060,22 @@ class LogNormalisedMean:
     def add(self, arm, log_rho):
         """These particles of an arm, log_rho (K, G)."""
         log_rate = log_rho + self.log_gamma
+        rate = log_rate.exp()
+        total = rate.sum(-1)
+        not_empty = -torch.expm1(-total)  # its probability
+        self.not_empty[arm] += not_empty.sum()
+        self.per_10k[arm] += (1e4 * not_empty / total.clamp(min=1e-30)) @ rate
         self.h[arm] += self.mean_h(log_rate).sum(0, dtype=torch.float64)
-        rate = log_rate[self.first::10].exp()
-        x = torch.poisson(rate, self.poisson_noise.manual_seed(self.seed))  # the same in every arm
+        x = torch.poisson(rate[self.first::10],
+                          self.poisson_noise.manual_seed(self.seed))  # the same in every arm
         y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
         self.rest[arm] += (y - torch.log2(1 + 1e4 / self.library * x)).sum(0, dtype=torch.float64)
-        self.not_empty[arm] -= torch.expm1(-rate.sum(-1, dtype=torch.float64)).sum()
 
     def result(self):
-        """(C, G), in double precision."""
-        n_sampled = math.ceil(self.n_particles / 10)
-        mean = self.h / self.n_particles + self.rest / n_sampled
-        return mean / (self.not_empty / n_sampled)
+        """A dict of two (C, G) tensors, in double precision."""
+        mean_log = self.h / self.n_particles + self.rest / math.ceil(self.n_particles / 10)
+        return {"per_10k": self.per_10k / self.not_empty,
+                "log_normalised": mean_log / (self.not_empty / self.n_particles)}
 
 
 def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):

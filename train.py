@@ -8,8 +8,8 @@
     python train.py --adapt runs/NAME --data new.h5ad       what other perturbations do, in minutes
     torchrun --nproc-per-node 4 train.py --data screen.h5ad        a process for each of 4 GPUs
 
-Defaults in brackets are the paper's; for a file without --preset, `own_settings` below says what
-takes the place of many.
+Defaults in brackets are the paper's where they are not marked as ours; for a file without --preset,
+`own_settings` below says what takes the place of many.
 
 A run is a folder, runs/NAME: config.json (every option), log.jsonl (a line per log step and per
 validation), best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
@@ -52,7 +52,8 @@ def train(run):
 
     A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient, Adam.
     Each cell pays its share of the global KL (A.1), so that no step looks beyond its batch. A run
-    can be killed at any time: last.pt, which every validation writes, holds all that moves."""
+    can be killed at any time: last.pt, which every validation writes, holds all that moves (and
+    warm.pt, until it is turned, the best weights of the first phase)."""
     config, model, progress = run.config, run.model, run.progress
     if run.n_known is not None:  # --adapt
         learn_others_only(model, run.n_known)
@@ -114,7 +115,7 @@ def phases(run):
     steps, patience = config["steps"], config["patience"] or math.inf
     if run.n_known == len(run.model.n_cells):  # --adapt, and no perturbation is new
         return []
-    if config["axes"] == "learned" or config["adapt"]:
+    if config["axes"] == "learned" or run.n_known is not None:
         return [Phase(steps, patience, "best.pt", lambda run, optimizer: None)]
     return [Phase(steps // 2, patience, "warm.pt" if config["patience"] else None, masks_of_one),
             Phase(steps, patience, "best.pt", turn_axes)]
@@ -181,7 +182,7 @@ class Progress:
 
 
 def parameters_of(model, names):
-    """The model's parameters of these names, a list; it has not all of them."""
+    """A list of the parameters of these names that the model has."""
     return [parameter for name, parameter in model.named_parameters() if name in names]
 
 
@@ -209,16 +210,16 @@ def set_moments(optimizer, state):
 
 
 def objective(model, x, d, c, config):
-    """`elbo` in the precision that is wanted. In bfloat16 are matrix products alone: autocast
-    lowers linear layers, and MLP makes their output float32 again. Parameters stay in float32."""
+    """`elbo` in the precision that is wanted. Only matrix products are in bfloat16: autocast lowers
+    linear layers, and MLP makes their output float32 again. Parameters stay in float32."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
         return elbo(model, x, d, c, config["particles"])
 
 
 @contextlib.contextmanager
 def products_in(precision):
-    """With --precision tf32 a GPU's matrix products are so inside; validation, and the search for
-    the axes, stay in float32."""
+    """With --precision tf32, a GPU multiplies matrices in tf32 inside; validation, and the search
+    for the axes, stay in float32."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
@@ -232,8 +233,8 @@ def launch_once(step, device, n_first=3):
     At the paper's size a step is some 330 kernels, and to launch each from Python takes longer than
     what it computes. So the first steps run as they are (Adam makes its moments in them), the next
     is recorded, and from then on the record is played: the same kernels, on the same memory, with
-    the generator's next random numbers. For this everything that a step reads or writes must stay
-    where it is, the batch, too: it is copied into `inputs`. Each phase records anew.
+    the generator's next random numbers. So everything that a step reads or writes must stay in
+    place; the batch is copied into `inputs`. Each phase records anew.
 
     On a CPU, with several processes, and where a GPU cannot record, steps run as they are.
     """
@@ -433,15 +434,13 @@ class Run:
                 cells[(self.model_screen.d[cells] >= self.n_known).any(1)]
                 for name, cells in self.split.items()}
 
-    @property
-    def is_done(self):
-        """Whether training has ended."""
+    def has_ended(self, progress):
+        """Whether training that has come as far as `progress` has ended."""
         plan = phases(self)
-        return self.progress.phase == len(plan) - 1 and (
-            not plan or self.progress.is_over(plan[-1]))
+        return progress.phase == len(plan) - 1 and (not plan or progress.is_over(plan[-1]))
 
     def save(self, name, optimizer=None):
-        """Write best.pt, warm.pt or last.pt, whole or not at all.
+        """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer as it began.
 
         At its end, which torch.load passes over, is a hash of what stands before it."""
         if rank() > 0:
@@ -450,7 +449,8 @@ class Run:
         torch.save({"config": self.config, "fixed": self.fixed, "model": self.model.state_dict(),
                     "split": {name: torch.from_numpy(v) for name, v in self.split.items()},
                     "progress": vars(self.progress),
-                    "optimizer": optimizer and optimizer.state_dict()}, buffer)
+                    "optimizer": optimizer.state_dict() if optimizer else self.optimizer_state},
+                   buffer)
         with data.replacing(os.path.join(self.folder, name)) as path, open(path, "wb") as file:
             file.write(buffer.getbuffer())
             file.write(hash_of(buffer.getbuffer()))
@@ -468,7 +468,7 @@ def hash_of(content):
 
 
 def load_checkpoint(folder, name):
-    """Read runs/NAME/best.pt or last.pt. Nothing in it is unpickled into code.
+    """Read runs/NAME/best.pt, last.pt or warm.pt. Nothing in it is unpickled into code.
 
     Raises DataError where it is missing, no checkpoint, or not to the last bit what was saved."""
     path = os.path.join(folder, name)
@@ -481,7 +481,7 @@ def load_checkpoint(folder, name):
                             "sparsest, once there are masks): wait, or go on with python train.py "
                             f"--resume {folder}") from None
         raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
-                        "and this one has no checkpoint to go on from") from None
+                        "with all the files that it wrote") from None
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
     if hash_of(content[:-64]) != content[-64:]:
@@ -571,7 +571,7 @@ def main(arguments=None):
     else:
         run = resumed(args, given, device)
     try:
-        if run.is_done:
+        if run.has_ended(run.progress):
             print(f"{run.folder} has ended, at step {run.progress.step:,}")
         else:
             say_begin(run)
@@ -596,8 +596,8 @@ def main(arguments=None):
 
 def new_run(args, given, device):
     """Begin a run: its folder, with all that it holds at step 0. Raises DataError for a wrong file
-    or option, and leaves nothing then."""
-    base = args.adapt and load_checkpoint(args.adapt.rstrip("/"), "best.pt")
+    or option, and leaves no run then."""
+    base = None if args.adapt is None else load_checkpoint(args.adapt.rstrip("/"), "best.pt")
     options = configuration_of_adapted(args, given, base) if base else configuration(args, given)
     check_shares(options)
     folder = new_folder(args.name, options)
@@ -638,7 +638,7 @@ def new_folder(name, config):
     for n in itertools.count(1):
         folder = os.path.join("runs", base if n == 1 else f"{base}-{n}")
         try:
-            os.makedirs(folder)  # of several processes, one makes it
+            os.makedirs(folder)  # of commands that start side by side, one makes it
             return folder
         except FileExistsError:
             if name:
@@ -738,12 +738,14 @@ def resumed(args, given, device):
         changes["data"] = os.path.abspath(args.data)
     check_shares(config)
     run = Run.load(folder, "last.pt", device, **changes)
-    if run.config["steps"] < run.progress.step:
-        raise DataError(f"{folder} is at step {run.progress.step:,} already: --steps must be "
-                        "larger")
     data.say(run.screen.path, *run.screen.notes)
-    if changes and rank() == 0:
-        run.write_config()
+    if not run.has_ended(run.progress):
+        if run.config["steps"] <= run.progress.step:
+            raise DataError(f"{folder} is at step {run.progress.step:,} already: --steps must be "
+                            "larger")
+        if changes and rank() == 0:
+            run.write_config()
+            run.save("last.pt")
     return run
 
 
@@ -843,7 +845,7 @@ POSITIVE = (1e-30, 2**32, "positive and below 2^32")
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
     ("--correlated-effects", True, bool, "q(e | m) in place of q(e) (paper: best of "
-     "Table 1); always off with --axes sparsest"),
+     "Table 1); needs --axes learned"),
     ("--n-latent", 100, AT_LEAST_1, "latent dimensions (Replogle; Norman 200)"),
     ("--n-hidden", 400, AT_LEAST_1, "width of encoder and decoder (paper)"),
     ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
@@ -866,8 +868,8 @@ OPTIONS = [
     ("--batch-size", 512, AT_LEAST_1, "cells per step, of all processes together (paper)"),
     ("--particles", 5, AT_LEAST_1, "Monte Carlo samples per step (paper)"),
     ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
-    ("--mask-lr", 0.03, POSITIVE, "learning rate of masks with --axes sparsest: of logits, which "
-     "have a scale of their own (ours)"),
+    ("--mask-lr", 0.03, POSITIVE, "learning rate of masks with --axes sparsest or --adapt: of "
+     "logits, which have a scale of their own (ours)"),
     ("--effect-lr", 0.0, AT_LEAST_0, "learning rate of a free q(e), which few cells of a batch "
      "move; 0 for --lr (paper; ours 0.01)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
@@ -911,8 +913,8 @@ def own_settings(n_cells, n_perturbations, n_latent=None):
 
     A free q(e), since f_emb costs a small screen much. One particle: a step takes about 0.6 times
     as long as with five, and more steps are worth more. Effects learn faster than networks, as few
-    cells of a batch move each. A perturbation touches three latents a priori. A small screen is
-    soon known by heart, the more so the shallower it is: hence the patience.
+    cells of a batch move each. A perturbation touches three latents a priori. Small and
+    shallow screens are overfitted soon: hence the patience.
     """
     epoch = math.ceil(n_cells / 256)  # steps
     large, n_latent = n_cells > 50_000, n_latent or (30 if n_perturbations <= 300 else 100)
@@ -946,8 +948,7 @@ PRESETS = {
         f"simulated_{name}": data.SPARSE_SHIFT[name]
         for name in ("perturbations", "cells", "pairs", "effect")},
 }
-# What --adapt changes of the run that it adapts. Chosen on the screen that the preset sparse-shift
-# was chosen on, by validation loss.
+# Settings of --adapt, chosen by validation loss on the screen of the preset sparse-shift.
 ADAPTED = dict(steps=2000, lr=5e-3, effect_lr=0.02, mask_lr=0.03, patience=500, validate_every=100,
                weight_decay=0.0, split="random", train_combinations=1.0)
 
@@ -995,7 +996,7 @@ def configuration(args, given):
     if not model.has_mask:
         config["axes"] = "learned"
     if config["axes"] == "sparsest":  # effects are turned, and f_emb cannot be
-        if given.get("correlated_effects"):
+        if given.get("correlated_effects") and model.has_correlated_guide:
             raise DataError("--correlated-effects needs --axes learned: the sparsest axes, the "
                             "default without a preset of the paper, take a free q(e)")
         config["correlated_effects"] = False

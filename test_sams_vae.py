@@ -2981,7 +2981,8 @@ def test_conditions_are_compared_with_controls_of_the_same_covariates_by_hand(tm
     assert arms.names.tolist() == ["a", "b"] and arms.n_controls == 3
     assert arms.d[:, 0].tolist() == [-1, -1, -1, 0, 0, 0, 1]  # controls, a in u, v, w; b in w
     assert arms.c[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 2]
-    assert arms.of_cell.tolist() == 10 * [3, 5, 6, 0, 2, 4, 6] and arms.dosages.tolist() == [[0], [1]]
+    assert arms.of_cell.tolist() == 10 * [3, 5, 6, 0, 2, 4, 6]
+    assert arms.dosages.tolist() == [[0], [1]]
     share = arms.shares(np.array([9, 0, 4, 3, 8, 1, 2]))  # those of a in batch v do not count
     assert share.tolist() == [[0.75], [0], [0.25], [1]]
     treated, control = arms.compared(np.array([[1.0], [2], [3], [4], [5], [6], [7]]), share)

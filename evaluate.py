@@ -659,7 +659,7 @@ def evaluate(run, pathways=None, **options):
     for name, default in (("library", library_of(run)), ("own_targets", of_paper(run)),
                           ("effects_from", "all" if of_paper(run) else "test")):
         options[name] = default if options[name] is None else options[name]
-    known_pathways = load_pathways(run, pathways)  # before the long part: the file may be wrong
+    known_pathways = data.read_pathways(pathways or run.config["data"])  # it may be wrong
     metrics = {"format": FORMAT, "checkpoints": checkpoints(run.folder), "config": run.config,
                "fingerprint": run.fixed["fingerprint"], "options": options | {"pathways": pathways},
                "step": run.progress.step, "masks_from": run.progress.masks_from,
@@ -1033,18 +1033,19 @@ def warnings_of(m):
             found.append(f"the masks of {m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} "
                          "perturbations are empty: the model sees no effect of these. They have "
                          "none, too few cells for it, or --alpha is too small")
+    # Baselines of cells that they are compared with are no rivals.
+    rivals = [row for row in BASELINES if m["options"]["effects_from"] == "test"
+              or row in ("no_change", "perturbed_mean")]
     for scale in SCALES:
-        limit, model = (score(m, scale, "all", row) for row in ("noise_limit", "model"))
-        words = f"effects ({scale.replace('_', '-')})"
-        better = [f"{label} ({score(m, scale, 'all', row)['r_squared']:.3f})"
-                  for row, label in BASELINES.items()
-                  if score(m, scale, "all", row).get("r_squared", math.nan) >= model["r_squared"]]
+        r2 = {row: score(m, scale, "all", row)["r_squared"] for row in ("model", *rivals)}
+        limit, words = score(m, scale, "all", "noise_limit"), f"effects ({scale.replace('_', '-')})"
+        better = [f"{BASELINES[row]} ({r2[row]:.3f})" for row in rivals if r2[row] >= r2["model"]]
         if limit.get("pearson", 1) <= limit.get("pearson_se", 0):
             found.append(f"{words} by the data in {m['options']['effects_from']} cells do not "
                          "stand out of their noise: nothing can be learnt from comparing with them")
         elif better:
-            found.append(f"predicted {words} have an R2 of {model['r_squared']:.3f} with the "
-                         f"data's, no better than {', '.join(better)}, which need no model")
+            found.append(f"predicted {words} have an R2 of {r2['model']:.3f} with the data's, no "
+                         f"better than {', '.join(better)}, which need no model")
     return found
 
 
@@ -1052,17 +1053,6 @@ def score(metrics, scale, group, row):
     """The metrics of one row of ["effects"], a dict; empty where there is none."""
     return next((m for m in metrics["effects"] if (m["scale"], m["group"], m["row"]) == (
         scale, group, row)), {})
-
-
-def load_pathways(run, path=None):
-    """The pathways of a .json file, or the data's. Only the former must be readable."""
-    if path is not None:
-        return data.read_pathways(path)
-    try:
-        return data.read_pathways(run.config["data"])
-    except DataError as error:
-        print(f"{error}: passed over, --pathways FILE.json would do")
-        return None
 
 
 # ============================================================================================
@@ -1682,7 +1672,8 @@ def figure_of_masks(run, pathways=None):
     turned axes also the offsets as encoder and decoder see them."""
     model, names = run.model, np.array(run.model_screen.perturbations)
     probability, offset = probability_and_offset(model)
-    pathway = pathway_of(names, load_pathways(run, pathways))
+    pathway = pathway_of(names, data.read_pathways(
+        pathways or run.config["data"]))
     if not any(pathway):
         pathway[:] = "all perturbations"
     groups = sorted(set(pathway) - {None})

@@ -3748,7 +3748,8 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
         return [{"scale": scale, "group": "all", "row": row, **values} for scale in evaluate.SCALES
                 for row, values in {
                     "model": {"r_squared": model}, "own_mean": {"r_squared": 0.5},
-                    "additive": {"r_squared": 0.4}, "no_change": {"r_squared": -0.1},
+                    **dict.fromkeys(["additive", "matching_mean", "no_change", "perturbed_mean",
+                                     "shrunken_mean"], {"r_squared": 0.4}),
                     "noise_limit": {"pearson": limit, "pearson_se": 0.05}}.items()]
 
     good = {"mask": [], "config": {"axes": "sparsest", "adapt": None}, "masks_from": 500,

@@ -9,10 +9,9 @@
     torchrun --nproc-per-node 4 train.py --data screen.h5ad        a process for each of 4 GPUs
 
 Defaults in brackets are the paper's where they are not marked as ours; for a file without --preset,
-`own_settings` below says what takes the place of many.
+`own_settings` below replaces many. A run is a folder, runs/NAME: config.json (every option),
+log.jsonl, best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
 
-A run is a folder, runs/NAME: config.json (every option), log.jsonl (a line per log step and per
-validation), best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
 In reading order: the loop (`train`), its phases and its pieces; a run and its folder; how a run
 begins, goes on and adapts; several processes; the options and how they become a configuration.
 """
@@ -52,8 +51,7 @@ def train(run):
 
     A step: a batch, one draw of every latent per particle, the ELBO per cell, its gradient, Adam.
     Each cell pays its share of the global KL (A.1), so that no step looks beyond its batch. A run
-    can be killed at any time: last.pt, which every validation writes, holds all that moves (and
-    warm.pt, until it is turned, the best weights of the first phase)."""
+    can be killed at any time: last.pt, which every validation writes, holds all that moves."""
     config, model, progress = run.config, run.model, run.progress
     if run.n_known is not None:  # --adapt
         learn_others_only(model, run.n_known)
@@ -104,8 +102,8 @@ class Phase(typing.NamedTuple):
     """A part of training, in which validation losses can be compared."""
 
     last_step: int
-    patience: float      # steps without a lower validation loss that end it; inf for never
-    file: str | None     # receives its best weights
+    patience: float         # steps without a lower validation loss that end it; inf for never
+    file: str | None        # receives its best weights
     begin: typing.Callable  # what changes before its first step
 
 
@@ -113,7 +111,7 @@ def phases(run):
     """The phases of a run, a list. The paper has one; with --axes sparsest (ours) there are two."""
     config = run.config
     steps, patience = config["steps"], config["patience"] or math.inf
-    if run.n_known == len(run.model.n_cells):  # --adapt, and no perturbation is new
+    if run.n_known == len(run.model.n_cells):  # --adapt without a new perturbation
         return []
     if config["axes"] == "learned" or run.n_known is not None:
         return [Phase(steps, patience, "best.pt", lambda run, optimizer: None)]
@@ -127,8 +125,8 @@ def masks_of_one(run, optimizer):
 
 
 def turn_axes(run, optimizer):
-    """Turn effects to the axes in which they are sparsest, and begin the masks: with --patience
-    from the best weights so far, else from the last."""
+    """Turn effects to their sparsest axes, and begin the masks: with --patience from the best
+    weights so far, else from the last."""
     model, progress = run.model, run.progress
     if run.config["patience"] and progress.best < math.inf:
         from_first(lambda: None)  # of several processes, the first one has written it
@@ -140,8 +138,8 @@ def turn_axes(run, optimizer):
     for parameter in parameters_of(model, MASKS) + parameters_of(model, EFFECTS):
         optimizer.state.pop(parameter, None)  # Adam's moments are in the old axes
     progress.masks_from = progress.step
-    print("\n" * sys.stdout.isatty() + f"step {progress.step:,}  axes turned, masks begin: "
-          f"{before:.1f} -> {after:.1f} latents per perturbation")
+    print(f"step {progress.step:,}  axes turned, masks begin: {before:.1f} -> {after:.1f} latents "
+          "per perturbation")
 
 
 @dataclasses.dataclass
@@ -157,18 +155,15 @@ class Progress:
     masks_from: int = 0      # where masks began
 
     def enter(self, phase):
-        """Begin a phase."""
+        """Begin the phase of this number."""
         self.phase, self.best, self.best_step, self.since_best = phase, math.inf, self.step, 0
 
     def is_over(self, phase):
-        """Whether the phase, the one that has begun, is over."""
+        """Whether the phase that has begun is over."""
         return self.step >= phase.last_step or self.since_best >= phase.patience
 
     def validated(self, loss):
-        """Take note of a validation loss; whether it is the lowest. Raises DataError for NaN."""
-        if not math.isfinite(loss):
-            raise DataError("the validation loss was not finite: start a new run with a lower "
-                            "--lr, or with --clip 100")
+        """Take note of a validation loss; whether it is the lowest (NaN never is)."""
         is_best = loss < self.best
         if is_best:
             self.best, self.best_step = loss, self.step
@@ -187,8 +182,8 @@ def parameters_of(model, names):
 
 
 def new_optimizer(run):
-    """Adam (A.4), in the state that the run had; masks in the sparsest axes, and effects, have
-    learning rates of their own (ours)."""
+    """Adam (A.4) in the run's state; masks in the sparsest axes, and effects, have learning rates
+    of their own (ours)."""
     config = run.config
     masks, effects = (parameters_of(run.model, names) for names in (MASKS, EFFECTS))
     others = [p for name, p in run.model.named_parameters() if name not in MASKS + EFFECTS]
@@ -210,16 +205,15 @@ def set_moments(optimizer, state):
 
 
 def objective(model, x, d, c, config):
-    """`elbo` in the precision that is wanted. Only matrix products are in bfloat16: autocast lowers
-    linear layers, and MLP makes their output float32 again. Parameters stay in float32."""
+    """`elbo`; with --precision bf16, linear layers multiply in bfloat16, and all else stays
+    in float32."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
         return elbo(model, x, d, c, config["particles"])
 
 
 @contextlib.contextmanager
 def products_in(precision):
-    """With --precision tf32, a GPU multiplies matrices in tf32 inside; validation, and the search
-    for the axes, stay in float32."""
+    """With --precision tf32, a GPU multiplies in tf32 inside: not in validation, nor for axes."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
@@ -230,20 +224,17 @@ def products_in(precision):
 def launch_once(step, device, n_first=3):
     """A function like step(*batch) whose kernels a GPU gets as one piece, a CUDA graph.
 
-    At the paper's size a step is some 330 kernels, and to launch each from Python takes longer than
-    what it computes. So the first steps run as they are (Adam makes its moments in them), the next
-    is recorded, and from then on the record is played: the same kernels, on the same memory, with
-    the generator's next random numbers. So everything that a step reads or writes must stay in
-    place; the batch is copied into `inputs`. Each phase records anew.
-
-    On a CPU, with several processes, and where a GPU cannot record, steps run as they are.
+    To launch a step's hundreds of kernels from Python takes longer than what they compute. So the
+    first steps run as they are (Adam makes its moments in them), the next is recorded, and from
+    then on the record is played: the same kernels, on the same memory, with the generator's next
+    random numbers. Whatever a step reads or writes must stay in place: batches are copied into
+    `inputs`. On a CPU, in several processes, and where a GPU cannot record, steps run as they are.
     """
     if device.type != "cuda" or n_ranks() > 1:
         return step
     graph, inputs, n_steps = torch.cuda.CUDAGraph(), [], 0
 
     def launch(*batch):
-        """A step."""
         nonlocal graph, n_steps
         n_steps += 1
         if n_steps > n_first and graph and not inputs:
@@ -265,18 +256,15 @@ def launch_once(step, device, n_first=3):
 
 def seed_from_here(run):
     """Random numbers from here on follow from the seed, the step and the process: a resumed run
-    draws the same ones, and no state of a generator has to be kept."""
+    draws the same ones."""
     key = (run.config["seed"], run.progress.step, rank())
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 @torch.no_grad()
 def validation_loss(run):
-    """Mean over the validation cells of what `elbo` says of each, negated.
-
-    n_t counts training cells: the KL of t weighs as much beside a cell as in training. Always with
-    the same random numbers, so that checkpoints are compared under the same noise.
-    """
+    """Mean over the validation cells of what `elbo` says of each, negated; n_t counts training
+    cells, as in training. Always with the same random numbers: checkpoints see the same noise."""
     torch.manual_seed(0)
     total, cells = 0.0, run.taught_by["validation"]
     for x, d, c in run.batches.in_order(cells):
@@ -306,73 +294,61 @@ class Log:
         self.sums += torch.stack([*(terms[name] for name in self.TERMS[:-1]), -value.detach()])
 
     def means(self, epoch):
-        """The next line, a dict; begins anew. Raises DataError where a loss was not finite."""
-        model, step, n = self.run.model, self.run.progress.step, self.run.progress.step - self.step
+        """The next line, a dict; begins anew."""
+        model, step = self.run.model, self.run.progress.step
+        n, self.step = step - self.step, step
         means = (average(self.sums) / n).tolist()  # waits for a GPU
-        if not math.isfinite(means[-1]):
-            raise DataError(f"the loss was not finite in steps {self.step + 1} to {step}: start a "
-                            "new run with a lower --lr, or with --clip 100")
+        self.sums.zero_()
         line = {"step": step, "epoch": epoch} | dict(zip(self.TERMS, (round(v, 4) for v in means)))
         if model.has_mask and not model.masks_of_one:
             with torch.no_grad():
                 probability = model.mask_probability()[model.n_cells > 0]
             line["mask_probability"] = round(probability.mean().item(), 5)
             line["mask_size"] = round((probability > 0.5).sum(1).float().mean().item(), 3)
-        seconds = time.time() - self.since
-        line["cells_per_second"] = round(n * self.run.config["batch_size"] / seconds)
-        self.sums.zero_()
-        self.step = step
-        return line
+        rate = n * self.run.config["batch_size"] / (time.time() - self.since)
+        return line | {"cells_per_second": round(rate)}
 
     def write(self, line):
-        """Write the line, and say it: on a terminal in place, elsewhere at each validation."""
+        """Write the line, and say it. Raises DataError where a loss is not finite."""
         self.since = time.time()  # validation is no training time
+        if not all(map(math.isfinite, line.values())):
+            raise DataError(f"the loss was not finite before step {self.step}: start a new run with"
+                            " a lower --lr, or with --clip 100")
         if rank() > 0:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        left = (self.run.config["steps"] - self.step) * (self.since - self.started) / (
+        left = (self.since - self.started) * (self.run.config["steps"] - self.step) / (
             self.step - self.first)
-        text = (f"step {self.step:,}  loss {line['loss']:.2f} = data "
-                f"{-line['log_likelihood']:.2f} + basal {line['kl_basal']:.2f} + mask "
-                f"{line['kl_mask']:.3f} + effect {line['kl_effect']:.3f}  ")
-        if "mask_probability" in line:
-            text += f"mask probability {line['mask_probability']:.4f}  "
+        left = f"{datetime.timedelta(seconds=round(left))} left"
         if "validation_loss" in line:
-            text += f"validation {line['validation_loss']:.2f}  "
-        text += f"{line['cells_per_second']:,} cells/s  {clock(left)} left"
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1  # a longer line would not be overwritten
-            print(end="\r" + text[:width].ljust(width), flush=True)
-        elif "validation_loss" in line:
-            print(text, flush=True)
+            masks = (f"mask probability {line['mask_probability']:.4f}  "
+                     if "mask_probability" in line else "")
+            print(f"step {self.step:,}  validation {line['validation_loss']:.2f}  loss "
+                  f"{line['loss']:.2f} = data {-line['log_likelihood']:.2f} + basal "
+                  f"{line['kl_basal']:.2f} + mask {line['kl_mask']:.3f} + effect "
+                  f"{line['kl_effect']:.3f}  {masks}{line['cells_per_second']:,} cells/s  {left}",
+                  flush=True)
+        elif sys.stdout.isatty():
+            print(f"step {self.step:,}  {left}", end="\r", flush=True)  # the next line covers it
 
     def say_end(self):
         """The last line on the screen."""
         progress = self.run.progress
-        print("\n" * sys.stdout.isatty() + f"{self.run.folder}: {self.step - self.first:,} steps in"
-              f" {clock(time.time() - self.started)}, {self.step:,} in all; lowest validation loss "
-              f"{progress.best:.2f}, at step {progress.best_step:,}"
+        seconds = datetime.timedelta(seconds=round(time.time() - self.started))
+        print(f"{self.run.folder}: {self.step - self.first:,} steps in {seconds}, {self.step:,} in "
+              f"all; lowest validation loss {progress.best:.2f}, at step {progress.best_step:,}"
               + "; ended by --patience" * (0 < self.step < self.run.config["steps"]))
 
 
 def read_log(folder):
-    """The lines of log.jsonl as dicts; what was cut off, or is none of ours, is left out."""
+    """The lines of log.jsonl as dicts, without what a killed run has not written to its end."""
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(
-            os.path.join(folder, "log.jsonl"), errors="replace") as file:
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "log.jsonl")) as file:
         for text in file:
             with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and text.endswith("\n") and line.keys() >= {
-                        "step", "loss"} and all(isinstance(v, int | float) for v in line.values()):
-                    lines.append(line)
+                lines.append(json.loads(text))
     return lines
-
-
-def clock(seconds):
-    """90 -> 1:30."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
 # ============================================================================================
@@ -402,15 +378,15 @@ class Run:
         device = choose_device(device)
         state = load_checkpoint(folder, name)
         config, fixed = state["config"] | changes, state["fixed"]
+        check_shares(config)
         if not os.path.exists(config["data"]):
             raise DataError(f"the run's data, {config['data']}, are not there; --data says where "
                             "they are")
         screen = read_screen_of(config, fixed)
         if fixed["fingerprint"] != screen.fingerprint():
             raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
-                            "order, than the run was trained on; it needs the same file, and "
-                            "--data says where")
-        model_screen = as_the_model_sees(screen, config["model"], fixed["perturbations"])
+                            "order, than the run was trained on; --data names the same file")
+        model_screen = as_the_model_sees(screen, config, fixed["perturbations"])
         return cls(folder, config, screen, model_screen, data.Batches(model_screen, device),
                    {name: cells.numpy() for name, cells in state["split"].items()}, fixed,
                    build_model(state).to(device), Progress(**state["progress"]), state["optimizer"])
@@ -422,14 +398,14 @@ class Run:
 
     @property
     def n_known(self):
-        """With --adapt, how many of the model's perturbations it knew before, the first; or None.
-        """
+        """With --adapt, how many of the model's perturbations, the first, the base run knew; else
+        None."""
         return self.fixed["n_known"]
 
     @functools.cached_property
     def taught_by(self):
-        """The split's cells that the model learns from, or is validated by: with --adapt those of
-        new perturbations."""
+        """The split's cells that teach and validate: with --adapt, only cells that received a new
+        perturbation."""
         return {name: cells if self.n_known is None else
                 cells[(self.model_screen.d[cells] >= self.n_known).any(1)]
                 for name, cells in self.split.items()}
@@ -442,7 +418,7 @@ class Run:
     def save(self, name, optimizer=None):
         """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer as it began.
 
-        At its end, which torch.load passes over, is a hash of what stands before it."""
+        A hash of all that stands before it ends the file; torch.load passes over it."""
         if rank() > 0:
             return
         buffer = io.BytesIO()
@@ -454,12 +430,6 @@ class Run:
         with data.replacing(os.path.join(self.folder, name)) as path, open(path, "wb") as file:
             file.write(buffer.getbuffer())
             file.write(hash_of(buffer.getbuffer()))
-
-    def write_config(self):
-        """config.json, for people; programs read the configuration of a checkpoint."""
-        path = os.path.join(self.folder, "config.json")
-        with data.replacing(path) as path, open(path, "w") as file:
-            json.dump(self.config, file, indent=2)
 
 
 def hash_of(content):
@@ -475,21 +445,13 @@ def load_checkpoint(folder, name):
     try:
         with open(path, "rb") as file:
             content = file.read()
-    except FileNotFoundError:
-        if name == "best.pt" and os.path.exists(os.path.join(folder, "last.pt")):
-            raise DataError(f"{folder} has no best.pt yet, which validations write (with --axes "
-                            "sparsest, once there are masks): wait, or go on with python train.py "
-                            f"--resume {folder}") from None
-        raise DataError(f"{path}: no such file; a run is a folder, runs/NAME, that train.py made, "
-                        "with all the files that it wrote") from None
-    except NotADirectoryError:
-        raise DataError(f"{folder} is a file; a run is a folder, runs/NAME") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: not there; a run is a folder, runs/NAME, that train.py made, and "
+                        "validations write best.pt (with --axes sparsest, once there are masks)"
+                        ) from None
     if hash_of(content[:-64]) != content[-64:]:
         raise DataError(f"{path}: is damaged, was changed, or is no checkpoint of train.py")
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of a later version of torch, say
-        raise DataError(f"{path}: torch cannot read it ({type(error).__name__})") from None
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if "progress" not in state:
         raise DataError(f"{path}: an earlier version of train.py wrote it: train it again")
     return state
@@ -503,13 +465,13 @@ def build_model(state):
 
 
 def read_screen_of(config, fixed=None):
-    """The screen of a configuration. With --adapt genes and covariates are the model's, from what
-    a checkpoint says of it (`fixed`)."""
-    options = {name: config[name] for name in data.READING}
+    """The screen of a configuration. With --adapt, genes and covariates are the model's: `fixed` is
+    what a checkpoint says of it."""
+    options = {name: config[name] for name in data.READING} | {"stream": config["stream"]}
     if not config["adapt"]:
-        return data.read_screen(config["data"], **options, stream=config["stream"])
+        return data.read_screen(config["data"], **options)
     screen = data.read_screen(config["data"], **options | {"covariate": []},
-                              genes_of=fixed["gene_names"], stream=config["stream"])
+                              genes_of=fixed["gene_names"])
     if config["covariate"]:
         screen.covariates = fixed["covariates"]
         screen.c = known_covariates(screen, config["covariate"], screen.covariates)
@@ -520,27 +482,28 @@ def read_screen_of(config, fixed=None):
 def known_covariates(screen, columns, known):
     """Covariates of a screen's cells, (N, columns), as positions in the values that a run knows.
     Raises DataError where a column is missing, or has no known value."""
-    absent = [column for column in columns if column not in screen.file.obs_columns]
-    if absent:
-        raise DataError(f"{screen.path}: has no obs column {absent[0]!r}, a covariate that the run "
-                        "was trained with: add it, if need be with the same value in all cells")
-    values = [[f"{column}={value}" for value in screen.obs(column).astype(str)]
-              for column in columns]
-    index = {name: i for i, name in enumerate(known)}
-    unknown = sorted({value for of_column in values for value in of_column} - index.keys())
-    if any(index.keys().isdisjoint(of_column) for of_column in values):
-        raise DataError(f"{screen.path}: has {', '.join(unknown[:5])}, and the run was trained on "
-                        f"{', '.join(known[:10])}: one of these is needed")
-    if unknown:
-        print(f"{screen.path}: the run knows no {', '.join(unknown[:5])}: taken as unknown")
-    return np.array([[index.get(v, data.NONE) for v in of_column] for of_column in values]).T
+    place, c = {name: i for i, name in enumerate(known)}, []
+    for column in columns:
+        if column not in screen.file.obs_columns:
+            raise DataError(f"{screen.path}: has no obs column {column!r}, a covariate that the run"
+                            " was trained with: add it, if need be with one value in all cells")
+        values = [f"{column}={value}" for value in screen.obs(column).astype(str)]
+        unknown = ", ".join(sorted({*values} - {*known})[:5])
+        if {*values}.isdisjoint(known):
+            raise DataError(f"{screen.path}: has {unknown}, and the run was trained on "
+                            f"{', '.join(known[:10])}: one of these is needed")
+        if unknown:
+            print(f"{screen.path}: the run knows no {unknown}: taken as unknown")
+        c.append([place.get(value, data.NONE) for value in values])
+    return np.array(c).T
 
 
-def as_the_model_sees(screen, model, perturbations=None):
-    """A model that adds no effects up (SVAE+) knows labels: each combination is one of its own.
-    perturbations are a trained model's, in its order, if there is one."""
-    screen = screen if MODELS[model].adds_effects else data.one_label_per_cell(screen)
-    return screen if perturbations is None else data.renumbered(screen, perturbations)
+def as_the_model_sees(screen, config, known):
+    """The same screen; perturbations that a trained model knows come first, in its order. For a
+    model that adds no effects up (SVAE+), each combination is a perturbation of its own."""
+    if not MODELS[config["model"]].adds_effects:
+        screen = data.one_label_per_cell(screen)
+    return data.renumbered(screen, [*known, *sorted({*screen.perturbations} - {*known})])
 
 
 def choose_device(name=None):
@@ -564,12 +527,15 @@ def main(arguments=None):
     """Train: begin a run or go on with one, train, evaluate a simulated one. Returns its folder."""
     args, given = parse_arguments(arguments)
     device = begin_processes(args.device)  # more than one if torchrun starts this
-    if args.resume is None:  # the first process begins it; the others open what it has written
+    if args.resume:
+        run = resumed(args, given, device)
+    else:  # the first process begins it; the others open what it has written
         run = new_run(args, given, device) if rank() == 0 else None
         folder = from_first(lambda: run.folder)
         run = run or Run.load(folder, "last.pt", device)
-    else:
-        run = resumed(args, given, device)
+    if rank() == 0:  # for people; programs read the configuration of a checkpoint
+        with data.replacing(f"{run.folder}/config.json") as path, open(path, "w") as file:
+            json.dump(run.config, file, indent=2)
     try:
         if run.has_ended(run.progress):
             print(f"{run.folder} has ended, at step {run.progress.step:,}")
@@ -596,25 +562,16 @@ def main(arguments=None):
 
 def new_run(args, given, device):
     """Begin a run: its folder, with all that it holds at step 0. Raises DataError for a wrong file
-    or option, and leaves no run then."""
-    base = None if args.adapt is None else load_checkpoint(args.adapt.rstrip("/"), "best.pt")
-    options = configuration_of_adapted(args, given, base) if base else configuration(args, given)
-    check_shares(options)
-    folder = new_folder(args.name, options)
+    or option, and leaves no folder then."""
+    base = load_checkpoint(args.adapt, "best.pt") if args.adapt else None
+    config = configuration_of_adapted(args, given, base) if base else configuration(args, given)
+    check_shares(config)
+    folder = new_folder(args.name, config)
     try:
-        if options["simulated"]:
-            options["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
-            simulate(options)
-        screen = read_screen_of(options, base and base["fixed"])
-        split = data.split_cells(screen, options["split_seed"], options["split"],
-                                 options["train_combinations"])
-        if isinstance(screen.counts, data.StoredCounts):  # in which neighbours are read together
-            split = {name: np.sort(cells) for name, cells in split.items()}
-        run = (adapted(folder, options, screen, split, device, base) if base else
-               fresh(folder, options, screen, split, device, given))
-        run.write_config()
+        run = begin(folder, config, given, base, device)
         run.save("last.pt")
-        if not phases(run):  # no perturbation is new: the model as it is, to be tried on this file
+        if not phases(run):
+            print("  no perturbation is new: the model stays as it is")
             run.save("best.pt")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -628,9 +585,8 @@ def new_folder(name, config):
     if config["adapt"]:
         words += ["adapted", os.path.basename(config["adapt"])[:80]]
     else:
-        guide = [word for word, on in (("basal", config["correlated_basal"]),
-                                       ("effects", config["correlated_effects"]),
-                                       ("sparsest", config["axes"] == "sparsest")) if on]
+        guide = ["basal"] * config["correlated_basal"] + ["effects"] * config[
+            "correlated_effects"] + ["sparsest"] * (config["axes"] == "sparsest")
         words += [config["model"], *(guide or ["mean-field"])]
         if config["split"] != "random":
             words += [f"f{config['train_combinations']:g}", f"split{config['split_seed']}"]
@@ -646,138 +602,120 @@ def new_folder(name, config):
                                 ) from None
 
 
-def simulate(config):
-    """Write the screen of a configuration without --data."""
-    of_preset = data.SPARSE_SHIFT if config["preset"] == "sparse-shift" else {}
-    data.simulate(config["data"], **of_preset | {
-        name.removeprefix("simulated_"): value for name, value in config.items()
-        if name.startswith("simulated_")})
-
-
-def fresh(folder, options, screen, split, device, given):
-    """A new run at step 0: what its model knows of the training cells (n_t of A.1, the encoder's
-    standardisation), and its first weights."""
-    data.say(screen.path, *screen.notes, *data.unbalanced(screen, [
-        screen.label_column, options["split_column"], *options["covariate"]]))
-    model_screen = as_the_model_sees(screen, options["model"])
-    if len(model_screen.perturbations) > len(screen.perturbations):
-        print(f"  {options['model']} does not add effects up: the combinations are perturbations of"
-              f" their own, {len(model_screen.perturbations):,} in all; those without training "
-              "cells have no effect")
+def begin(folder, config, given, base, device):
+    """A run at step 0, with --adapt from `base`, the best.pt of another one. Options that follow
+    from the screen become part of config."""
+    if config["simulated"]:
+        config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
+        of_preset = data.SPARSE_SHIFT if config["preset"] == "sparse-shift" else {}
+        data.simulate(config["data"], **of_preset | {
+            name.removeprefix("simulated_"): value for name, value in config.items()
+            if name.startswith("simulated_")})
+    screen = read_screen_of(config, base and base["fixed"])
+    data.say(screen.path, *screen.notes, *([] if base else data.unbalanced(screen, [
+        screen.label_column, config["split_column"], *config["covariate"]])))
+    split = data.split_cells(screen, config["split_seed"], config["split"],
+                             config["train_combinations"])
+    known = [] if base is None else [  # a perturbation without training cells is not known
+        t for t, n in zip(base["fixed"]["perturbations"], base["model"]["n_cells"]) if n > 0]
+    model_screen = as_the_model_sees(screen, config, known)
+    perturbations = model_screen.perturbations
     batches = data.Batches(model_screen, device)
-    config = options | {"stream": batches.from_file}
-    if options["preset"] is None:
+    config["stream"] = batches.from_file
+    if batches.from_file:  # in which neighbours are read together
+        split = {name: np.sort(cells) for name, cells in split.items()}
+    d = model_screen.d[split["train"]]  # n_t of A.1, here for each t:
+    n_cells = torch.from_numpy(np.bincount(d[d != data.NONE], minlength=len(perturbations)))
+    if base:
+        model, arguments = adapted_model(config, base, n_cells)
+    else:
+        model, arguments = fresh_model(config, given, screen, batches, split["train"], n_cells)
+    fixed = {"fingerprint": screen.fingerprint(), "gene_names": list(screen.gene_names),
+             "perturbations": perturbations, "covariates": screen.covariates,
+             "arguments": arguments, "n_known": len(known) if base else None}
+    run = Run(folder, config, screen, model_screen, batches, split, fixed, model.to(device))
+    if phases(run) and not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):
+        raise DataError(f"{config['data']}: no training cell, or no validation cell, has a new "
+                        "perturbation: more cells, or another --split-seed, are needed")
+    return run
+
+
+def fresh_model(config, given, screen, batches, cells, n_cells):
+    """A new model and its arguments, with what it knows of the training cells (positions `cells`):
+    n_t, the encoder's standardisation, the first weights."""
+    if config["preset"] is None:
         by_size = own_settings(0.64 * len(screen.rows), len(screen.perturbations),
                                given.get("n_latent"))
         config |= {name: given.get(name, value) for name, value in by_size.items()}
-    x_mean, x_std, log_frequency, log_theta = data.training_statistics(batches, split["train"])
-    d = model_screen.d[split["train"]]
-    n_cells = np.bincount(d[d != data.NONE], minlength=len(model_screen.perturbations))
+    x_mean, x_std, log_frequency, log_theta = data.training_statistics(batches, cells)
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS} | {
-        "n_cells": torch.from_numpy(n_cells), "x_mean": x_mean.cpu(), "x_std": x_std.cpu(),
+        "n_cells": n_cells, "x_mean": x_mean.cpu(), "x_std": x_std.cpu(),
         "n_covariates": len(screen.covariates)}
     torch.manual_seed(config["seed"])
     model = MODELS[config["model"]](**arguments)
     for value, name in enumerate(screen.covariates):
-        if not (screen.c[split["train"]] == value).any():
+        if not (screen.c[cells] == value).any():
             print(f"  {name}: no training cell; its cells are taken as of unknown covariate")
             for network in (model.encoder, model.decoder):
                 network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
         model.start_from(log_frequency, log_theta)
-    fixed = {"fingerprint": screen.fingerprint(), "gene_names": list(screen.gene_names),
-             "perturbations": model_screen.perturbations, "covariates": screen.covariates,
-             "arguments": arguments, "n_known": None}
-    return Run(folder, config, screen, model_screen, batches, split, fixed, model.to(device))
+    return model, arguments
 
 
-def adapted(folder, options, screen, split, device, base):
-    """A run at step 0 whose model is another run's (`base`, the state of its best.pt), with places
-    for the perturbations of this file that it does not know."""
-    data.say(screen.path, *screen.notes)
-    old = build_model(base)
-    trained = torch.nonzero(old.n_cells > 0).flatten()
-    known = [base["fixed"]["perturbations"][t] for t in trained]  # these come first
-    model_screen = as_the_model_sees(screen, options["model"])
-    new = sorted(set(model_screen.perturbations) - set(known))
-    shared = len(model_screen.perturbations) - len(new)
-    model_screen = data.renumbered(model_screen, known + new)
-    d = model_screen.d[split["train"]]
-    n_cells = torch.from_numpy(np.bincount(d[d != data.NONE], minlength=len(known + new)))
-    print(f"  perturbations: {len(known):,} known to {options['adapt']}, {shared:,} of them in "
-          f"this file; {len(new):,} new ones"
-          + (": " + ", ".join(new[:5]) + ", ..." * (len(new) > 5) if new else ""))
-    torch.manual_seed(options["seed"])
-    arguments = base["fixed"]["arguments"] | {"n_cells": n_cells}
-    model = MODELS[options["model"]](**arguments)
-    continue_from(model, old, trained)
-    arguments["n_cells"] = model.n_cells.clone()
-    batches = data.Batches(model_screen, device)
-    run = Run(folder, options | {"stream": batches.from_file}, screen, model_screen, batches, split,
-              base["fixed"] | {"fingerprint": screen.fingerprint(), "arguments": arguments,
-                               "perturbations": known + new, "n_known": len(known)},
-              model.to(device))
-    if new and not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):
-        raise DataError(f"{options['data']}: no training cell, or no validation cell, has a new "
-                        "perturbation: more cells, or another --split-seed, are needed")
-    return run
+def adapted_model(config, base, n_cells):
+    """A trained run's model with places for further perturbations, and its arguments."""
+    old, arguments = build_model(base), base["fixed"]["arguments"] | {"n_cells": n_cells}
+    torch.manual_seed(config["seed"])
+    model = MODELS[config["model"]](**arguments)
+    continue_from(model, old, torch.nonzero(old.n_cells > 0).flatten())
+    return model, arguments | {"n_cells": model.n_cells.clone()}
 
 
 def resumed(args, given, device):
-    """The run of --resume, as last.pt has it."""
-    folder = args.resume.rstrip("/")
-    config = load_checkpoint(folder, "last.pt")["config"]
-    # What may change: how long and how fast, not what is trained. A file may have moved; the
-    # fingerprint says whether it is the same.
-    free = ("steps", "precision")
-    if args.name or any(given[k] != config.get(k) for k in given if k not in free):
-        raise DataError(f"--resume takes its options from {folder}; only --steps, --precision, "
-                        "--device and --data (a file that has moved) can be given")
-    changes = {k: given[k] for k in free if k in given}
+    """The run of --resume, as last.pt has it. How long and how fast it is trained may change, but
+    not what is trained; a file may have moved (its fingerprint says whether it is the same)."""
+    config = load_checkpoint(args.resume, "last.pt")["config"]
+    changes = {name: value for name, value in given.items() if value != config.get(name)}
+    if args.name or changes.keys() - {"steps", "precision"}:
+        raise DataError(f"--resume takes its options from {args.resume}; only --steps, --precision,"
+                        " --device and --data (a file that has moved) can be given")
     if args.data:
         changes["data"] = os.path.abspath(args.data)
-    check_shares(config)
-    run = Run.load(folder, "last.pt", device, **changes)
+    run = Run.load(args.resume, "last.pt", device, **changes)
     data.say(run.screen.path, *run.screen.notes)
-    if not run.has_ended(run.progress):
+    if changes and not run.has_ended(run.progress):
         if run.config["steps"] <= run.progress.step:
-            raise DataError(f"{folder} is at step {run.progress.step:,} already: --steps must be "
-                            "larger")
-        if changes and rank() == 0:
-            run.write_config()
-            run.save("last.pt")
+            raise DataError(f"{run.folder} is at step {run.progress.step}: --steps must be larger")
+        run.save("last.pt")
     return run
 
 
 def say_begin(run):
-    """The line before the first step."""
-    print("  split: " + ", ".join(f"{len(v):,} {name}" for name, v in run.split.items()))
+    """The lines before the first step."""
     config, n_parameters = run.config, sum(p.numel() for p in run.model.parameters())
-    print(f"{run.folder}: {config['model']}, {n_parameters:,} parameters, "
-          f"{len(run.taught_by['train']):,} training cells"
-          + " with new perturbations" * (run.n_known is not None)
-          + f", steps {run.progress.step:,} to {config['steps']:,} on {run.device}, "
-          + f"{n_ranks()} processes of {config['batch_size'] // n_ranks()} cells a step, " * (
-              n_ranks() > 1) + f"counts {run.batches.where}")
+    print("  split: " + ", ".join(f"{len(v):,} {name}" for name, v in run.split.items()))
+    print(f"{run.folder}: {config['model']}, {len(run.model.n_cells) - (run.n_known or 0):,} "
+          f"perturbations to learn, {n_parameters:,} parameters, {len(run.taught_by['train']):,} "
+          f"training cells, steps {run.progress.step:,} to {config['steps']:,} of "
+          f"{config['batch_size']} cells on {n_ranks()} x {run.device}, counts {run.batches.where}")
 
 
 # ============================================================================================
 # Several processes: torchrun --nproc-per-node N train.py ...
 # ============================================================================================
 
-# Every process has the model, and makes the same steps with it. One random order of cells is for
-# all of them: each takes its share of every batch and draws its own latents, and gradients are
-# averaged. So two processes do what one does with the same --batch-size, but for masks and effects,
-# of which each draws its own. The first one (rank 0) validates, writes and prints.
+# Every process has the model, and makes the same steps with it. All follow one random order of
+# cells: each takes its share of every batch and draws its own latents, and gradients are averaged.
+# So two processes do what one does with the same --batch-size, but each draws masks and effects of
+# its own. The first process (rank 0) validates, writes and prints.
 
 
 def begin_processes(device):
     """Join the other processes, if torchrun has started several. Returns this one's device."""
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not dist.is_torchelastic_launched():
         return choose_device(device)
-    if device and device.startswith("cuda:"):
-        raise DataError(f"--device {device}: all processes would share one GPU: leave it out")
-    if device in (None, "cuda") and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():  # a GPU for each
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = choose_device(device)
     if device.type == "cuda":
@@ -809,10 +747,9 @@ def check_shares(config):
 
 def from_first(function):
     """What function() returns in the first process, for all of them."""
-    if n_ranks() == 1:
-        return function()
     values = [function() if rank() == 0 else None]
-    dist.broadcast_object_list(values, 0)
+    if n_ranks() > 1:
+        dist.broadcast_object_list(values, 0)
     return values[0]
 
 
@@ -843,9 +780,9 @@ POSITIVE = (1e-30, 2**32, "positive and below 2^32")
 
 # "Replogle" and "Norman" are the settings of the paper (A.4) and its code for its two data sets.
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
-    ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best row of Table 1)"),
-    ("--correlated-effects", True, bool, "q(e | m) in place of q(e) (paper: best of "
-     "Table 1); needs --axes learned"),
+    ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best of Table 1)"),
+    ("--correlated-effects", True, bool, "q(e | m), not q(e) (paper: best of Table 1); needs "
+     "--axes learned"),
     ("--n-latent", 100, AT_LEAST_1, "latent dimensions (Replogle; Norman 200)"),
     ("--n-hidden", 400, AT_LEAST_1, "width of encoder and decoder (paper)"),
     ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
@@ -854,12 +791,11 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--alpha", 0.001, (1e-30, 1 - 1e-6, "from 1e-30 to 1 - 1e-6"),
      "prior probability of a mask entry (Replogle; Norman 0.01)"),
     ("--beta", 1.0, POSITIVE, "prior variance of an effect (paper)"),
-    ("--mask-a", 1.0, POSITIVE, "a of the Beta(a, b) of mask probabilities, Beta-Bernoulli (ours)"),
+    ("--mask-a", 1.0, POSITIVE, "a of Beta-Bernoulli masks, prior Beta(a, b) (ours)"),
     ("--mask-b", 2.0, POSITIVE, "b of the same, and of SVAE+'s Beta(1, b) (paper, for SVAE+)"),
 ]
 OPTIONS = [
-    ("--model", "sams-vae", list(MODELS), "sams-vae; the same with a Beta-Bernoulli prior of the "
-     "mask; cpa-vae: every mask entry is 1; svae+; cvae: the conditional VAE"),
+    ("--model", "sams-vae", list(MODELS), "cpa-vae: every mask entry is 1; cvae: conditional VAE"),
     ("--axes", "sparsest", ["learned", "sparsest"], "of the masks: as training leaves them (paper) "
      "or the sparsest, with masks from half of the steps on at the latest (ours: see begin_masks)"),
     *MODEL_OPTIONS,
@@ -868,10 +804,8 @@ OPTIONS = [
     ("--batch-size", 512, AT_LEAST_1, "cells per step, of all processes together (paper)"),
     ("--particles", 5, AT_LEAST_1, "Monte Carlo samples per step (paper)"),
     ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
-    ("--mask-lr", 0.03, POSITIVE, "learning rate of masks with --axes sparsest or --adapt: of "
-     "logits, which have a scale of their own (ours)"),
-    ("--effect-lr", 0.0, AT_LEAST_0, "learning rate of a free q(e), which few cells of a batch "
-     "move; 0 for --lr (paper; ours 0.01)"),
+    ("--mask-lr", 0.03, POSITIVE, "of mask logits with --axes sparsest or --adapt (ours)"),
+    ("--effect-lr", 0.0, AT_LEAST_0, "of a free q(e); 0 for --lr (paper; ours 0.01)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
     ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
      "training cells (ours: see training_statistics in data.py), or zero (paper)"),
@@ -885,10 +819,9 @@ OPTIONS = [
      "of their cells, that the Norman splits train on (Norman 0, 0.25, 0.5, 0.75 and 1)"),
     ("--split-seed", 0, AT_LEAST_0, "of the split (Replogle 0, Norman 0 to 4)"),
     # the run (ours)
-    ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training; tf32 "
-     "makes a difference on a GPU only"),
-    ("--stream", None, bool, "leave the counts in the file and read them as they are needed; by "
-     "default where they may take half of the memory"),
+    ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training"),
+    ("--stream", None, bool, "leave the counts in the file (default: if they may take half of the "
+     "memory)"),
     ("--log-every", 50, AT_LEAST_1, "steps between lines of log.jsonl"),
     ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
 ]
@@ -903,18 +836,13 @@ DEFAULTS |= {"min_cells": data.MIN_CELLS, "data": None, "preset": None, "adapt":
 
 
 def own_settings(n_cells, n_perturbations, n_latent=None):
-    """Settings of a file without --preset, by its training cells (64 % of all; those of the other
-    splits would differ between seeds), its perturbations and --n-latent (ours).
+    """Settings of a file without --preset, by its training cells (64 % of all, whatever the split),
+    its perturbations and --n-latent; a flag overrides each (ours).
 
-    A flag overrides each. Chosen, with the first row of PRESETS, by validation loss, and by
-    treatment effects in validation cells, on two real files and four simulated screens like those
-    of the README, of 4,000 to 13,000 training cells; above 50,000 cells or 300 perturbations
-    nothing was measured, and what changes leans on the paper.
-
-    A free q(e), since f_emb costs a small screen much. One particle: a step takes about 0.6 times
-    as long as with five, and more steps are worth more. Effects learn faster than networks, as few
-    cells of a batch move each. A perturbation touches three latents a priori. Small and
-    shallow screens are overfitted soon: hence the patience.
+    Chosen, with the first row of PRESETS, by validation loss and by effects in validation cells, on
+    two real files and four simulated screens of 4,000 to 13,000 training cells; above 50,000 cells
+    or 300 perturbations nothing was measured, and what changes leans on the paper. Small, shallow
+    screens are overfitted soon: hence the patience. A perturbation touches three latents a priori.
     """
     epoch = math.ceil(n_cells / 256)  # steps
     large, n_latent = n_cells > 50_000, n_latent or (30 if n_perturbations <= 300 else 100)
@@ -923,34 +851,38 @@ def own_settings(n_cells, n_perturbations, n_latent=None):
                 validate_every=min(max(50, epoch), 500), patience=max(500, 20 * epoch))
 
 
-# What --preset changes. A flag overrides it. The defaults above are those for Replogle already, so
-# that its row says how to read the file, and what of ours is not the paper's.
+# What --preset changes; a flag overrides it. The defaults above are Replogle's already.
 PAPER = dict(axes="learned", start="zero", min_cells=0)
 NORMAN = PAPER | dict(one_hot_prefix="guide_", layer="counts", gene_column="highly_variable",
                       n_latent=200, effect_hidden=400, effect_layers=4, alpha=0.01, steps=30_000,
                       clip=100.0)
 PRESETS = {
+    # A file of one's own, with `own_settings`: f_emb costs a small screen much; with one particle a
+    # step takes 0.6 times as long as with five; few cells of a batch move an effect.
     None: dict(correlated_effects=False, batch_size=256, particles=1, effect_lr=0.01, clip=100.0),
     "replogle": PAPER | dict(perturbation_column="sgID_AB", control=["*non-targeting*"]),
     "norman-ood": NORMAN | dict(split="norman-ood"),
     "norman-data-efficiency": NORMAN | dict(split="norman-data-efficiency"),
-    # Where there is no --data. A small screen needs a small model, and minutes allow few steps:
-    # hence the higher learning rate.
+    # Without --data: a small model, and few steps, hence the higher learning rate.
     "simulated": dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
                       batch_size=256, lr=1e-2, start="zero", min_cells=0, split_column="split"),
     # The benchmark of the SVAE+ paper, without --data or on a file of data.py simulate. Chosen on a
-    # screen of seed 100: sizes and rates by validation loss, what makes masks sparse (alpha,
-    # mask_b) by F1 of targets. So small an alpha, since the latent space is bent, and what is zero
-    # in the true one is small here, but clear in hundreds of cells.
+    # screen of seed 100: sizes and rates by validation loss, alpha and mask_b by F1 of targets. So
+    # small an alpha, since the latent space is bent: what is zero in the true one is small here,
+    # but clear in hundreds of cells.
     "sparse-shift": dict(n_latent=15, n_hidden=200, n_layers=2, alpha=1e-30, mask_b=100.0,
                          steps=5000, batch_size=256, particles=1, lr=1e-3, effect_lr=0.01,
                          clip=100.0, min_cells=0, split_column="split") | {
         f"simulated_{name}": data.SPARSE_SHIFT[name]
         for name in ("perturbations", "cells", "pairs", "effect")},
 }
-# Settings of --adapt, chosen by validation loss on the screen of the preset sparse-shift.
+# --adapt: chosen by validation loss on the screen of the preset sparse-shift.
 ADAPTED = dict(steps=2000, lr=5e-3, effect_lr=0.02, mask_lr=0.03, patience=500, validate_every=100,
                weight_decay=0.0, split="random", train_combinations=1.0)
+# An option that is given takes the place of what a preset, or an adapted run, has of its rivals.
+RIVALS = {"split": dict(split_column=None), "split_column": dict(split="random"),
+          "perturbation_column": dict(one_hot_prefix=None),
+          "one_hot_prefix": dict(perturbation_column=None, control=[], combination_separator=None)}
 
 
 def parse_arguments(arguments=None):
@@ -962,10 +894,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--preset", choices=[name for name in PRESETS if name],
                         help="settings of the paper's experiments")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--resume", metavar="runs/NAME", help="go on with this run")
-    which.add_argument("--adapt", metavar="runs/NAME", help="a new run: the model of this one, "
-                       "which learns the perturbations of --data that it does not know (after "
-                       "Lopez et al. 2023)")
+    which.add_argument("--resume", metavar="runs/NAME", type=os.path.normpath,
+                       help="go on with this run")
+    which.add_argument("--adapt", metavar="runs/NAME", type=os.path.normpath, help="a new run: "
+                       "this one's model learns new perturbations of --data (Lopez et al. 2023)")
     parser.add_argument("--name", help="the run's folder is runs/NAME (default: from the options)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     data.add_screen_options(parser)
@@ -976,20 +908,27 @@ def parse_arguments(arguments=None):
                   if name in DEFAULTS.keys() - {"data", "adapt"} and value is not None}
 
 
+def override(config, given):
+    """The configuration with the options that were given."""
+    for name in given:
+        config |= RIVALS.get(name, {})
+    return config | given
+
+
 def configuration(args, given):
     """Every option of a new run: DEFAULTS, what the preset changes, what was given. For a file
     without a preset `own_settings` is still to come: it needs the screen."""
     preset = args.preset or (None if args.data else "simulated")
     if args.data is None and preset not in ("simulated", "sparse-shift"):
         raise DataError(f"--preset {preset} needs --data")
-    config = DEFAULTS | PRESETS[preset] | without_rivals(given) | given | {
-        "preset": preset, "data": args.data and os.path.abspath(args.data),
-        "simulated": args.data is None}
-    if "simulated_seed" not in given:
-        config["simulated_seed"] = config["seed"]
+    if "split" in given and given.get("split_column"):
+        raise DataError("--split and --split-column exclude each other")
+    config = override(DEFAULTS | PRESETS[preset], {"simulated_seed": given.get("seed", 0)} | given)
+    config |= {"preset": preset, "data": args.data and os.path.abspath(args.data),
+               "simulated": args.data is None}
 
-    # In the paper, too, the guides of SVAE+ and of the conditional VAE are mean-field. (Runs that
-    # differ in an option without meaning would be two rows of a table.)
+    # Options without meaning for a model: off, so that runs that differ in nothing else are one row
+    # of a table. (In the paper, too, the guides of SVAE+ and the conditional VAE are mean-field.)
     model = MODELS[config["model"]]
     if not model.has_correlated_guide:
         config["correlated_basal"] = config["correlated_effects"] = False
@@ -1003,40 +942,24 @@ def configuration(args, given):
     return config
 
 
-def without_rivals(given):
-    """What is given takes the place of what a preset, or an adapted run, says of the same thing."""
-    if "split" in given and given.get("split_column"):
-        raise DataError("--split and --split-column exclude each other")
-    rivals = {}
-    if "split" in given:
-        rivals["split_column"] = None
-    elif "split_column" in given:
-        rivals["split"] = "random"
-    if "one_hot_prefix" in given:
-        rivals |= {"perturbation_column": None, "control": [], "combination_separator": None}
-    elif "perturbation_column" in given:
-        rivals["one_hot_prefix"] = None
-    return rivals
-
-
 def configuration_of_adapted(args, given, base):
     """Configuration for --adapt: model and labels come from the run `base`, a checkpoint."""
-    folder, own = args.adapt.rstrip("/"), {*data.READING} - {"covariate"} | {
+    own = {*data.READING} - {"covariate"} | {
         "steps", "batch_size", "particles", "lr", "mask_lr", "effect_lr", "patience", "clip",
         "seed", "split_seed", "precision", "stream", "log_every", "validate_every"}
     if args.data is None:
         raise DataError("--adapt needs --data, a file with other perturbations")
-    if set(given) - own:
-        raise DataError(f"--{min(set(given) - own).replace('_', '-')} comes from {folder} in a run "
-                        "that adapts it: leave it out")
-    of_file = ["gene_column", "gene_names", "subset", "exclude", "keep", "split_column", "stream"]
+    if given.keys() - own:
+        raise DataError(f"--{min(given.keys() - own).replace('_', '-')} comes from {args.adapt} in "
+                        "a run that adapts it: leave it out")
+    of_file = ("gene_column", "gene_names", "subset", "exclude", "keep", "split_column", "stream")
     trained_by = {name: base["config"].get(name) for name in (
         *(option_name(flag) for flag, *_ in OPTIONS), "base")}  # for tables
-    return {name: base["config"][name] for name in DEFAULTS} | {
-        name: DEFAULTS[name] for name in of_file} | ADAPTED | {
-        "base": trained_by | {"fingerprint": base["fixed"]["fingerprint"]},
-        "base_seed": base["config"]["seed"], "data": os.path.abspath(args.data), "adapt": folder,
-        "preset": None, "simulated": False} | without_rivals(given) | given
+    return override({name: base["config"][name] for name in DEFAULTS}
+                    | {name: DEFAULTS[name] for name in of_file} | ADAPTED
+                    | {"base": trained_by | {"fingerprint": base["fixed"]["fingerprint"]},
+                       "base_seed": base["config"]["seed"], "data": os.path.abspath(args.data),
+                       "adapt": args.adapt, "preset": None, "simulated": False}, given)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
     d_i      d           (B, P)     dosages in index form: the perturbations of each cell, filled up
                                     with NONE = -1; a control cell is a row of NONE
              c           (B, C)     covariates in index form, such as a donor or a batch, which
-                                    networks see beside their other input; always given, with
-                                    C = 0 where there are none, as in the paper (ours)
+                                    networks see, too; C = 0 in the paper (ours)
     z^b      z_basal     (K, B, L)  basal state
     m_t      mask        (K, U, L)  0 or 1, for U perturbations named by an index tensor t (U,)
     e_t      effect      (K, U, L)
@@ -33,14 +32,12 @@ T perturbations, L latent dimensions, P the largest number of perturbations in o
     rho_i    log_rho     (K, B, G)  log expected frequencies
     theta_d  log_theta   (G,)       log inverse dispersion, one per gene
     R        axes        (L, L)     the axes of masks and effects in the space of z: the identity in
-                                    the paper, the sparsest ones where that is asked for (ours)
+                                    the paper, or the sparsest ones (ours)
     n_t      n_cells     (T,)       training cells that received perturbation t
 
 The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_emb `f_emb`. Its
-variational family q is called the guide here (2.3; no guide RNA is meant), and the free parameters
-of the mean-field one are mask_logits, effect_loc and effect_log_var. U is T, or fewer: where a
-minibatch has fewer dosages, B P, than there are perturbations, (m, e) is drawn for the cells'
-own perturbations only (`draws_for`).
+variational family q is called the guide here (2.3; no guide RNA is meant). U is T, or fewer where
+`draws_for` draws (m, e) for the cells' own perturbations only.
 
 In reading order: the likelihood (2.2); masks, Gaussians and networks of the guide (2.3); SAMS-VAE
 (2.1); masks in the sparsest axes (ours); CPA-VAE (2.4); the other models; perturbations that a
@@ -78,30 +75,25 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     everything stays in log space. (The paper writes Gamma(rho l, theta_d): mean and inverse
     dispersion, not shape and rate.)
 
-    x            (B, G)         counts: data, as log_library is, so that it has no gradient
+    x            (B, G)         counts; like log_library, without a gradient
     log_rho      (..., B, G)    log mean, up to
     log_library  (B, 1) or 0    which is added to it
     log_theta    (G,) or ()     used between -20 and 20: above, it is a Poisson distribution within
                                 floating-point precision; below, a gene that is nearly always zero
     returns      (..., B)       nats
-
-    For large theta it is a small difference of large numbers. In single precision, for counts
-    spread over 2,000 genes, it was within 0.02 nats at 100,000 counts a cell and 0.1 at a million;
-    in training, where sums are in single precision too, within 0.3 and 2.4.
     """
     x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype).clamp(-20, 20)
     theta = log_theta.double().exp().expand(x.shape[-1:])  # (G,)
     s = log_rho + (log_library - log_theta)  # (..., B, G): the largest arrays of a training step
-    # Where no gradient is taken all that is summed over genes is in double precision. In training,
-    # that would take a fifth of this function's time.
+    # Sums over genes are in double precision, but for training, where that would take a fifth of
+    # this function's time.
     exact = s.dtype if torch.is_grad_enabled() else torch.float64
     # The first line is the same for all particles. Differences in it are small if theta is large.
     first_line = (torch.lgamma(x + theta) - torch.lgamma(theta)
                   - torch.lgamma(x.to(exact) + 1)).sum(-1)  # (B,)
-    # log sigmoid(-s) is -softplus(s). (s - softplus(s) would be log sigmoid(s) at the price of one
-    # transcendental function, but loses its digits where theta is small.) Each term is summed
-    # before they are added: fewer large arrays. And no softplus @ theta, which would be in bfloat16
-    # where matrix products are.
+    # log sigmoid(-s) is -softplus(s). (And log sigmoid(s) is s - softplus(s), but that loses digits
+    # where theta is small.) Each term is summed before they are added: fewer large arrays. And no
+    # softplus @ theta, which would be in bfloat16 where matrix products are.
     second_line = ((x * F.logsigmoid(s)).sum(-1, dtype=exact)
                    - (F.softplus(s) * theta.to(s.dtype)).sum(-1, dtype=exact))
     return (first_line.to(exact) + second_line).to(s.dtype)
@@ -146,11 +138,10 @@ class MLP(nn.Module):
     """Linear, LeakyReLU, further hidden layers with a residual connection, Linear.
 
     The input is the concatenation of several parts, and is never concatenated: a linear map of
-    [a, b] is W_a a + W_b b, so each part is multiplied in its own shape and the products are
-    broadcast. What every particle shares, such as x (B, G) beside z_pert (K, B, L), thus costs one
-    product and not K. A part that holds integers is dosages in index form, (..., P), and stands for
-    the vector with a one in each of these places: it selects columns of W, and sums them. P = 0
-    stands for zero.
+    [a, b] is W_a a + W_b b, so each part is multiplied in its own shape, and the products are
+    broadcast. What all particles share, such as x (B, G) beside z_pert (K, B, L), costs one product
+    and not K. A part that holds integers is in index form, (..., P), and stands for the vector with
+    a one in each of these places: it selects columns of W, and sums them.
     """
 
     def __init__(self, part_sizes, n_hidden, n_layers, n_out):
@@ -172,8 +163,8 @@ class MLP(nn.Module):
         h = F.leaky_relu(h)
         for layer in self.residual:
             h = h + F.leaky_relu(layer(h))
-        # This is self.last(h). The bias stands outside of the product so that, where products are
-        # in bfloat16 (--precision bf16 of train.py), the output and all after it are in float32.
+        # self.last(h), with the bias outside of the product: where products are in bfloat16, the
+        # output is in float32.
         return F.linear(h, self.last.weight) + self.last.bias
 
 
@@ -199,9 +190,8 @@ def sum_effects(mask, effect, d, axes):
     """Eq. 1: z_pert_i = sum over t of d_it R (e_t * m_t), where R = I in the paper.
 
     mask, effect (K, U, L); d (B, P) holds positions 0..U-1 on their second axis, or NONE; axes
-    (L, L) is R, orthogonal (see `sparsest_axes`): its column l is the direction in the space of z
-    that entry l of masks and effects stands for. Returns (K, B, L); zero for a row of NONE, a
-    control cell.
+    (L, L) is R, orthogonal: its column l is the direction in the space of z that entry l of masks
+    and effects stands for. Returns (K, B, L); zero for a row of NONE, a control cell.
     """
     # Gathered first, multiplied then: test cells come few at a time, beside all T perturbations.
     offset = (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)  # (K, B, P, L) -> (K, B, L)
@@ -222,8 +212,7 @@ class SAMSVAE(nn.Module):
     alpha, beta        the priors m ~ Bern(alpha), e ~ N(0, beta I)
     mask_a, mask_b     of the models below whose mask probabilities have a prior Beta(a, b)
     n_covariates       values that all covariates have together: c (B, C) holds positions in these,
-                       or NONE. Encoder and decoder see them; z_basal and effects have no part in
-                       them, so that a perturbation moves the latent state alike in all
+                       or NONE. Encoder and decoder see them; effects do not depend on them
 
     The models that follow are this one with other versions of a few of its methods. Callers tell
     them apart by these flags, never by class.
@@ -253,31 +242,20 @@ class SAMSVAE(nn.Module):
         x_std = torch.as_tensor(x_std, dtype=torch.float32)
         self.register_buffer("x_std", torch.where(x_std > 1e-6, x_std, 1.0))
 
-        # p(x | z), 2.2: decoder and inverse dispersion. Then the guide, 2.3: q(m), q(e | m) and
-        # q(z_basal | ...).
-        self.init_decoder(n_perturbations, n_hidden, n_layers, n_genes)
+        # p(x | z), 2.2: decoder f_theta and inverse dispersion. Then the guide, 2.3: q(m), q(e | m)
+        # and f_enc, which makes mean and log variance of q(z_basal | ...).
+        dosages = [n_perturbations] * (not self.has_effects)  # for the conditional VAE alone
+        self.decoder = MLP([n_latent, n_covariates, *dosages], n_hidden, n_layers, n_genes)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.init_mask(n_perturbations)
         self.init_effects(n_perturbations, effect_hidden, effect_layers)
-        self.init_encoder(n_perturbations, n_hidden, n_layers, n_genes)
-
-    def init_decoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """f_theta: z (L), and covariates -> logits of rho (G)."""
-        self.decoder = MLP([self.n_latent, self.n_covariates], n_hidden, n_layers, n_genes)
-
-    def init_encoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """f_enc: x (G), covariates, and z_pert (L) if correlated -> mean and log variance of
-        z_basal (2 L)."""
-        parts = [n_genes, self.n_covariates] + [self.n_latent] * self.correlated_basal
-        self.encoder = MLP(parts, n_hidden, n_layers, 2 * self.n_latent)
+        parts = [n_genes, n_covariates] + [n_latent] * self.correlated_basal + dosages
+        self.encoder = MLP(parts, n_hidden, n_layers, 2 * n_latent)
 
     @torch.no_grad()
     def start_from(self, log_frequency, log_theta):
-        """Let training start from these (G,): the decoder's output near them, and the dispersion.
-
-        (Ours. Else rho starts from 1 / G and theta from 1, and where that is far off, as for
-        shallow counts, the first thousands of steps explain by latents what these two should.)
-        """
+        """Let training start near these (G,). (Ours. Else rho starts from 1 / G and theta from 1;
+        where that is far off, latents explain at first what these two should.)"""
         self.decoder.last.bias.copy_(log_frequency)
         self.log_theta.copy_(log_theta)
 
@@ -286,7 +264,6 @@ class SAMSVAE(nn.Module):
         return self.masks_of_one
 
     def set_extra_state(self, state):
-        """The reverse."""
         self.masks_of_one = state
 
     # The masks m_t. The models below have other versions of these methods.
@@ -353,13 +330,12 @@ class SAMSVAE(nn.Module):
         """Express the effects of masks of one in other axes (L, L), columns: R becomes R axes.
 
         Offsets stay where they are in the space of z: means up to rounding, variances as nearly as
-        a diagonal covariance can. Needs the free q(e); raises ValueError with correlated_effects.
+        a diagonal covariance can. Needs a free q(e).
         """
-        if self.correlated_effects:
-            raise ValueError("f_emb cannot be turned: correlated_effects must be False")
         self.axes.copy_(self.axes @ axes)
         self.effect_loc.copy_(self.effect_loc @ axes)
-        self.effect_log_var.copy_((self.effect_log_var.exp() @ axes**2).log())
+        if hasattr(self, "effect_log_var"):  # not in SVAE+
+            self.effect_log_var.copy_((self.effect_log_var.exp() @ axes**2).log())
 
     # Both: the global latent variables (M, E).
 
@@ -368,10 +344,8 @@ class SAMSVAE(nn.Module):
 
         t (U,) perturbations; repeats are allowed, every place is a draw of its own.
         Returns mask, effect (K, U, L) and kl_mask (U,), kl_effect (K, U): the KL to the prior,
-        summed over latents, in closed form given the sampled mask.
-
-        A perturbation that no training cell received has its prior as its exact posterior. q is set
-        to the prior there: its KL is zero, and what the model predicts for it is the prior's.
+        summed over latents, in closed form given the sampled mask. For a perturbation that no
+        training cell received, q is the prior, which is its exact posterior: its KL is zero.
         """
         mask, kl_mask = self.sample_mask(t, n_particles)
         loc, var = self.effect_posterior(mask, t)
@@ -380,8 +354,7 @@ class SAMSVAE(nn.Module):
         return mask, effect, kl_mask, kl_effect
 
     def sample_many_globals(self, t, n_particles, chunk=2**22):
-        """mask, effect (K, U, L) of `sample_globals`, with little more memory than for themselves:
-        at most about `chunk` numbers per temporary array."""
+        """mask, effect (K, U, L) of `sample_globals`; about `chunk` numbers per temporary array."""
         n = max(1, chunk // (self.widest * len(t)))
         draws = [self.sample_globals(t, min(n, n_particles - k))[:2]
                  for k in range(0, n_particles, n)]
@@ -411,19 +384,18 @@ class SAMSVAE(nn.Module):
 
     def encode(self, x, z_pert, d, c):
         """Mean and variance of q(z_basal | x, z_pert): (K, B, L), or (B, L) if it sees x alone."""
-        parts = (self.standardise(x), c) + (z_pert,) * self.correlated_basal
+        x = (torch.log1p(x) - self.x_mean) / self.x_std
+        parts = (x, c) + (z_pert,) * self.correlated_basal + self.seen_dosages(d)
         return loc_and_variance(self.encoder(*parts))
 
-    def standardise(self, x):
-        """What the encoder sees of counts x: log(1 + x), standardised per gene."""
-        return (torch.log1p(x) - self.x_mean) / self.x_std
-
     def log_rho(self, z, d, c):
-        """Log expected transcript frequencies (..., G) of latent states z (..., L).
+        """Log expected transcript frequencies (..., G) of latent states z (..., L), dosages
+        d (..., P) and covariates c (..., C)."""
+        return F.log_softmax(self.decoder(z, c, *self.seen_dosages(d)), dim=-1)
 
-        d (..., P) dosages, which the conditional VAE alone looks at (also in encode); c (..., C)
-        covariates."""
-        return F.log_softmax(self.decoder(z, c), dim=-1)
+    def seen_dosages(self, d):
+        """What encoder and decoder see of dosages, a tuple: nothing, but in the conditional VAE."""
+        return ()
 
     def log_likelihood(self, x, z, d, c):
         """log p(x | z), (K, B), of counts x (B, G) with their observed library size (2.2)."""
@@ -438,10 +410,9 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     and q(m_tl | p_tl) = Bern(p_tl) is the generative one: it cancels in the KL, and what is left is
     KL(q(p_tl) || Beta(a, b)). Beta(1, 1) at the start.
 
-    There is one p per entry, so that nothing couples the entries: the masks alone have the prior
-    Bern(a / (a + b)), 1/3 by default, and the number of ones in them is as fixed as by Bern(alpha).
-    What differs is the objective. Its KL is that of the masks plus how far q(p | m) is from
-    p(p | m): the bound has that much slack.
+    With one p per entry nothing couples the entries: masks have the prior Bern(a / (a + b)), 1/3 by
+    default. What differs from Bern(alpha) is the objective: its KL is the masks' own plus how far
+    q(p | m) is from p(p | m), and the bound has that much slack.
     """
 
     def init_mask(self, n_perturbations):
@@ -452,8 +423,7 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     @torch.no_grad()
     def set_masks(self, logits):
         """E_q[p_tl] = sigmoid(logits), (T, L)."""
-        # The smaller of a and b is 1: of all pairs of this mean nearly the one of least KL, where
-        # the prior's a is 1 and the entry is probably 0.
+        # The smaller of a and b is 1: of all pairs of this mean nearly the one of least KL.
         self.mask_log_a.copy_(logits.clamp(min=0))
         self.mask_log_b.copy_((-logits).clamp(min=0))
 
@@ -462,8 +432,7 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
         return math.log(self.mask_a) - math.log(self.mask_b)
 
     def posterior_logits(self, t):
-        """The log odds of E_q[p_tl], (U, L). p_t itself is not drawn: nothing but m_t depends on
-        it, and with p_tl integrated out, m_tl ~ Bern(E_q[p_tl])."""
+        """The log odds of E_q[p_tl], (U, L): with p_tl integrated out, m_tl ~ Bern(E_q[p_tl])."""
         a, b = self.posterior(t)
         return a.log() - b.log()
 
@@ -485,28 +454,27 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 # ============================================================================================
 #
 # The prior N(0, I) of the basal state looks the same from every angle, and decoder and encoder can
-# undo any rotation R of the latent space: it is the sparsity of the masks alone that says which
-# axes are right. Gradient descent on masks that start at 1/2 often does not find them. It makes
-# masks sparse around whatever axes the networks took in their first steps, and then stays there,
-# because every small turn, on its way to sparser masks, needs denser ones first. So we look for the
-# axes where that is easy, between two parts of the training:
+# undo any rotation R of the latent space: the sparsity of the masks alone says which axes are
+# right. Gradient descent on masks that start at 1/2 often does not find them: masks become sparse
+# around whatever axes the networks took in their first steps, and stay there, because every small
+# turn, on its way to sparser masks, needs denser ones first. So we look for the axes where that is
+# easy, between two parts of the training:
 #
 #   1. masks of one, q(m_tl = 1) = 1: the effects e_t are free to be dense, as in CPA-VAE (2.4)
 #   2. `begin_masks`: of these offsets the axes in which they are sparsest, and a mask of each entry
 #   3. SAMS-VAE in these axes, with the paper's objective
 #
-# Nothing but eq. 1 has to know of R. Networks, z_basal and its guide keep the coordinates that they
-# have (in which a diagonal covariance is a good one: to turn the networks would break that).
+# Nothing but eq. 1 has to know of R: networks, z_basal and its guide keep their coordinates (in
+# which a diagonal covariance is a good one: to turn the networks would break that).
 
 
 def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
     """The orthogonal R (L, L) for which offsets R is sparsest: of the smallest sum of |entries|.
 
     offsets (T, L), a row for each perturbation. Why this sum, L1? R leaves the length of every row
-    as it is, and of all rows of one length those with a single entry have the smallest sum. Why
-    only here? As a penalty in training it would shrink effects; between axes in which the cells
-    look the same it just chooses. Near zero |y| is rounded off, sqrt(y^2 + eps^2), with an eps that
-    is small against effects (the unit is the standard deviation of the basal state).
+    as it is, and of all rows of one length those with a single entry have the smallest sum. Near
+    zero |y| is rounded off, sqrt(y^2 + eps^2), with an eps that is small against effects (the unit
+    is the standard deviation of the basal state).
 
     R exp(S - S^T) is orthogonal for every matrix S, and to first order in S it is R + R (S - S^T).
     Each step of Adam starts from S = 0 at the R of the last. There are local minima: the best of
@@ -539,8 +507,7 @@ def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
     the Savage-Dickey ratio, log p(e = 0) / q(e = 0).)
 
     The latent space is learned, and bent: what should be zero comes out as some tenth of the
-    largest entry of e_t, with a far smaller w. (On the harder screen of the README nine of ten such
-    entries were below 0.09 times the largest.) So y has this error, too: the square of `misfit`
+    largest entry of e_t, with a far smaller w. So y has this error, too: the square of `misfit`
     times the largest entry of loc is added to w.
     """
     by_cells = (1 - var / beta).clamp(min=1e-3)  # a perturbation without cells has var = beta
@@ -559,7 +526,6 @@ def begin_masks(model):
     t, trained = model.all_perturbations(), model.n_cells > 0
 
     def touched():
-        """The effective number of latents."""
         e = model.effect_posterior(None, t)[0][trained]
         return (e.abs().sum(1).square() / e.square().sum(1).clamp(min=1e-30)).mean().item()
 
@@ -567,10 +533,7 @@ def begin_masks(model):
     model.turn(sparsest_axes(model.effect_posterior(None, t)[0][trained]))
     model.masks_of_one = False
     log_odds = mask_log_odds(*model.effect_posterior(None, t), model.prior_logit(), model.beta)
-    # Within what training can still change. (With an alpha so small that no evidence reaches -4, as
-    # 1e-30, all masks begin there, and training raises those that the cells ask for. To begin from
-    # the evidence alone was no better: F1 of 0.90 and 0.97 on two screens, and 0.91 and 0.99 so.)
-    model.set_masks(log_odds.clamp(-4, 4))
+    model.set_masks(log_odds.clamp(-4, 4))  # within what training can still change
     return before, touched()
 
 
@@ -602,10 +565,10 @@ class SVAEPlus(SAMSVAE):
 
     In the symbols of this file: z = z_basal + z_pert with z_basal ~ N(0, I) and one label d per
     cell, whose effect mu_d is a parameter; z_pert = 0 for controls. A combination must be a label
-    of its own (`one_label_per_cell` in data.py makes it one), and a label without training cells
-    has no effect: nothing is known of it. The mask is sampled, m_t ~ Bern(p_t), but p_t is a point
-    estimate under a prior Beta(1, b): p and q of the mask are the same and cancel, and
-    -log Beta(p_t; 1, b) is what t pays in place of a KL. (A density: it can be negative.)
+    of its own (`one_label_per_cell` in data.py), and one without training cells has no effect. The
+    mask is sampled, m_t ~ Bern(p_t), but p_t is a point estimate under a prior Beta(1, b): p and q
+    of the mask are the same and cancel, and -log Beta(p_t; 1, b) is what t pays in place of a KL.
+    (A density: it can be negative.)
     """
 
     adds_effects = False
@@ -635,12 +598,6 @@ class SVAEPlus(SAMSVAE):
         loc = torch.where(self.trained(t), self.effect_loc.index_select(0, t), 0.0)
         return loc, 1 / (self.n_cells[t].unsqueeze(-1) + 1 / self.beta).expand_as(loc)
 
-    @torch.no_grad()
-    def turn(self, axes):
-        """As in SAMS-VAE; mu has no variance."""
-        self.axes.copy_(self.axes @ axes)
-        self.effect_loc.copy_(self.effect_loc @ axes)
-
     def sample_globals(self, t, n_particles):
         """Draw m_t; mask, effect (K, U, L), -log Beta (U,), and no KL of mu (K, U)."""
         mask, minus_log_beta = self.sample_mask(t, n_particles)
@@ -667,16 +624,6 @@ class ConditionalVAE(SAMSVAE):
     has_effects = False
     has_correlated_guide = False
 
-    def init_decoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """z (L), covariates and d (T) -> logits of rho (G)."""
-        self.decoder = MLP([self.n_latent, self.n_covariates, n_perturbations], n_hidden, n_layers,
-                           n_genes)
-
-    def init_encoder(self, n_perturbations, n_hidden, n_layers, n_genes):
-        """x (G), covariates and d (T) -> mean and log variance of z (2 L)."""
-        self.encoder = MLP([n_genes, self.n_covariates, n_perturbations], n_hidden, n_layers,
-                           2 * self.n_latent)
-
     def init_mask(self, n_perturbations):
         """There are no masks."""
 
@@ -696,17 +643,10 @@ class ConditionalVAE(SAMSVAE):
         """Zero, (K, T): there are no global latent variables."""
         return mask.new_zeros(mask.shape[:2], dtype=torch.float64)
 
-    def encode(self, x, z_pert, d, c):
-        """Mean and variance of q(z | x, d), (B, L)."""
-        return loc_and_variance(self.encoder(self.standardise(x), c, self._trained_only(d)))
-
-    def log_rho(self, z, d, c):
-        """Log expected transcript frequencies (..., G) of states z (..., L), dosages d (..., P)."""
-        return F.log_softmax(self.decoder(z, c, self._trained_only(d)), dim=-1)
-
-    def _trained_only(self, d):
+    def seen_dosages(self, d):
+        """d, without perturbations that no training cell received."""
         # n_cells[NONE] is that of the last perturbation: the result is NONE either way.
-        return torch.where(self.n_cells[d] > 0, d, NONE)
+        return (torch.where(self.n_cells[d] > 0, d, NONE),)
 
 
 MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, "cpa-vae": CPAVAE,
@@ -718,10 +658,9 @@ MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, 
 # ============================================================================================
 #
 # What a trained model has learned of cells holds for perturbations that it has not seen, too: their
-# cells then have to say no more than which latents these touch, and how far they move them. So
-# encoder, decoder, dispersions and R stay as they are, and so do masks and effects of the known
-# perturbations. New ones are new rows of the parameters of q(m) and q(e), or new columns of a
-# network's first layer, and these alone are learned.
+# cells then have to say no more than which latents these touch, and how far they move them. New
+# perturbations are new rows of the parameters of q(m) and q(e), or new columns of a network's first
+# layer, and these alone are learned; all else stays as it is.
 
 MASKS = ("mask_logits", "mask_log_a", "mask_log_b")  # (T, L) each, where a model has them
 EFFECTS = ("effect_loc", "effect_log_var")
@@ -737,9 +676,9 @@ def perturbation_dims(model):
 
 @torch.no_grad()
 def continue_from(model, base, known):
-    """Give a model the weights of a trained one of its class, `base`. known (T',) are positions of
-    perturbations in base, which become the model's first T'; the rest keep their initial values.
-    Masks become certain: 1 where their probability is above 1/2, else 0."""
+    """Give a model the weights of a trained one of its class, `base`. Its perturbations at the
+    positions known (T',) become the model's first T'; the others keep their initial values. Masks
+    become certain: 1 where their probability is above 1/2, else 0."""
     dims, weights = perturbation_dims(model), base.state_dict()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if name not in dims:
@@ -756,8 +695,7 @@ def continue_from(model, base, known):
 
 
 def learn_others_only(model, n_known):
-    """Let training change nothing but what belongs to other perturbations than the first n_known.
-    """
+    """Let training change only what belongs to other perturbations than the first n_known."""
     dims, n_new = perturbation_dims(model), len(model.n_cells) - n_known
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in dims)
@@ -775,11 +713,10 @@ def learn_others_only(model, n_known):
 def draws_for(d, n_perturbations, shared=False):
     """Which (m_t, e_t) to draw for cells of dosages d (B, P): t (U,), and d as positions in t.
 
-    A cell's term depends on nothing but the draw of its own perturbations. Cells may share one draw
-    of all T or have draws of their own: the expectation is the same. We take whichever is fewer:
-    never more than B P, however many perturbations there are. With `shared`, cells share the draws
-    in any case, of those perturbations that some cell has: their number is not known before, so
-    that a GPU has to wait for it.
+    A cell's term depends on the draw of its own perturbations alone: cells may share one draw of
+    all T or have draws of their own, and the expectation is the same. We take whichever is fewer:
+    never more than B P. With `shared`, cells share the draws in any case, of those perturbations
+    that some cell has (a GPU has to wait for their number).
     """
     if n_perturbations <= d.numel():
         return torch.arange(n_perturbations, device=d.device), d
@@ -811,9 +748,8 @@ def elbo(model, x, d, c, n_particles=5):
     z = z_basal + z_pert  # (K, B, L)
 
     # Effect and mask of t are shared by every cell that received t: the full ELBO holds their KL
-    # once. A cell that received t pays 1/n_t of it, so that over an epoch the shares of all its
-    # cells sum to exactly one, however the cells fall into minibatches. n_t counts training cells;
-    # where there are none the share is zero.
+    # once. A cell that received t pays 1/n_t of it: over an epoch the shares of all its cells sum
+    # to exactly one, however they fall into minibatches. Without training cells it is zero.
     n_t = model.n_cells[t]
     share = (n_t > 0) / n_t.clamp(min=1)  # (U,)
 
@@ -863,23 +799,21 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
         joint        for all together   log 1/K sum_k [ p(M_k, E_k) / q(M_k, E_k) prod_i w_ik ]
 
     The joint one is eq. 6 and 7: a bound on log p(X | D), the log marginal likelihood of all cells
-    given the decoder, the dispersions and R, with M and E from their priors. It is dominated by one
-    or few particles when there are many cells: see the effective sample size of its weights,
-    (sum_k w_k)^2 / sum_k w_k^2, from 1 to K. Perturbations that no test cell has are left out of
-    p/q: they are independent of all else, and their mean p/q is 1.
+    given the decoder, the dispersions and R, with M and E from their priors. With many cells few
+    particles dominate it: see the effective sample size of its weights, (sum_k w_k)^2 /
+    sum_k w_k^2, from 1 to K. Perturbations that no test cell has are left out of p/q: they are
+    independent of all else, and their mean p/q is 1.
 
     The predictive one is a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)]: the log
-    density of a new cell under the approximate posterior predictive. The ratio p/q of (M, E) does
-    not enter. Its mean over cells is what the authors' code computes where the paper reports test
-    IWELBO.
+    density of a new cell under the approximate posterior predictive. Its mean over cells is what
+    the authors' code computes where the paper reports test IWELBO.
 
-    A model without global latents (the conditional VAE) has no joint weight: its joint one is the
-    sum over cells of the predictive one, and the effective sample size is NaN.
+    Without global latents (the conditional VAE) there is no joint weight: joint is the sum over
+    cells of the predictive one, and the effective sample size is NaN.
 
     batches yields x (B, G), d (B, P), c (B, C). Returns predictive (N,), joint (a float, the total)
-    and effective_sample_size (a float). At most about `chunk` numbers per temporary array (default:
-    `chunk_on`): memory grows with neither K nor N, except for the draws of (M, E) themselves,
-    (K, T, L).
+    and effective_sample_size (a float). About `chunk` numbers per temporary array (default:
+    `chunk_on`), beside the draws of (M, E) themselves, (K, T, L).
     """
     chunk = chunk or chunk_on(model, 2**22)
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_particles, chunk)
@@ -924,14 +858,12 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
         per_10k          y = 1e4 x / sum x
         log_normalised   y = log2(1 + 1e4 x / sum x)
 
-    (3.2 has the first; the authors' code for Table 1 takes the last. Means of real cells are of the
-    last two, and the second is not 1e4 rho: where a gene with theta = 0.5 has a quarter of the
-    counts, 1,939 and 2,500.) A simulated cell without any count, which a small library makes
-    likely, has only the first y; the others leave it out, as a data set does. All arms share every
-    latent: z_basal, masks, effects and the noise of the likelihood, so that equal arms give equal
-    results. With basal (K, L) these are the basal states, such as those of given cells, in place of
-    n_particles draws from p. Returns a dict of three (C, G) tensors in double precision. At most
-    about `chunk` numbers per temporary array (default: `chunk_on`).
+    (3.2 has the first; the authors' code for Table 1 takes the last. The second is not 1e4 rho.) A
+    simulated cell without any count has only the first y; the others leave it out, as a data set
+    does. All arms share every latent: z_basal, masks, effects and the noise of the likelihood, so
+    that equal arms give equal results. basal (K, L) are basal states, such as those of given cells,
+    in place of n_particles draws from p. Returns a dict of three (C, G) tensors in double
+    precision. About `chunk` numbers per temporary array (default: `chunk_on`).
     """
     chunk = chunk or chunk_on(model, 2**24)
     t, drawn = draws_for(arms, len(model.n_cells), shared=True)
@@ -961,9 +893,8 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
     ATE(d*) = E over z_basal ~ p, (M, E) ~ q of [ E[y | do(d*)] - E[y | do(no perturbation)] ]
 
     for the three y of `expected_expression`, whose arguments these are, in cells of unknown
-    covariates if there are some; "no perturbation" is the paper's d_0. Returns a dict of three
-    (C, G) tensors. A dosage without any perturbation has an effect of exactly zero. Differs from
-    the authors' code, which draws a new z_basal for each arm.
+    covariates; "no perturbation" is the paper's d_0. Returns a dict of three (C, G) tensors.
+    Differs from the authors' code, which draws a new z_basal for each arm.
     """
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
     no_covariates = arms.new_empty(len(arms), 0)
@@ -1002,11 +933,8 @@ def chunk_on(model, chunk):
 
 
 def sobol_normal(n, n_latent, device):
-    """n points of a scrambled Sobol sequence as draws of N(0, I), (n, L).
-
-    Each point is such a draw, but together they lie more evenly than independent ones: means over
-    them are as unbiased, and usually less noisy.
-    """
+    """n draws of N(0, I), (n, L), from a scrambled Sobol sequence: together they lie more evenly
+    than independent ones, so that means over them are as unbiased, and usually less noisy."""
     seed = int(torch.randint(2**31, ()))
     u = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=seed).draw(
         n, dtype=torch.float64)
@@ -1017,8 +945,8 @@ class NormalisedMeans:
     """Means over particles of 1e4 x / sum x and log2(1 + 1e4 x / sum x), sum x > 0, for C arms.
 
     Sampled counts are a noisy and slow way to them. The counts are a Gamma-Poisson mixture:
-    x ~ Poisson(rate), rate = library rho gamma, gamma ~ Gamma(theta, theta). Given gamma, and given
-    its sum, x is multinomial. So the first mean is exact,
+    x ~ Poisson(rate), rate = library rho gamma, gamma ~ Gamma(theta, theta). Given gamma and its
+    sum, x is multinomial. So the first mean is exact,
 
         E[1e4 x / sum x | gamma, sum x > 0] = 1e4 rate / (sum of the rates).
 
@@ -1032,12 +960,9 @@ class NormalisedMeans:
     suffice. Both are zero for a cell without counts, which has probability exp(-sum of the rates),
     so that dividing by one minus its mean leaves such cells out.
 
-    The arms share gamma, and start their Poisson draws from the same random numbers. In small
-    models (10 to 1,000 genes, theta 0.05 to 10, library 200 and 10,000) the variance of a
-    log-normalised effect was 1.4 to 89 times smaller than by as many counts that each arm samples
-    on its own. Against counts whose gamma the arms share it was smaller in most cases, too, but up
-    to 8 times larger for 10 genes and theta = 0.05: a cell's counts are on few genes then, and
-    y - h is not small.
+    The arms share gamma, and start their Poisson draws from the same random numbers. (The variance
+    of a log-normalised effect was 1.4 to 89 times smaller than by as many cells sampled for each
+    arm; the gain is least where a cell's counts are on few genes, and y - h is not small.)
     """
 
     def __init__(self, log_theta, library, n_arms):
@@ -1079,10 +1004,10 @@ class NormalisedMeans:
 
 
 def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):
-    """A function rate -> E[log2(1 + 1e4 x / library)], x ~ Poisson(rate), of tensors of log rates.
+    """A function log rate -> E[log2(1 + 1e4 x / library)], x ~ Poisson(rate), of tensors.
 
-    It depends on one number only and is tabulated: n_nodes equidistant values of log(1 + rate), in
-    which it is nearly a line, and linear interpolation between them. Values are exact to 2e-5.
+    It is tabulated at n_nodes equidistant values of log(1 + rate), in which it is nearly a line,
+    and interpolated linearly. Values are exact to 2e-5.
     """
     u = torch.linspace(0, math.log1p(largest), n_nodes, dtype=torch.float64, device=device)
     rate, unit = torch.expm1(u), library / 1e4  # E log(1 + x / unit) = E log(unit + x) - log unit

@@ -182,8 +182,8 @@ def parameters_of(model, names):
 
 
 def new_optimizer(run):
-    """Adam (A.4) in the run's state; masks in the sparsest axes, and effects, have learning rates
-    of their own (ours)."""
+    """Adam (A.4) in the run's state, with learning rates of their own for masks and effects (ours).
+    """
     config = run.config
     masks, effects = (parameters_of(run.model, names) for names in (MASKS, EFFECTS))
     others = [p for name, p in run.model.named_parameters() if name not in MASKS + EFFECTS]
@@ -205,8 +205,7 @@ def set_moments(optimizer, state):
 
 
 def objective(model, x, d, c, config):
-    """`elbo`; with --precision bf16, linear layers multiply in bfloat16, and all else stays
-    in float32."""
+    """`elbo`; with --precision bf16, linear layers multiply in bfloat16, all else in float32."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
         return elbo(model, x, d, c, config["particles"])
 
@@ -274,8 +273,7 @@ def validation_loss(run):
 
 
 class Log:
-    """log.jsonl and the line on the screen: means of all terms over the steps since the last line.
-    """
+    """log.jsonl and lines on the screen: means of all terms over the steps since the last line."""
 
     TERMS = ("log_likelihood", "kl_basal", "kl_mask", "kl_effect", "loss")
 
@@ -373,10 +371,9 @@ class Run:
 
     @classmethod
     def load(cls, folder, name="best.pt", device=None, **changes):
-        """Open a run as best.pt or last.pt has it; changes are options that may change: data,
-        steps, precision. Raises DataError where something is missing, damaged or another file."""
-        device = choose_device(device)
-        state = load_checkpoint(folder, name)
+        """Open a run as best.pt or last.pt has it; changes are options: data, steps, precision.
+        Raises DataError where something is missing, damaged or another file."""
+        device, state = choose_device(device), load_checkpoint(folder, name)
         config, fixed = state["config"] | changes, state["fixed"]
         check_shares(config)
         if not os.path.exists(config["data"]):
@@ -398,14 +395,12 @@ class Run:
 
     @property
     def n_known(self):
-        """With --adapt, how many of the model's perturbations, the first, the base run knew; else
-        None."""
+        """With --adapt, how many perturbations, the first, the model knew before; else None."""
         return self.fixed["n_known"]
 
     @functools.cached_property
     def taught_by(self):
-        """The split's cells that teach and validate: with --adapt, only cells that received a new
-        perturbation."""
+        """The split's cells that teach and validate; with --adapt: with new perturbations."""
         return {name: cells if self.n_known is None else
                 cells[(self.model_screen.d[cells] >= self.n_known).any(1)]
                 for name, cells in self.split.items()}
@@ -417,8 +412,7 @@ class Run:
 
     def save(self, name, optimizer=None):
         """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer as it began.
-
-        A hash of all that stands before it ends the file; torch.load passes over it."""
+        The file ends with a hash of all before it, over which torch.load passes."""
         if rank() > 0:
             return
         buffer = io.BytesIO()
@@ -438,17 +432,15 @@ def hash_of(content):
 
 
 def load_checkpoint(folder, name):
-    """Read runs/NAME/best.pt, last.pt or warm.pt. Nothing in it is unpickled into code.
-
+    """The dict in runs/NAME/best.pt, last.pt or warm.pt; nothing in it is unpickled into code.
     Raises DataError where it is missing, no checkpoint, or not to the last bit what was saved."""
     path = os.path.join(folder, name)
     try:
         with open(path, "rb") as file:
             content = file.read()
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: not there; a run is a folder, runs/NAME, that train.py made, and "
-                        "validations write best.pt (with --axes sparsest, once there are masks)"
-                        ) from None
+        raise DataError(f"{path}: not there; a run is a folder, runs/NAME, that gets a best.pt at "
+                        "its first validation with masks") from None
     if hash_of(content[:-64]) != content[-64:]:
         raise DataError(f"{path}: is damaged, was changed, or is no checkpoint of train.py")
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -465,8 +457,8 @@ def build_model(state):
 
 
 def read_screen_of(config, fixed=None):
-    """The screen of a configuration. With --adapt, genes and covariates are the model's: `fixed` is
-    what a checkpoint says of it."""
+    """The screen of a configuration; with --adapt, with the genes and covariates in a checkpoint's
+    `fixed`."""
     options = {name: config[name] for name in data.READING} | {"stream": config["stream"]}
     if not config["adapt"]:
         return data.read_screen(config["data"], **options)
@@ -480,13 +472,13 @@ def read_screen_of(config, fixed=None):
 
 
 def known_covariates(screen, columns, known):
-    """Covariates of a screen's cells, (N, columns), as positions in the values that a run knows.
+    """Covariates (N, columns) of a screen's cells as positions in the values that a run knows.
     Raises DataError where a column is missing, or has no known value."""
     place, c = {name: i for i, name in enumerate(known)}, []
     for column in columns:
         if column not in screen.file.obs_columns:
             raise DataError(f"{screen.path}: has no obs column {column!r}, a covariate that the run"
-                            " was trained with: add it, if need be with one value in all cells")
+                            " was trained with: add it, if need be with a single value")
         values = [f"{column}={value}" for value in screen.obs(column).astype(str)]
         unknown = ", ".join(sorted({*values} - {*known})[:5])
         if {*values}.isdisjoint(known):
@@ -561,8 +553,7 @@ def main(arguments=None):
 
 
 def new_run(args, given, device):
-    """Begin a run: its folder, with all that it holds at step 0. Raises DataError for a wrong file
-    or option, and leaves no folder then."""
+    """Begin a run: its folder, as at step 0. Where that fails, no folder is left."""
     base = load_checkpoint(args.adapt, "best.pt") if args.adapt else None
     config = configuration_of_adapted(args, given, base) if base else configuration(args, given)
     check_shares(config)
@@ -603,7 +594,7 @@ def new_folder(name, config):
 
 
 def begin(folder, config, given, base, device):
-    """A run at step 0, with --adapt from `base`, the best.pt of another one. Options that follow
+    """A run at step 0; base is the best.pt that --adapt starts from, or None. Options that follow
     from the screen become part of config."""
     if config["simulated"]:
         config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
@@ -641,8 +632,7 @@ def begin(folder, config, given, base, device):
 
 
 def fresh_model(config, given, screen, batches, cells, n_cells):
-    """A new model and its arguments, with what it knows of the training cells (positions `cells`):
-    n_t, the encoder's standardisation, the first weights."""
+    """A new model and its arguments; `cells` are the positions of training cells."""
     if config["preset"] is None:
         by_size = own_settings(0.64 * len(screen.rows), len(screen.perturbations),
                                given.get("n_latent"))
@@ -679,7 +669,7 @@ def resumed(args, given, device):
     changes = {name: value for name, value in given.items() if value != config.get(name)}
     if args.name or changes.keys() - {"steps", "precision"}:
         raise DataError(f"--resume takes its options from {args.resume}; only --steps, --precision,"
-                        " --device and --data (a file that has moved) can be given")
+                        " --device and --data can be given")
     if args.data:
         changes["data"] = os.path.abspath(args.data)
     run = Run.load(args.resume, "last.pt", device, **changes)
@@ -741,8 +731,8 @@ def n_ranks():
 def check_shares(config):
     """Raise DataError where the cells of a batch cannot be shared out evenly."""
     if config["batch_size"] % n_ranks():
-        raise DataError(f"--batch-size {config['batch_size']} is no multiple of {n_ranks()}, the "
-                        "number of processes")
+        raise DataError(f"--batch-size {config['batch_size']} is no multiple of the {n_ranks()} "
+                        "processes")
 
 
 def from_first(function):
@@ -762,8 +752,7 @@ def average(tensor):
 
 
 def average_gradients(model):
-    """The gradient of the whole batch: the mean of its shares, in one exchange for all parameters.
-    """
+    """The gradient of the whole batch, the mean of its shares: one exchange for all parameters."""
     if n_ranks() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]  # the same in all

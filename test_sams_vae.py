@@ -38,11 +38,11 @@ import data
 import evaluate
 import train
 from sams_vae import (CPAVAE, EFFECTS, MASKS, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE,
-                      ConditionalVAE, NormalisedMeans, SVAEPlus, average_treatment_effects,
-                      begin_masks, continue_from, elbo, expected_expression, iwelbo, kl_bernoulli,
-                      kl_normal, learn_others_only, mask_log_odds, mean_log_of_poisson,
-                      nb_log_likelihood, per_dosage, perturbation_dims, sample_counts,
-                      sample_frequencies, sparsest_axes, straight_through_bernoulli, sum_effects)
+                      ConditionalVAE, SVAEPlus, average_treatment_effects, begin_masks,
+                      continue_from, elbo, expected_expression, iwelbo, kl_bernoulli, kl_normal,
+                      learn_others_only, mask_log_odds, mean_log_of_poisson, nb_log_likelihood,
+                      per_dosage, perturbation_dims, sample_counts, sample_frequencies,
+                      sparsest_axes, straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -133,32 +133,25 @@ def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
     assert abs(ours.item() - poisson.item()) < 2e-3
 
 
-@pytest.mark.parametrize("n_counts, within", [(10_000, 0.005), (100_000, 0.03), (1_000_000, 0.2)])
-def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(n_counts, within):
+@pytest.mark.parametrize("n_cells, n_genes, n_counts, log_thetas, within, in_training", [
+    (8, 2000, 10_000, (-2, 2, 8, 15, 20), 0.005, None),
+    (8, 2000, 100_000, (-2, 2, 8, 15, 20), 0.03, None),
+    (8, 2000, 1_000_000, (-2, 2, 8, 15, 20), 0.2, None),
+    (200, 10, 100_000, (math.log(1e-6), -7, math.log(0.1)), 1e-4, 0.05)])
+def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(
+        n_cells, n_genes, n_counts, log_thetas, within, in_training):
     torch.manual_seed(0)
-    logits = 1.5 * torch.randn(8, 2000)
+    logits = 1.5 * torch.randn(n_cells, n_genes)
     x = torch.poisson(n_counts * logits.softmax(-1))
-    log_rho = (logits + 0.05 * torch.randn(3, 8, 2000)).log_softmax(-1)
+    log_rho = (logits + 0.05 * torch.randn(3, n_cells, n_genes)).log_softmax(-1)
     library = x.sum(-1, keepdim=True).log()
-    for log_theta in (-2.0, 2.0, 8.0, 15.0, 20.0):
-        log_theta = torch.tensor(log_theta)
+    for log_theta in map(torch.tensor, map(float, log_thetas)):
         exact = nb_log_likelihood(x, *(v.double() for v in (log_rho, log_theta, library)))
         with torch.no_grad():  # as in evaluation
             assert (nb_log_likelihood(x, log_rho, log_theta, library) - exact).abs().max() < within
-
-
-@pytest.mark.parametrize("theta", [1e-6, 1e-3, 0.1])
-def test_nb_in_single_precision_is_exact_for_small_theta_and_large_counts_of_few_genes(theta):
-    torch.manual_seed(0)
-    logits = torch.randn(200, 10)
-    x = torch.poisson(100_000 * logits.softmax(-1))
-    log_rho = (logits + 0.05 * torch.randn(3, 200, 10)).log_softmax(-1)
-    library, log_theta = x.sum(-1, keepdim=True).log(), torch.tensor(theta).log()
-    exact = nb_log_likelihood(x, *(v.double() for v in (log_rho, log_theta, library)))
-    for training, within in ((False, 1e-4), (True, 0.05)):  # there sums are in single precision
-        with torch.set_grad_enabled(training):
+        if in_training:  # where sums are in single precision
             found = nb_log_likelihood(x, log_rho, log_theta, library)
-        assert (found - exact).abs().max() < within
+            assert (found - exact).abs().max() < in_training
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 1], [0, 0, 1_000_000], [1, 0, 999_999]])
@@ -176,10 +169,6 @@ def test_nb_of_one_count_and_of_a_million_has_the_value_and_gradients_of_torch_d
     torch.testing.assert_close(torch.autograd.grad(ours, (log_rho, log_theta)),
                                torch.autograd.grad(trusted, (log_rho, log_theta)),
                                rtol=1e-5, atol=1e-3)
-    in_float = nb_log_likelihood(*(v.detach().float() for v in (x, log_rho, log_theta, library)))
-    rounding = sum(counts) * 30 * 2**-24  # of s, which is below 30, for each count
-    torch.testing.assert_close(in_float.double().sum(), ours.detach(), rtol=1e-5,
-                               atol=1e-3 + rounding)
 
 
 def test_nb_is_finite_with_finite_gradients_for_every_theta():
@@ -190,23 +179,6 @@ def test_nb_is_finite_with_finite_gradients_for_every_theta():
     assert value.isfinite() and all(g.isfinite().all() for g in gradients)
 
 
-def test_nb_gradients_equal_finite_differences_and_those_of_torch_distributions():
-    torch.manual_seed(0)
-    x = torch.tensor([[0.0, 3, 12], [1, 0, 700]]).double()
-    library = torch.tensor([[0.3], [1.1]]).double()
-    log_rho = torch.randn(4, 2, 3).double().requires_grad_()  # particles share the counts
-    log_theta = torch.tensor([-0.5, 0.3, 2.0]).double().requires_grad_()
-    weights = torch.randn(4, 2).double()  # every cell and particle has its own gradient
-    assert torch.autograd.gradcheck(
-        lambda m, t: weights * nb_log_likelihood(x, m, t, library), (log_rho, log_theta))
-    trusted = torch.distributions.NegativeBinomial(
-        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x).sum(-1)
-    torch.testing.assert_close(
-        torch.autograd.grad((weights * nb_log_likelihood(x, log_rho, log_theta, library)).sum(),
-                            (log_rho, log_theta)),
-        torch.autograd.grad((weights * trusted).sum(), (log_rho, log_theta)), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", [(), (1,), (4,)])
 @pytest.mark.parametrize("particles", [(), (2,), (6, 2)])
 @pytest.mark.parametrize("n_cells", [1, 3])
@@ -214,15 +186,17 @@ def test_nb_gradients_are_right_for_one_dispersion_or_one_per_gene_and_any_numbe
         shape, particles, n_cells):
     torch.manual_seed(0)
     x = torch.poisson(torch.full((n_cells, 4), 3.0))  # one row of counts may serve three of log_rho
+    library = torch.randn(n_cells, 1, dtype=torch.float64)
     log_rho = torch.randn(*particles, 3, 4, dtype=torch.float64, requires_grad=True)
     log_theta = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    ours = nb_log_likelihood(x.long(), log_rho, log_theta)
+    weights = torch.randn(*particles, 3, dtype=torch.float64)  # every cell has its own gradient
+    ours = nb_log_likelihood(x.long(), log_rho, log_theta, library)
     trusted = torch.distributions.NegativeBinomial(
-        log_theta.exp(), logits=log_rho - log_theta).log_prob(x.double()).sum(-1)
+        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x.double()).sum(-1)
     torch.testing.assert_close(ours, trusted)
     torch.testing.assert_close(
-        torch.autograd.grad(ours.sum(), (log_rho, log_theta)),
-        torch.autograd.grad(trusted.sum(), (log_rho, log_theta)), rtol=1e-5, atol=1e-5)
+        torch.autograd.grad((weights * ours).sum(), (log_rho, log_theta)),
+        torch.autograd.grad((weights * trusted).sum(), (log_rho, log_theta)), rtol=1e-5, atol=1e-5)
 
 
 def test_nb_in_single_precision_has_the_gradients_of_double_precision():
@@ -263,22 +237,15 @@ def test_mask_gradient_is_that_of_the_relaxed_sample():
     assert (gradient > 0).all()
 
 
-def test_kl_terms_equal_torch_distributions_and_monte_carlo():
-    torch.manual_seed(0)
+def test_kl_terms_equal_torch_distributions():
     logits, alpha = torch.tensor([-30.0, -3.0, 0.0, 2.0, 30.0]), 0.03
     q, p = (torch.distributions.Bernoulli(logits=logits.double()),
             torch.distributions.Bernoulli(torch.tensor(alpha).double()))
-    trusted = torch.distributions.kl_divergence(q, p)
-    torch.testing.assert_close(kl_bernoulli(logits, alpha).double(), trusted, rtol=1e-4, atol=1e-6)
-    m = q.sample((100_000,))
-    assert_close_to_mean(q.log_prob(m) - p.log_prob(m), trusted)
-
+    torch.testing.assert_close(kl_bernoulli(logits, alpha).double(),
+                               torch.distributions.kl_divergence(q, p), rtol=1e-4, atol=1e-6)
     loc, var, beta = torch.tensor([0.0, 1.5, -2.0]), torch.tensor([1.0, 0.3, 4.0]), 2.0
     q, p = torch.distributions.Normal(loc, var.sqrt()), torch.distributions.Normal(0, beta**0.5)
-    trusted = torch.distributions.kl_divergence(q, p)
-    torch.testing.assert_close(kl_normal(loc, var, beta), trusted)
-    e = q.sample((100_000,))
-    assert_close_to_mean(q.log_prob(e) - p.log_prob(e), trusted)
+    torch.testing.assert_close(kl_normal(loc, var, beta), torch.distributions.kl_divergence(q, p))
 
 
 @pytest.mark.parametrize("effects", [False, True])
@@ -468,21 +435,12 @@ def test_weights_say_whether_masks_are_of_one(kind):
         assert all(found) == any(found) == of_one
 
 
-def test_f_emb_cannot_be_turned():
-    with pytest.raises(ValueError, match="f_emb"):
-        small_model().turn(torch.eye(3))
-
-
-@pytest.mark.parametrize("basal, effects", GUIDES)
-def test_cpa_vae_is_sams_vae_with_a_mask_of_ones_and_no_kl_for_it(basal, effects):
-    model = small_model(CPAVAE, basal=basal, effects=effects)
+def test_cpa_vae_is_sams_vae_with_a_mask_of_ones_and_no_kl_for_it():
+    model = small_model(CPAVAE)
     mask, _, kl_mask, _ = model.sample_globals(torch.arange(3), 2)
     assert (mask == 1).all() and (kl_mask == 0).all() and (model.mask_probability() == 1).all()
     assert "mask_logits" not in dict(model.named_parameters())
-    value, terms = elbo(model, *small_batch())
-    value.backward()
-    assert terms["kl_mask"] == 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert elbo(model, *small_batch())[1]["kl_mask"] == 0
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
@@ -507,10 +465,11 @@ def test_the_likelihood_of_the_model_has_mean_library_times_softmax_of_the_decod
 
 
 def test_the_encoder_sees_log1p_counts_standardised_by_the_training_cells():
-    mean, std = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.1, 1.0, 3.0])
+    mean, std = torch.tensor([0.5, 1.0, 2.0, 0.0, 0.7]), torch.tensor([0.1, 1.0, 3.0, 0.0, 1e-9])
     torch.manual_seed(0)
     model = SAMSVAE(torch.ones(2), mean, std, 4, 8, correlated_basal=False)
-    x = torch.tensor([[0.0, 3, 20]])
+    x = torch.tensor([[0.0, 3, 20, 3, 1]])
+    std[3:] = 1  # a gene that is constant in training does not divide by zero
     loc, log_var = model.encoder(((1 + x).log() - mean) / std).chunk(2, -1)
     torch.testing.assert_close(model.encode(x, None, None, no_covariates(1)),
                                (loc, log_var.exp() + 1e-4))
@@ -526,13 +485,6 @@ def test_the_posterior_of_an_unseen_perturbation_is_its_prior(kind, basal, effec
     if kind is SAMSVAE:
         assert_close_to_mean(mask[:, 0].detach(), torch.full((3,), model.alpha))
         torch.testing.assert_close(model.mask_probability()[1], torch.full((3,), model.alpha))
-
-
-def test_a_gene_that_is_constant_in_training_does_not_divide_by_zero():
-    model = SAMSVAE(torch.ones(2), torch.tensor([0.0, 0.7]), torch.tensor([0.0, 1e-9]), 2, 4)
-    loc, var = model.encode(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 1, 2), None,
-                            no_covariates(1))
-    assert loc.isfinite().all() and loc.abs().max() < 100 and var.isfinite().all()
 
 
 # ============================================================================================
@@ -565,13 +517,6 @@ def test_the_beta_bernoulli_kl_is_that_of_the_masks_alone_and_some_slack():
     with torch.no_grad():  # no slack where q(p | m) is p(p | m), which is where q is the prior
         model.mask_log_a.fill_(math.log(0.7)), model.mask_log_b.fill_(math.log(3.0))
     assert model.sample_mask(torch.arange(3), 1)[1].abs().max() < 1e-5
-
-
-def test_the_gradient_of_the_beta_bernoulli_mask_reaches_both_parameters():
-    model = small_model(BetaBernoulliSAMSVAE)
-    elbo(model, *small_batch(), 50)[0].backward()
-    for p in (model.mask_log_a, model.mask_log_b):
-        assert p.grad.isfinite().all() and (p.grad != 0).all()
 
 
 def test_the_global_term_of_svae_plus_is_exactly_minus_log_beta_of_the_mask_probability():
@@ -704,8 +649,10 @@ def test_gradients_of_the_elbo_equal_differences_in_double_precision(log_theta, 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
 def test_every_parameter_of_every_model_has_a_finite_gradient(kind, basal, effects):
     model = small_model(kind, n_cells=(5, 0, 2), basal=basal, effects=effects)
-    elbo(model, *small_batch())[0].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    value, terms = elbo(model, *small_batch(), 50)  # with cells of one without training cells
+    value.backward()
+    assert value.isfinite() and all(term.isfinite() for term in terms.values())
+    assert all(p.grad.isfinite().all() and (p.grad != 0).any() for p in model.parameters())
 
 
 # ============================================================================================
@@ -726,15 +673,6 @@ def test_each_perturbation_pays_its_kl_exactly_once_per_epoch(n_absent):
         # The sum over all T: an absent perturbation's KL is zero, and so is what is paid for it.
         assert paid["kl_mask"] == pytest.approx(kl_mask.sum().item(), rel=1e-5)
         assert paid["kl_effect"] == pytest.approx(kl_effect.sum().item(), rel=1e-5)
-
-
-def test_a_validation_cell_of_a_perturbation_absent_from_training_gives_a_finite_loss():
-    for kind, (basal, effects) in itertools.product([SAMSVAE, CPAVAE], GUIDES):
-        model = small_model(kind, n_cells=(0, 3, 2), basal=basal, effects=effects)
-        value, terms = elbo(model, *small_batch())
-        value.backward()
-        assert value.isfinite() and all(t.isfinite() for t in terms.values())
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -845,12 +783,6 @@ def test_predictive_iwelbo_with_one_particle_has_the_elbo_without_global_terms_a
     error = math.sqrt(iwelbo.var() / 2000 + local.var() / 500)
     assert error < 0.1
     assert abs(iwelbo.mean() - local.mean()) < 4.5 * error
-
-
-def test_predictive_iwelbo_grows_with_the_number_of_particles():
-    model = small_model()
-    means = [repeated_iwelbo(model, k, 200).mean().item() for k in (1, 5, 25, 125)]
-    assert means == sorted(means) and means[-1] - means[0] > 0.05
 
 
 def tiny_problem(kind, basal, effects):
@@ -1065,21 +997,6 @@ def test_simulated_cells_without_counts_are_left_out_of_log_normalised_effects()
     assert ((undivided - plain.mean(0)).abs() > 12 * error).any()
 
 
-def test_means_per_10k_are_exact_given_gamma_where_one_gene_has_much_and_theta_is_small():
-    # In place of 1e4 rho = 2,500 for a quarter of the counts with theta = 1/2.
-    theta = torch.tensor([0.5, 30, 30, 30]).log()
-    means = NormalisedMeans(theta, 1e4, 1)
-    torch.manual_seed(0)
-    means.next_particles(200_000)
-    means.add(0, torch.full((200_000, 4), 0.25).log())
-    gamma = torch.distributions.Gamma(0.5, 0.5).sample((10**6,)).double()
-    others = torch.distributions.Gamma(90.0, 30.0).sample((10**6,)).double()  # a sum of three
-    exact = 1e4 * (gamma / (gamma + others)).mean().item()
-    found = means.result()["per_10k"][0]
-    assert found[0].item() == pytest.approx(exact, rel=0.01) and 1850 < exact < 1950
-    assert found.sum().item() == pytest.approx(1e4, rel=1e-4)
-
-
 def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
     rate = torch.tensor([1e-6, 0.01, 0.3, 1, 4.7, 60, 400, 998, 1003, 5000], dtype=torch.float64)
     x = torch.arange(12_000, dtype=torch.float64)
@@ -1095,7 +1012,7 @@ def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
     with torch.no_grad():
         model.f_emb.last.bias[3:] -= 4  # mask and effect known well, as after training
         model.mask_logits *= 30
-    d, theta = torch.tensor([[0]]), model.log_theta.detach().exp()
+    theta = model.log_theta.detach().exp()
 
     @torch.no_grad()
     def plain(n):
@@ -1108,12 +1025,10 @@ def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
             y.append(torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True)))
         return (y[0] - y[1]).mean(0)
 
-    a = torch.stack([plain(300) for _ in range(40)])
-    b = torch.stack([average_treatment_effects(model, d, 300, library)["log_normalised"][0]
-                     for _ in range(40)])
-    error = ((a.var(0) + b.var(0)) / 40).sqrt()
-    assert ((a.mean(0) - b.mean(0)).abs() < 5 * error).all()
-    assert a.var(0).mean() > 5 * b.var(0).mean()
+    sampled = torch.stack([plain(300) for _ in range(40)])
+    ours = torch.stack([average_treatment_effects(
+        model, torch.tensor([[0]]), 300, library)["log_normalised"][0] for _ in range(40)])
+    assert sampled.var(0).mean() > 5 * ours.var(0).mean()
 
 
 def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():

@@ -296,15 +296,6 @@ def test_two_perturbations_add_and_the_control_adds_nothing():
     torch.testing.assert_close(z[:, 2], torch.einsum("t,ktl->kl", dosage, effect * mask))
 
 
-def turned_model(kind=SAMSVAE, seed=0, **arguments):
-    """A random small model with the free q(e), and its copy in other axes, masks of one."""
-    model = small_model(kind, effects=False, seed=seed, **arguments)
-    turned = copy.deepcopy(model)
-    model.masks_of_one = turned.masks_of_one = True
-    turned.turn(torch.linalg.qr(torch.randn(3, 3))[0])
-    return model, turned
-
-
 def test_axes_that_are_the_identity_change_no_bit_of_eq_1():
     torch.manual_seed(0)
     mask, effect = (torch.rand(4, 3, 50) > 0.5).float(), torch.randn(4, 3, 50)
@@ -339,16 +330,19 @@ def test_a_sparse_matrix_in_random_axes_is_recovered_up_to_order_and_signs(n_per
 
 @pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE])
 def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
-    model, turned = turned_model(kind)
-    cpa = small_model(CPAVAE, effects=False)
+    model, cpa, batch = small_model(kind, effects=False), small_model(CPAVAE, effects=False), (
+        small_batch())
+    model.masks_of_one = True
     cpa.load_state_dict(model.state_dict(), strict=False)
-    batch = small_batch()
+    turned = copy.deepcopy(model)
+    turned.turn(torch.linalg.qr(torch.randn(3, 3))[0])
+    R = turned.axes  # turned variances are the diagonal of the turned covariance
+    torch.testing.assert_close(turned.effect_log_var.exp(), torch.stack([
+        torch.diagonal(R.T @ torch.diag(var) @ R) for var in model.effect_log_var.exp()]))
+    results = []
     with torch.no_grad():
-        # A variance that is the same in all directions turns exactly.
-        for m in (model, turned, cpa):
-            m.effect_log_var.fill_(-40.0)
-        results = []
         for m in (cpa, model, turned):
+            m.effect_log_var.fill_(-40.0)  # the same in all directions: turns exactly
             torch.manual_seed(1)
             value, terms = elbo(m, *batch, 50)
             ate = average_treatment_effects(m, torch.tensor([[0, 1], [2, NONE]]), 50)
@@ -357,14 +351,6 @@ def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
     for a, b in zip(results[1], results[2], strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
     assert not torch.allclose(model.effect_loc, turned.effect_loc, atol=0.1)
-
-
-def test_turned_variances_are_the_diagonal_of_the_turned_covariance():
-    model, turned = turned_model()
-    var = model.effect_log_var.exp()
-    expected = torch.stack([torch.diagonal(turned.axes.T @ torch.diag(v) @ turned.axes)
-                            for v in var])
-    torch.testing.assert_close(turned.effect_log_var.exp(), expected)
 
 
 @pytest.mark.parametrize("misfit", [0.0, 0.1, 0.5])
@@ -1068,17 +1054,6 @@ def weights_of(model):
     """{name: value} of all parameters and buffers, copies."""
     return {name: value.detach().clone() for name, value in (
         *model.named_parameters(), *model.named_buffers())}
-
-
-@pytest.mark.parametrize("kind, basal, effects", MODELS)
-def test_adapting_to_no_new_perturbation_is_the_identity_but_for_masks_made_certain(
-        kind, basal, effects):
-    models = [small_model(kind, basal=basal, effects=effects, seed=seed) for seed in (0, 8, 9)]
-    for base, model in itertools.pairwise(models):
-        continue_from(model, base, torch.arange(3))
-    trained, once, twice = map(weights_of, models)
-    assert all(torch.equal(once[name], trained[name]) for name in once if name not in MASKS)
-    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -3420,18 +3395,13 @@ def test_the_fingerprint_depends_on_every_count_and_not_on_how_they_are_stored(f
 def test_no_bit_of_a_checkpoint_flips_without_a_word(folder):
     train_on_screen("run", "--steps", "2")
     content, rng = open("runs/run/last.pt", "rb").read(), np.random.default_rng(0)
-    refused = 0
     for position in rng.integers(0, 8 * len(content), 100).tolist():
         damaged = bytearray(content)
         damaged[position // 8] ^= 1 << position % 8
         with open("runs/run/last.pt", "wb") as file:
             file.write(damaged)
-        try:
+        with pytest.raises(data.DataError, match="runs/run/last.pt: is damaged"):
             train.load_checkpoint("runs/run", "last.pt")
-        except data.DataError as error:
-            assert str(error).startswith("runs/run/last.pt: is damaged")
-            refused += 1
-    assert refused == 100
 
 
 def test_checkpoints_metrics_and_logs_of_another_content_are_not_believed(folder, capsys):
@@ -3463,10 +3433,7 @@ def test_checkpoints_metrics_and_logs_of_another_content_are_not_believed(folder
 
     lines = open("runs/run/log.jsonl").readlines()
     with open("runs/run/log.jsonl", "wb") as file:
-        for text in ("[1]", "7", '{"step": "4", "loss": 1}', '{"loss": 1}', '{"step": 3}', "{",
-                     '{"step": [3], "loss": 2}', "\0", '{"step": 3, "loss": 2, "kl_mask": [1]}'):
-            file.write(text.encode() + b"\n\xff\n")
-        file.write("".join(lines).encode() + b'{"step": 5')
+        file.write(b"\0\0\n" + "".join(lines).encode() + b'{"step": 5')  # as kills leave it
     assert train.read_log("runs/run") == [json.loads(line) for line in lines]
     evaluate.main(["runs/run", "--again", "--iwelbo-particles", "2", "--ate-particles", "2"])
     train.main(["--resume", "runs/run", "--steps", "6"])
@@ -3690,7 +3657,6 @@ def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
     assert [line.split()[1] for line in lines] == ["5", "6", "6", "10", "12"]
     assert "axes turned, masks begin: " in lines.pop(2)
     assert all("loss" in line and "validation" in line for line in lines)
-    assert not any("\r" in line for line in lines)
 
 
 def test_the_evaluation_uses_training_and_not_the_other_way_round():
@@ -3699,7 +3665,7 @@ def test_the_evaluation_uses_training_and_not_the_other_way_round():
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
-    with pytest.raises(data.DataError, match="the loss was not finite in steps 1 to 2:"):
+    with pytest.raises(data.DataError, match="the loss was not finite before step 2:"):
         train_on_screen("bad", "--steps", "50", "--lr", "4e9")
     assert train.load_checkpoint("runs/bad", "last.pt")["progress"]["step"] == 0
 
@@ -3828,11 +3794,10 @@ def test_options_that_mean_nothing_together_are_refused(capsys):
         assert words in capsys.readouterr().err + str(refused.value)
 
 
-def test_options_that_mean_nothing_for_a_model_are_not_in_its_configuration(folder):
+def test_options_that_mean_nothing_for_a_model_are_not_in_its_configuration():
     for model, options in (("cvae", ["--correlated-basal", "--correlated-effects"]),
                            ("cpa-vae", ["--axes", "sparsest"])):
-        train_on_screen(model, "--steps", "2", "--model", model, *options)
-        config = train.load_checkpoint(f"runs/{model}", "best.pt")["config"]
+        config = configuration("--data", "x", "--model", model, *options)
         assert config["axes"] == "learned" and not config["correlated_effects"]
         assert config["correlated_basal"] == (model == "cpa-vae")
 
@@ -4535,17 +4500,12 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_
     train.main(["--resume", "runs/two", "--steps", "8"])  # by one
 
 
-def test_batches_that_processes_cannot_share_evenly_and_one_gpu_for_all_are_refused(
-        folder, monkeypatch):
+def test_batches_that_processes_cannot_share_evenly_are_refused(folder, monkeypatch):
     train_on_screen("run", "--steps", "1")
-    with monkeypatch.context() as changed:
-        changed.setattr(train, "n_ranks", lambda: 3)
-        with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of 3"):
-            train.main(["--resume", "runs/run", "--steps", "2"])
-    for name, value in (("TORCHELASTIC_RUN_ID", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(data.DataError, match="--device cuda:0: all processes would share one GPU"):
-        train_on_screen("new", "--device", "cuda:0")
+    monkeypatch.setattr(train, "n_ranks", lambda: 3)
+    for options in (["--resume", "runs/run", "--steps", "2"], ["--batch-size", "64"]):
+        with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of the 3"):
+            train.main(options)
     assert os.listdir("runs") == ["run"]
 
 
@@ -4805,26 +4765,16 @@ def medians(functions, repeats, device):
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
-def peak_memory(device):
-    """The most memory that was held up to now, in bytes: of a GPU, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
-
-
 @SLOW
 def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
     # As in the preset replogle, on random counts: none is 0, as sparse ones are slowest. Step and
     # IWELBO stand beside the matrix products of their layers alone, repeated with the same shapes
-    # in the same minutes: no code can be faster than those. Writes benchmark.json.
+    # in the same minutes: no code can be faster than those.
     threads = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
     torch.set_num_threads(int(subprocess.check_output(threads)))
     n_cells, n_genes, n_perturbations, device = 118_461, 1187, 722, train.choose_device(
         "cuda" if torch.cuda.is_available() else "cpu")
-    config = configuration("--data", "random", "--preset", "replogle") | {"data": None}
+    config = configuration("--data", "random", "--preset", "replogle")
     rng, cells = np.random.default_rng(0), np.arange(n_cells)
     counts = data.Counts(
         (n_cells, n_genes), rng.integers(1, 9, n_cells * n_genes, dtype=np.uint8),
@@ -4837,46 +4787,30 @@ def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
         np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),
         **{data.option_name(flag): config[data.option_name(flag)]
            for flag, *_ in train.MODEL_OPTIONS}).to(device)
-    optimizer, loss, batch = train.new_optimizer(types.SimpleNamespace(
-        config=config, device=device, model=model, n_known=None, optimizer_state=None)), [], []
+    optimizer = train.new_optimizer(types.SimpleNamespace(
+        config=config, device=device, model=model, n_known=None, optimizer_state=None))
     dosages = torch.arange(50, device=device)[:, None]
-    parts = {"batch": lambda: batch.append(next(shuffle)),
-             "forward": lambda: loss.append(train.objective(model, *batch.pop(), config)[0]),
-             "backward": lambda: (optimizer.zero_grad(), (-loss.pop()).backward()),
-             "optimizer": optimizer.step}
-    others = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
-              "effects": lambda: average_treatment_effects(model, dosages, 1000)}
 
-    def step(*of_cells):
+    def step(*batch):
         """As in `train`."""
-        batch.append(of_cells)
-        for name in ("forward", "backward", "optimizer"):
-            parts[name]()
+        optimizer.zero_grad()
+        (-train.objective(model, *batch, config)[0]).backward()
+        optimizer.step()
 
-    launch = train.launch_once(step, device)  # on a GPU, the fifth is the first as in training
-    for _ in range(5):
-        launch(*next(shuffle))
-    peak = peak_memory(device)
-    with Products() as of_iwelbo:
-        others["iwelbo"]()
+    launch = train.launch_once(step, device)
+    functions = {"step": lambda: launch(*next(shuffle)),
+                 "IWELBO": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
+                 "effects": lambda: average_treatment_effects(model, dosages, 1000)}
+    for _ in range(5):  # on a GPU, the fifth is the first as in training
+        functions["step"]()
     with Products() as of_step:
-        for name in ("batch", "forward", "backward"):
-            parts[name]()
-    result = medians(parts | {"step": lambda: launch(*next(shuffle)), "products": of_step.repeat},
-                     30, device)
-    result |= medians(others | {"iwelbo_products": of_iwelbo.repeat}, 3, device)
-    result |= {"step_ratio": result["step"] / result["products"],
-               "cells_per_second": config["batch_size"] / result["step"],
-               "iwelbo_ratio": result["iwelbo"] / result["iwelbo_products"], "peak_memory": peak}
+        step(*next(shuffle))
+    with Products() as of_iwelbo:
+        functions["IWELBO"]()
+    functions |= {"products of a step": of_step.repeat, "products of IWELBO": of_iwelbo.repeat}
     print(f"\n{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
-          f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
-          f"(IWELBO: 4,000 cells, 100 particles; effects: of {len(dosages)} perturbations, 1,000 "
-          "particles)")
-    print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
-    with open("benchmark.json", "w") as file:
-        json.dump({"config": config, "device": str(device)} | result, file, indent=2)
+          f"perturbations, {config['batch_size']} cells a step, {device}; in seconds\n(IWELBO: "
+          f"4,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 particles)")
+    seconds = medians(functions, 10, device)
+    print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in seconds.items()]))
     torch.set_num_threads(1)
-    assert json.load(open("benchmark.json")).keys() == {
-        "config", "device", "batch", "forward", "backward", "optimizer", "products", "iwelbo",
-        "effects", "iwelbo_products", "step", "step_ratio", "cells_per_second", "iwelbo_ratio",
-        "peak_memory"}

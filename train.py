@@ -424,6 +424,8 @@ class Run:
         with data.replacing(os.path.join(self.folder, name)) as path, open(path, "wb") as file:
             file.write(buffer.getbuffer())
             file.write(hash_of(buffer.getbuffer()))
+        with data.replacing(f"{self.folder}/config.json") as path, open(path, "w") as file:
+            json.dump(self.config, file, indent=2)  # for people; programs read checkpoints
 
 
 def hash_of(content):
@@ -525,9 +527,6 @@ def main(arguments=None):
         run = new_run(args, given, device) if rank() == 0 else None
         folder = from_first(lambda: run.folder)
         run = run or Run.load(folder, "last.pt", device)
-    if rank() == 0:  # for people; programs read the configuration of a checkpoint
-        with data.replacing(f"{run.folder}/config.json") as path, open(path, "w") as file:
-            json.dump(run.config, file, indent=2)
     try:
         if run.has_ended(run.progress):
             print(f"{run.folder} has ended, at step {run.progress.step:,}")
@@ -626,8 +625,8 @@ def begin(folder, config, given, base, device):
              "arguments": arguments, "n_known": len(known) if base else None}
     run = Run(folder, config, screen, model_screen, batches, split, fixed, model.to(device))
     if phases(run) and not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):
-        raise DataError(f"{config['data']}: no training cell, or no validation cell, has a new "
-                        "perturbation: more cells, or another --split-seed, are needed")
+        raise DataError(f"{config['data']}: no training or no validation cells (with --adapt: with "
+                        "new perturbations): more cells, or another --split-seed, are needed")
     return run
 
 

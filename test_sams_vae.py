@@ -4788,7 +4788,7 @@ def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
     for _ in range(5):  # on a GPU, the fifth is the first as in training
         launch(*next(shuffle))
     often = {"step": lambda: launch(*next(shuffle))}
-    seldom = {"IWELBO": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
+    seldom = {"IWELBO": lambda: iwelbo(model, batches.in_order(cells[:1000]), 100),
               "effects": lambda: average_treatment_effects(model, dosages, 1000)}
     with Products() as of_step:
         step(*next(shuffle))
@@ -4797,7 +4797,7 @@ def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
     often["products of a step"], seldom["products of IWELBO"] = of_step.repeat, of_iwelbo.repeat
     print(f"\n{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
           f"perturbations, {config['batch_size']} cells a step, {device}; in seconds\n(IWELBO: "
-          f"4,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 particles)")
+          f"1,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 particles)")
     seconds = medians(often, 30, device) | medians(seldom, 3, device)
     print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in seconds.items()]))
     torch.set_num_threads(1)

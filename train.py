@@ -125,8 +125,7 @@ def masks_of_one(run, optimizer):
 
 
 def turn_axes(run, optimizer):
-    """Turn effects to their sparsest axes, and begin the masks: with --patience from the best
-    weights so far, else from the last."""
+    """Turn effects to their sparsest axes, begin masks; with --patience, from the best weights."""
     model, progress = run.model, run.progress
     if run.config["patience"] and progress.best < math.inf:
         from_first(lambda: None)  # of several processes, the first one has written it
@@ -200,7 +199,7 @@ def new_optimizer(run):
 
 
 def set_moments(optimizer, state):
-    """Give it Adam's moments of a state_dict, but none of its settings: devices may differ."""
+    """Give it Adam's moments of a state_dict, but not its settings: devices may differ."""
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
 
 
@@ -254,8 +253,7 @@ def launch_once(step, device, n_first=3):
 
 
 def seed_from_here(run):
-    """Random numbers from here on follow from the seed, the step and the process: a resumed run
-    draws the same ones."""
+    """From here on, seed, step and process decide what is drawn: a resumed run draws the same."""
     key = (run.config["seed"], run.progress.step, rank())
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -454,8 +452,8 @@ def build_model(state):
 
 
 def read_screen_of(config, fixed=None):
-    """The screen of a configuration; with --adapt, with the genes and covariates in a checkpoint's
-    `fixed`."""
+    """The screen of a configuration; with --adapt, a checkpoint's `fixed` names genes, covariates.
+    """
     options = {name: config[name] for name in data.READING} | {"stream": config["stream"]}
     if not config["adapt"]:
         return data.read_screen(config["data"], **options)
@@ -588,8 +586,8 @@ def new_folder(name, config):
 
 
 def begin(folder, config, given, base, device):
-    """A run at step 0; base is the best.pt that --adapt starts from, or None. Options that follow
-    from the screen become part of config."""
+    """A run at step 0; base is the best.pt that --adapt starts from, or None. Options that the
+    screen decides become part of config."""
     if config["simulated"]:
         config["data"] = os.path.abspath(os.path.join(folder, "simulated.h5ad"))
         of_preset = data.SPARSE_SHIFT if config["preset"] == "sparse-shift" else {}
@@ -657,8 +655,8 @@ def adapted_model(config, base, n_cells):
 
 
 def resumed(args, given, device):
-    """The run of --resume, as last.pt has it. How long and how fast it is trained may change, but
-    not what is trained; a file may have moved (its fingerprint says whether it is the same)."""
+    """The run of --resume, as last.pt has it. It may be trained longer or in another precision, and
+    its file may have moved (the fingerprint says whether it is the same); all else is fixed."""
     config = load_checkpoint(args.resume, "last.pt")["config"]
     changes = {name: value for name, value in given.items() if value != config.get(name)}
     if args.name or changes.keys() - {"steps", "precision"}:
@@ -764,8 +762,7 @@ POSITIVE = (1e-30, 2**32, "positive and below 2^32")
 # "Replogle" and "Norman" are the settings of the paper (A.4) and its code for its two data sets.
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
     ("--correlated-basal", True, bool, "q(z_basal) sees z_pert too (paper: best of Table 1)"),
-    ("--correlated-effects", True, bool, "q(e | m), not q(e) (paper: best of Table 1); needs "
-     "--axes learned"),
+    ("--correlated-effects", True, bool, "q(e | m), not q(e), with --axes learned (paper: best)"),
     ("--n-latent", 100, AT_LEAST_1, "latent dimensions (Replogle; Norman 200)"),
     ("--n-hidden", 400, AT_LEAST_1, "width of encoder and decoder (paper)"),
     ("--n-layers", 1, AT_LEAST_1, "hidden layers of encoder and decoder (paper)"),
@@ -803,8 +800,7 @@ OPTIONS = [
     ("--split-seed", 0, AT_LEAST_0, "of the split (Replogle 0, Norman 0 to 4)"),
     # the run (ours)
     ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training"),
-    ("--stream", None, bool, "leave the counts in the file (default: if they may take half of the "
-     "memory)"),
+    ("--stream", None, bool, "leave counts in the file (default: if they may take half the RAM)"),
     ("--log-every", 50, AT_LEAST_1, "steps between lines of log.jsonl"),
     ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
 ]

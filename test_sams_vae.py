@@ -4478,12 +4478,17 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_
     train.main(["--resume", "runs/two", "--steps", "8"])  # by one
 
 
-def test_batches_that_processes_cannot_share_evenly_are_refused(folder, monkeypatch):
+def test_batches_that_processes_cannot_share_evenly_and_one_gpu_for_all_are_refused(
+        folder, monkeypatch):
     train_on_screen("run", "--steps", "1")
-    monkeypatch.setattr(train, "n_ranks", lambda: 3)
-    for options in (["--resume", "runs/run", "--steps", "2"], ["--batch-size", "64"]):
-        with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of the 3"):
-            train.main(options)
+    with monkeypatch.context() as changed:
+        changed.setattr(train, "n_ranks", lambda: 3)
+        for options in (["--resume", "runs/run", "--steps", "2"], ["--batch-size", "64"]):
+            with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of the 3"):
+                train.main(options)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(data.DataError, match="--device cuda:0: all processes would share one GPU"):
+        train_on_screen("new", "--device", "cuda:0")
     assert os.listdir("runs") == ["run"]
 
 
@@ -4766,16 +4771,26 @@ def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
     for _ in range(5):  # on a GPU, the fifth is the first as in training
         launch(*next(shuffle))
     often = {"step": lambda: launch(*next(shuffle))}
-    seldom = {"IWELBO": lambda: iwelbo(model, batches.in_order(cells[:1000]), 100),
+    seldom = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:1000]), 100),
               "effects": lambda: average_treatment_effects(model, dosages, 1000)}
     with Products() as of_step:
         step(*next(shuffle))
     with Products() as of_iwelbo:
-        seldom["IWELBO"]()
-    often["products of a step"], seldom["products of IWELBO"] = of_step.repeat, of_iwelbo.repeat
+        seldom["iwelbo"]()
+    often["products"], seldom["iwelbo_products"] = of_step.repeat, of_iwelbo.repeat
+    import resource  # not on Windows
+
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else  # in bytes
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    result = medians(often, 30, device) | medians(seldom, 3, device)
+    result |= {"step_ratio": result["step"] / result["products"],
+               "iwelbo_ratio": result["iwelbo"] / result["iwelbo_products"],
+               "cells_per_second": config["batch_size"] / result["step"], "peak_memory": peak}
     print(f"\n{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
-          f"perturbations, {config['batch_size']} cells a step, {device}; in seconds\n(IWELBO: "
-          f"1,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 particles)")
-    seconds = medians(often, 30, device) | medians(seldom, 3, device)
-    print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in seconds.items()]))
+          f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
+          f"(IWELBO: 1,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 "
+          "particles)")
+    print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
+    with open("benchmark.json", "w") as file:
+        json.dump({"config": config, "device": str(device)} | result, file, indent=2)
     torch.set_num_threads(1)

@@ -697,6 +697,8 @@ def begin_processes(device):
     """Join the other processes, if torchrun has started several. Returns this one's device."""
     if not dist.is_torchelastic_launched():
         return choose_device(device)
+    if device and device.startswith("cuda:"):
+        raise DataError(f"--device {device}: all processes would share one GPU: leave it out")
     if device != "cpu" and torch.cuda.is_available():  # a GPU for each
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = choose_device(device)

@@ -283,19 +283,25 @@ def latent_recovery(true, learned):
 
 
 def mask_pathway_accuracy(mask, pathway, n_splits=10):
-    """Accuracy of predicting a perturbation's pathway from its mask (4.1.1): mean and sd.
+    """Accuracy of predicting a perturbation's pathway from its mask (4.1.1), and of the commonest
+    pathway for all: a dict, empty without scikit-learn.
 
     mask (T, L) bool, probabilities above 0.5; pathway (T,) names. A random forest (scikit-learn's
     defaults) learns from 70 % of the perturbations and is scored on the others, in random splits.
     """
-    from sklearn.ensemble import RandomForestClassifier
-
+    try:
+        from sklearn.ensemble import RandomForestClassifier
+    except ImportError:
+        print("mask pathway accuracy is left out: pip install scikit-learn")
+        return {}
     accuracy = []
     for seed in range(n_splits):
         train, test = data.train_test_split(len(mask), 0.7, seed)
         forest = RandomForestClassifier(random_state=seed).fit(mask[train], pathway[train])
         accuracy.append(forest.score(mask[test], pathway[test]))
-    return float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))
+    return {"mask_pathway_accuracy": float(np.mean(accuracy)), "n_annotated": len(mask),
+            "mask_pathway_accuracy_sd": float(np.std(accuracy, ddof=1)),
+            "mask_pathway_chance": np.unique(pathway, return_counts=True)[1].max() / len(mask)}
 
 
 def pathway_of(perturbations, pathways):
@@ -348,21 +354,19 @@ class Arms:
         return np.add.reduceat(n, self.first, axis=0)
 
     def shares(self, n):
-        """The weight of each treated arm in its condition, (A - S, 1), from the numbers of cells
-        n (A,): its part of the condition's cells, where there are control cells to compare with."""
+        """The weight of each treated arm in its condition, (A - S, 1): its part of the condition's
+        cells, of n (A,), where there are control cells to compare with."""
         n = n[self.n_controls:] * (n[self.control] > 0)
         return (n / np.maximum(self.of_condition(n), 1)[self.condition])[:, None]
 
     def compared(self, y, share):
-        """Means of conditions, and of the controls that each is compared with, from y (A, G):
-        (C, G) each."""
+        """Means over arms y (A, G) of conditions, and of their controls, (C, G) each."""
         return (self.of_condition(share * y[self.n_controls:]),
                 self.of_condition(share * y[self.control]))
 
 
 class Means(typing.NamedTuple):
-    """Mean expression of some cells by arm, (A, G), its squared standard error, and their number.
-    """
+    """Of some cells, by arm: mean expression (A, G), its squared standard error, their number."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -393,8 +397,8 @@ def mean_expression(batches, cells, arms):
 
 
 def with_controls(cells, train, is_control):
-    """Test cells, which in the Norman splits have no controls, with some in any case: those that
-    are not among the cells of `train`, or, if there are none, all. is_control (N,) bool."""
+    """Test cells with control cells, if they have none (as in the Norman splits) those that are not
+    in `train`, or else all. is_control (N,) bool."""
     controls = np.flatnonzero(is_control)
     for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
         if len(chosen) > 1:
@@ -587,7 +591,7 @@ def evaluate(run, pathways=None, **options):
     metrics |= likelihood(run, options) | effects(run, options)
     row = {name: t for t, name in enumerate(truth[0])} if truth else {}
     names = run.model_screen.perturbations  # (SVAE+ knows labels, which the truth does not)
-    true_mask = truth[1][[row[name] for name in names]] if row.keys() >= {*names} else None
+    true_mask = truth[1][[row[t] for t in names]] if truth and row.keys() >= {*names} else None
     metrics |= masks(run, known_pathways, true_mask)
     metrics |= latents(run, truth, true_mask) if truth else {}
     metrics["warnings"] = warnings_of(metrics)
@@ -789,7 +793,6 @@ def drawn_effects(model, n_draws=50):
     return model.sample_many_globals(model.all_perturbations(), n_draws)
 
 
-@torch.no_grad()
 def probability_and_offset(model):
     """Mask probabilities, and mean offsets E[m e], (T, L) each."""
     mask, effect = drawn_effects(model)
@@ -821,18 +824,11 @@ def masks(run, pathways, true_mask=None):
         metrics |= {f"mask_{name}": v for name, v in mask_recovery(true_mask, mask).items()}
     pathway = pathway_of(names, pathways)
     known = pathway != ""
-    try:
-        if known.sum() >= 10:
-            accuracy, sd = mask_pathway_accuracy(mask[known], pathway[known])
-            commonest = np.unique(pathway[known], return_counts=True)[1].max()
-            metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
-                        "mask_pathway_chance": float(commonest / known.sum()),
-                        "n_annotated": int(known.sum())}
-        elif pathways:
-            print(f"mask pathway accuracy is left out: {known.sum()} of {len(names):,} "
-                  "perturbations are in a pathway, and 10 are needed")
-    except ImportError:
-        print("mask pathway accuracy is left out: pip install scikit-learn")
+    if known.sum() >= 10:
+        metrics |= mask_pathway_accuracy(mask[known], pathway[known])
+    elif pathways:
+        print(f"mask pathway accuracy is left out: {known.sum()} of {len(names):,} perturbations "
+              "are in a pathway, and 10 are needed")
     return metrics
 
 
@@ -1005,13 +1001,10 @@ def table(m, scale="log_normalised"):
                       f"{scale.replace('_', '-')}, by the data in {source} cells\n", markdown(rows)]
     lines += ["", CAUTION]
     if source == "all":
-        lines.append("(predictions were trained on most of these cells, with their noise: they may "
-                     "exceed its limit)")
+        lines.append("(predictions may exceed the noise limit: they were trained on most cells)")
     if m["config"]["adapt"]:
-        lines.append("(in this file the model has learned from the training cells with new "
-                     f"perturbations; cells that {m['config']['adapt']} was trained on are no test "
-                     "of it)")
-    return "\n".join(lines + [""] * bool(m["warnings"]) + [f"warning: {w}" for w in m["warnings"]])
+        lines.append(f"(cells that {m['config']['adapt']} was trained on are no test of this run)")
+    return "\n".join(lines + [f"\nwarning: {w}" for w in m["warnings"]])
 
 
 SEEDS = ("seed", "split_seed", "simulated_seed", "base_seed")  # a row is a mean over these
@@ -1219,12 +1212,8 @@ def controls_of_file(run, path):
     the run's, but for --subset and --exclude."""
     options = {k: run.config.get(k) for k in ("control", "one_hot_prefix", "combination_separator",
                                               "label_pattern", "layer")}
-    column = run.screen.label_column
-    if column and column not in data.read_h5ad(path, options["layer"]).obs_columns:
-        raise DataError(f"{path}: has no obs column {column!r}, which says in the run's data what "
-                        "is a control: add one, if need be with control in all cells")
-    screen = data.read_screen(path, perturbation_column=column, **options, only_controls=True,
-                              genes_of=run.screen.gene_names)
+    screen = data.read_screen(path, perturbation_column=run.screen.label_column, **options,
+                              only_controls=True, genes_of=run.screen.gene_names)
     if run.config["covariate"]:
         screen.c = train.known_covariates(screen, run.config["covariate"], run.screen.covariates)
     return screen
@@ -1524,14 +1513,12 @@ def figure_of_effects(run, metrics):
     layers = data.read_layers(os.path.join(run.folder, "effects.h5ad"))
     kept = np.isfinite(layers["data_log_normalised"]).all(1)
     observed, predicted = (layers[f"{name}_log_normalised"][kept] for name in ("data", "model"))
-    if not len(observed):
-        raise DataError(f"{run.folder}: no condition has cells that effects could be taken from")
     rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
     names, size = {}, (14, 4.8)
     if len(rows) <= 60:
         columns = columns[np.isin(columns, np.argsort(-np.abs(observed).mean(0))[:50])]
-        names, size = {"x_names": run.screen.gene_names[columns],
-                       "y_names": Arms(run).names[kept][rows]}, (18, 12)
+        size, names = (18, 12), {"x_names": run.screen.gene_names[columns],
+                                 "y_names": Arms(run).names[kept][rows]}
     limit = max(1e-6, np.quantile(np.abs(observed[:, columns]), 0.99))
     path = os.path.join(run.folder, "effects.png")
     title = (f"{os.path.basename(run.folder)}, data effects from "
@@ -1624,10 +1611,6 @@ def main(arguments=None):
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved; with "
                         "--predict also another file, for whose control cells to predict")
     args = parser.parse_args(arguments)
-    if args.figures and (args.predict or args.latents):
-        parser.error("--figures evaluates, --predict and --latents do not: use two commands")
-    if args.sample and not args.predict:
-        parser.error("--sample N needs --predict CONDITION ..., the conditions to sample")
     if args.figures:
         pyplot()
     options = {k: v for k, v in vars(args).items() if k in DEFAULTS or k == "pathways"}
@@ -1668,8 +1651,6 @@ def use_run(folder, args, options):
     own_data = train.load_checkpoint(folder, "last.pt")["config"]["data"]
     is_other = args.predict and args.data and os.path.exists(own_data) and (
         os.path.realpath(args.data) != os.path.realpath(own_data))
-    if is_other and args.latents:
-        raise DataError("--latents writes those of the run's own data: leave out --data")
     run = open_run(folder, args.device, None if is_other else args.data)
     other = controls_of_file(run, args.data) if is_other else None
     if other:
@@ -1678,7 +1659,7 @@ def use_run(folder, args, options):
     if args.predict:
         print(f"{predict(run, args.predict, ate_particles, library, seed, other)}\n\n"
               f"written: {folder}/predictions.h5ad")
-    if args.sample:
+    if args.predict and args.sample:
         sample(run, args.predict, args.sample, library, seed, other)
         print(f"written: {folder}/samples.h5ad")
     if args.latents:

@@ -163,9 +163,8 @@ def noise_limit(said, independent):
     one standard error of 1 - N / V further up in the root: a jackknife over conditions and one over
     genes, since all conditions share the control cells. The weighted R2 is an average over the
     conditions whose weights are independent of the noise, (C,) bool. Ranks have no such estimate.
-
-    In screens simulated from trained models r was within 0.01 of the true effects' r with hundreds
-    of controls, up to 0.05 below it with conditions of 8 cells, and up to 0.08 with 8 controls."""
+    (In screens simulated from trained models r was within 0.01 of the true effects' r with hundreds
+    of controls, up to 0.08 below it with 8.)"""
     def explained(effect, variance, axis=None):
         """1 - N / V of all entries; given an axis, without each of the sums along it in turn."""
         n, total, squares, noise = (
@@ -559,8 +558,7 @@ def open_run(folder, device=None, data_path=None):
 
 def library_of(run):
     """Total counts of simulated cells: by a preset of the paper as in the authors' code, else the
-    data's median, where logarithms are alike (true effects had r = 0.9995 with those of cells of
-    all depths, and 0.90 with 10,000 counts)."""
+    data's median, at which logarithms of model and data are alike."""
     return int(np.median(run.screen.library)) if run.config["preset"] in OURS else 10_000
 
 
@@ -620,13 +618,10 @@ def likelihood(run, options):
     """Marginal likelihood of the test cells (3.1): both IWELBOs, in nats. Writes iwelbo.csv, the
     predictive one of each test cell.
 
-    Both are lower bounds: with K = 100 the predictive one stood up to 0.8 nats per cell below
-    K = 4,000, differences between models much less. Its Monte Carlo error is the standard deviation
-    of the mean over repeats, with some of the cells. (The delta method gave half of it.)
-
-    With --adapt, iwelbo_new is of test cells with perturbations that the run has learned, and
-    iwelbo_new_before when the prior is all that is known of these (by SVAE+ and the conditional
-    VAE, which have none, they are taken for controls)."""
+    Its Monte Carlo error is the standard deviation of the mean over repeats, with some of the cells
+    (the delta method gave half of it). With --adapt, iwelbo_new is of test cells with perturbations
+    that the run has learned, and iwelbo_new_before when the prior is all that is known of these (by
+    SVAE+ and the conditional VAE, which have none, they are taken for controls)."""
     test, n_particles = run.split["test"], options["iwelbo_particles"]
 
     def predictive(cells):
@@ -1084,7 +1079,6 @@ def iwelbo_difference(runs, others):
     and the part of that by Monte Carlo. NaN where they have no test cell in common.
 
     Cells differ much more than two models on the same cell do: differences are taken cell by cell.
-    How training with other seeds would change them is not in these errors.
     """
     a, b = iwelbo_of_cells(runs), iwelbo_of_cells(others)
     difference = np.array([a[cell] - b[cell] for cell in a if cell in b])
@@ -1109,12 +1103,11 @@ OF_MODELS = {"iwelbo_joint_per_cell": ("joint IWELBO", 2),
 
 
 def table_of_runs(runs, scale="log_normalised"):
-    """Markdown of the metrics of many runs: a row per model and settings, mean ± sd over seeds.
+    """Markdown of the metrics of many runs: a table per screen, split and way of evaluating, a row
+    per model and settings, mean ± sd over seeds, and a column of the settings that differ.
 
-    Each screen, split and way of evaluating has a table of its own; a column says in which options
-    of training its rows differ. In the Norman splits, effects are of conditions with test cells.
-    "difference" is between the test IWELBO and that of a reference row, the best one, or in the
-    Norman splits the one of Figure 4, with its two errors: see `iwelbo_difference`.
+    "difference" is `iwelbo_difference`, with its two errors, from the best row, or in the Norman
+    splits from that of Figure 4; there, effects are of conditions with test cells.
     """
     tables = []
     for members in tables_of(runs):
@@ -1159,8 +1152,8 @@ def table_of_runs(runs, scale="log_normalised"):
 
 def table_of_adapted(runs):
     """Markdown of runs that adapt others: predictive IWELBO of test cells with new perturbations,
-    before, after, and, of the same cells, by a run among these that was trained on all of the same
-    file, with the same model, guide and seed. Empty without runs that adapt others."""
+    before, after, and by a run among these of the same model, guide and seed that was trained on
+    all of the same file. Empty without runs that adapt others."""
     rows = []
     for m in (m for m in runs if m.get("iwelbo_new") is not None):
         config = m["config"] | {"adapt": None}
@@ -1257,12 +1250,11 @@ def spread_of_effect(model, d, basal, c):
 def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
     """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
 
-    X and the layer expected_log_normalised, expected_counts; effect_log_normalised and
-    effect_counts, differences from control cells; effect_counts_low and _high, between which 90 %
-    of cells lie, see `spread_of_effect`; log2_fold_change, of expected counts. Counts are per
-    10,000, and both are of cells of the given library, see `library_of`. `other`, from
-    `controls_of_file`: of that file's control cells. Each condition's numbers depend on no other
-    one. Returns lines on what is known of each, and a table of its ten strongest effects.
+    Layers: expected_* on both scales (X: log-normalised); effect_*, differences from control cells;
+    effect_counts_low and _high, see `spread_of_effect`; log2_fold_change, of expected counts.
+    Counts are per 10,000, in cells of the given library (0: see `library_of`), or of `other`'s
+    control cells, see `controls_of_file`. Each condition's numbers depend on no other one. Returns
+    lines on what is known of each, and a table of its ten strongest effects.
     """
     dosages, spelled = dosages_of(run, conditions)
     by_data = {} if other else effects_of_data(run, spelled)
@@ -1346,9 +1338,8 @@ def effects_of_data(run, conditions):
 def sample(run, conditions, n, library=0, seed=0, other=None):
     """Write samples.h5ad: counts of n simulated cells of each condition, for scanpy and others.
 
-    Basal states, covariates and library sizes as in `population` (`library` for all, if given),
-    each cell with a draw of (M, E) of its own. obs has the columns of the data's labels, spelled as
-    there, and of its covariates.
+    Cells are as in `population` (but for `library`, if given), each with a draw of (M, E) of its
+    own. obs has the columns of the data's labels, spelled as there, and of its covariates.
     """
     screen, covariates = run.screen, run.config["covariate"] or []
     column = screen.label_column or data.free("condition", covariates)
@@ -1655,12 +1646,13 @@ def use_run(folder, args, options):
     other = controls_of_file(run, args.data) if is_other else None
     if other:
         print(f"of the {len(other.d):,} control cells of {args.data}:")
-    _, ate_particles, library, *_, seed = (DEFAULTS | options).values()
+    options = DEFAULTS | options
+    how = {"library": options["library"], "seed": options["evaluation_seed"], "other": other}
     if args.predict:
-        print(f"{predict(run, args.predict, ate_particles, library, seed, other)}\n\n"
+        print(f"{predict(run, args.predict, options['ate_particles'], **how)}\n\n"
               f"written: {folder}/predictions.h5ad")
     if args.predict and args.sample:
-        sample(run, args.predict, args.sample, library, seed, other)
+        sample(run, args.predict, args.sample, **how)
         print(f"written: {folder}/samples.h5ad")
     if args.latents:
         write_latents(run)
@@ -1694,6 +1686,7 @@ def evaluated(folder, options):
         if m["format"] == FORMAT and m["checkpoints"] == checkpoints(folder) and (
                 m["options"].items() >= options.items()):
             return m
+    return None
 
 
 if __name__ == "__main__":

@@ -2699,12 +2699,6 @@ assert str(state()) == str(before) and data.WATCHDOG is None, state()"""
 # ============================================================================================
 
 
-def test_pearson_equals_numpy_and_is_undefined_for_a_constant():
-    a, b = np.random.default_rng(0).normal(size=(2, 3, 5))
-    assert evaluate.pearson(a, b) == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
-    assert math.isnan(evaluate.pearson(a, np.zeros_like(b)))
-
-
 def test_the_matching_of_latents_is_the_best_of_all():
     rng = np.random.default_rng(0)
     for n, m in ((1, 1), (2, 5), (4, 4), (5, 6), (4, 2)):
@@ -2770,7 +2764,10 @@ def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_
     assert np.isnan(evaluate.mask_agreement([["", ""], ["", ""]])).all()  # not 0
 
 
-def test_r_squared_and_the_weighted_one_by_hand():
+def test_pearson_equals_numpy_and_r_squared_and_the_weighted_one_are_so_by_hand():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 5))
+    assert evaluate.pearson(a, b) == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    assert math.isnan(evaluate.pearson(a, np.zeros_like(b)))
     observed, predicted = np.array([[0.0, 2], [4, 6]]), np.array([[0.0, 1], [3, 2]])
     assert evaluate.r_squared(predicted, observed) == pytest.approx(1 - (1 + 1 + 16) / 20)
     # |t| of 5, 3 and 1 reach from 0 to 1 as 1, 1/2 and 0: squared 1, 1/4 and 0.
@@ -3970,16 +3967,17 @@ def test_an_interval_holds_nine_of_ten_particles():
     assert ((share - 0.9).abs() < 0.03).all()
 
 
-def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(folder):
-    train_on_screen("run", "--steps", "2")
-    run = evaluate.open_run("runs/run")
-    x = run.screen.counts.dense().astype(float)
-    y = 1e4 * x / x.sum(1, keepdims=True)
-    cells, controls = (y[run.screen.conditions == name] for name in ("P003", "control"))
-    found = evaluate.effects_of_data(run, ["P003", "control", "P001+P002+P003"])
-    np.testing.assert_allclose(found.pop("P003"), [
-        cells.mean(0) - controls.mean(0), (cells.var(0, ddof=1) / len(cells) + controls.var(
-            0, ddof=1) / len(controls)) ** 0.5], rtol=1e-4, atol=1e-3)
+def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(one):
+    x, (labels, batch) = one.screen.counts.dense().astype(float), (
+        one.screen.conditions, one.screen.c[:, 0])
+    y, effect, variance = 1e4 * x / x.sum(1, keepdims=True), 0, 0
+    for v in (0, 1):  # within batches, weighted by the condition's cells
+        cells, controls = (y[(labels == name) & (batch == v)] for name in ("P003", "control"))
+        share = len(cells) / (labels == "P003").sum()
+        effect += share * (cells.mean(0) - controls.mean(0))
+        variance += share**2 * sum(some.var(0, ddof=1) / len(some) for some in (cells, controls))
+    found = evaluate.effects_of_data(one, ["P003", "control", "P001+P002+P003"])
+    np.testing.assert_allclose(found.pop("P003"), [effect, variance**0.5], rtol=1e-3, atol=1e-2)
     assert not found.keys() & {"control", "P001+P002+P003"}
 
 

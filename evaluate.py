@@ -8,10 +8,10 @@
     python evaluate.py runs/NAME --predict C --sample 99  and as many simulated cells, for scanpy
     python evaluate.py runs/NAME --latents                latent states of all cells, for scanpy
 
-Writes, beside the checkpoint, metrics.json (`evaluate` describes it), effects.h5ad (condition x
-gene effects by the model and by the data), and the tables top_genes.csv, masks.csv and iwelbo.csv.
-In reading order: one function a metric; what the data say, and baselines; the evaluation of a run;
-tables; use of a trained model; figures; the command line.
+Writes, beside the checkpoint, metrics.json (see `evaluate`), effects.h5ad (condition x gene effects
+by the model and by the data), and the tables top_genes.csv, masks.csv and iwelbo.csv. In reading
+order: metrics; what the data say, and baselines; the evaluation of a run; tables; use of a trained
+model; figures; the command line.
 
 A condition is a set of perturbations that some cell received; C conditions beside the control, G
 genes. "Effect" means average treatment effect (3.2), a difference from control, (C, G); the latent
@@ -21,13 +21,13 @@ e_t of eq. 1 is called `effect` where it is drawn, as in sams_vae.py.
 import argparse
 import contextlib
 import csv
-import dataclasses
 import difflib
 import functools
 import itertools
 import json
 import math
 import os
+import pathlib
 import sys
 import typing
 
@@ -41,7 +41,8 @@ from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample
                       sobol_normal, sum_effects)
 
 FORMAT = 9  # of metrics.json; a file of another format is not read
-SCALES = {"log_normalised": "log_normalised", "counts": "per_10k"}  # by `expected_expression`
+OURS = (None, "simulated", "sparse-shift")  # presets that are no experiment of the paper
+SCALES = ("log_normalised", "counts")  # see `mean_expression`
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
              "matching_mean": "matching mean", "own_mean": "own mean",
              "shrunken_mean": "shrunken mean"}
@@ -53,13 +54,11 @@ BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "addi
 
 
 def pearson(a, b):
-    """Pearson correlation of two equally shaped arrays, flattened; NaN if one is constant or empty.
+    """Pearson correlation of two equally shaped arrays, flattened; NaN if one is constant.
 
     ATE-Pearson (3.2) is this for (condition, gene) matrices of model and data effects, pooled as in
-    the paper's Figure 3. Conditions are not scaled before, so those with strong effects dominate.
+    the paper's Figure 3, so that conditions with strong effects dominate.
     """
-    if np.size(a) == 0:
-        return math.nan
     a, b = (np.asarray(v, np.float64).ravel() - np.mean(v, dtype=np.float64) for v in (a, b))
     norm = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norm if norm > 0 else math.nan
@@ -67,7 +66,7 @@ def pearson(a, b):
 
 def r_squared(predicted, observed):
     """1 - sum (observed - predicted)^2 / sum (observed - mean observed)^2, over all entries."""
-    total = float(((observed - np.mean(observed)) ** 2).sum()) if np.size(observed) else 0.0
+    total = float(((observed - observed.mean()) ** 2).sum())
     return 1 - float(((observed - predicted) ** 2).sum()) / total if total > 0 else math.nan
 
 
@@ -100,18 +99,16 @@ def weighted_r_squared(squared_error, observed, weights):
 def discrimination_scores(predicted, observed, left_out, device="cpu", most=1000):
     """How well a predicted effect is told from those of other conditions, in both orientations.
 
-    predicted, observed (C, G); left_out (C, G) bool, genes that do not count for a condition.
-    Distances are L1, over the genes that count for it. Of each condition:
+    All (C, G); distances are L1, without the genes that are left_out (bool) for the condition.
 
-        first    all predictions are ranked by their distance to its observed effect: the rank of
-                 its own
-        second   all observed effects are ranked by their distance to its prediction, likewise (the
+        first    the rank of its own prediction among all, by distance to its observed effect
+        second   the rank of its own observed effect among all, by distance to its prediction (the
                  perturbation discrimination score of the Virtual Cell Challenge, 2025, which
                  divides by C in place of C - 1 and leaves targets out)
 
     A rank goes from 0 (nearest) to C - 1, ties at half, is divided by C - 1 and taken from one: 1
-    is perfect, 1/2 is chance. Of more than `most` conditions, so many, drawn at random, are the
-    rivals of each: all would take hours. Returns (2, C).
+    is perfect, 1/2 is chance. At most `most` conditions, drawn at random, are the rivals of each:
+    more would take hours. Returns (2, C).
     """
     predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
                            for v in (predicted, observed))
@@ -132,12 +129,23 @@ def discrimination_scores(predicted, observed, left_out, device="cpu", most=1000
     return torch.stack(scores).double().cpu().numpy()
 
 
-def effect_metrics(predicted, from_mean, said):
+class Said(typing.NamedTuple):
+    """What the data say of C conditions on one scale, (C, G) each (`effects_by_data`)."""
+
+    effect: np.ndarray
+    variance: np.ndarray            # its squared standard error
+    from_mean: np.ndarray           # the effect minus `others`, but with less noise
+    variance_from_mean: np.ndarray
+    weights: np.ndarray             # `response_weights`
+    others: np.ndarray              # the mean effect of the other training conditions
+
+
+def effect_metrics(predicted, said):
     """Metrics of predicted effects, a dict; said is what the data say of them (`Said`).
 
-    from_mean (C, G) are the same effects minus what the data say of the mean effect of the other
-    conditions. That takes away the shift that all perturbations share, which makes trivial
-    predictions look good (Vinas Torne et al. 2025, "Systema")."""
+    The first two take effects from the mean of the other conditions, without the shift that all
+    perturbations share, which flatters trivial predictions (Vinas Torne et al. 2025, "Systema")."""
+    from_mean = predicted - said.others
     return {"n_conditions": len(predicted),
             "from_mean": pearson(from_mean, said.from_mean),
             "weighted_r_squared": weighted_r_squared(
@@ -151,41 +159,29 @@ def noise_limit(said, independent):
 
     The data's effects are the true ones plus noise. V is their variance over all entries, N the
     noise's, the mean of squared standard errors; V - N is left for the true effects. So these have
-    R2 = 1 - N / V with the data's, and r = sqrt(1 - N / V), 0 where that is negative. (It is the
-    sqrt(2 r / (1 + r)) of two halves' correlation r, without the noise of halving.) pearson_se is
+    R2 = 1 - N / V with the data's, and r = sqrt(1 - N / V), 0 where that is negative. pearson_se is
     one standard error of 1 - N / V further up in the root: a jackknife over conditions and one over
-    genes, since what the control cells add is shared by all conditions. The weighted R2 is an
-    average over the conditions whose weights are independent of the noise, (C,) bool. Ranks have no
-    such estimate.
-
-    In screens simulated from trained models (33 and 90 conditions, of 8 to 2,000 cells of 100 to
-    10,000 counts; r from 0.3 to 1), with hundreds of controls, r was within 0.01 of the true
-    effects' r, and 0.00 to 0.05 below it where conditions had 8 cells; with 8 control cells 0.05 to
-    0.08 below it, and where there are no effects 0.03 to 0.07 above. The standard error was 1 to 4
-    times the spread of the difference.
-    """
-    def sums(effect, variance, axis=None):
-        """Number, sum, sum of squares and noise of the entries, along an axis."""
-        return [np.sum(v, axis, dtype=np.float64) for v in (
-            np.ones_like(effect), effect, effect**2, variance)]
-
-    def share(n, total, squares, noise):
-        """1 - N / V, from these."""
+    genes, since all conditions share the control cells. The weighted R2 is an average over the
+    conditions whose weights are independent of the noise, (C,) bool. Ranks have no such estimate.
+    (In screens simulated from trained models r was within 0.01 of the true effects' r with hundreds
+    of controls, up to 0.08 below it with 8.)"""
+    def explained(effect, variance, axis=None):
+        """1 - N / V of all entries; given an axis, without each of the sums along it in turn."""
+        n, total, squares, noise = (
+            np.sum(v, dtype=np.float64) - (0 if axis is None else np.sum(v, axis, np.float64))
+            for v in (np.ones_like(effect), effect, effect**2, variance))
         v = squares - total**2 / np.maximum(n, 1)
         return 1 - noise / np.where(v > 0, v, math.nan)
 
-    def root(value):
-        """The square root, 0 for what is negative."""
-        return math.sqrt(max(value, 0))
-
-    total, squared_error = sums(said.effect, said.variance), 0.0
-    of_all = float(share(*total))
+    of_all, squared_error = float(explained(said.effect, said.variance)), 0.0
     for axis in np.flatnonzero(np.array(said.effect.shape[::-1]) > 1):
-        without_one = share(*(a - b for a, b in zip(total, sums(*said[:2], axis))))
+        without_one = explained(said.effect, said.variance, axis)
         squared_error += (len(without_one) - 1) * without_one.var()
-    return {"n_conditions": len(said.effect), "pearson": root(of_all), "r_squared": of_all,
-            "pearson_se": root(max(of_all, 0) + math.sqrt(squared_error)) - root(of_all),
-            "from_mean": root(share(*sums(said.from_mean, said.variance_from_mean))),
+    r, further, from_mean = np.sqrt(np.maximum(0, [
+        of_all, max(of_all, 0) + math.sqrt(squared_error),
+        explained(said.from_mean, said.variance_from_mean)]))
+    return {"n_conditions": len(said.effect), "pearson": r, "r_squared": of_all,
+            "pearson_se": further - r, "from_mean": from_mean,
             "weighted_r_squared": weighted_r_squared(*(v[independent] for v in (
                 said.variance_from_mean, said.from_mean, said.weights)))}
 
@@ -196,72 +192,55 @@ def noise_limit(said, independent):
 
 
 def best_matching(score):
-    """For each row of score (n, m), n <= m, a column of its own: the matching of largest total.
-
-    The Hungarian method with potentials: rows enter one by one, each along the shortest path that
-    re-matches earlier rows where needed. Exact, O(n^2 m). Returns columns (n,).
-    """
-    cost = -np.asarray(score, np.float64)
-    n, m = cost.shape
-    row_of = np.full(m, -1)  # the row matched to each column
-    u, v = np.zeros(n), np.zeros(m)  # potentials: cost - u - v >= 0, and 0 on matched pairs
+    """Rows and columns of score (n, m) in pairs, min(n, m) of each, so that the sum of
+    score[best_matching(score)] is the largest: the Hungarian method, exact, O(n^2 m)."""
+    n, m = score.shape
+    if n > m:
+        return best_matching(score.T)[::-1]
+    cost = -np.pad(score.astype(float), ((0, 0), (0, 1)))  # in column m the next row waits
+    row_of = np.full(m + 1, -1)  # the row matched to each column
+    u, v = np.zeros(n), np.zeros(m + 1)  # potentials: cost - u - v >= 0, and 0 on matched pairs
     for new_row in range(n):
-        # Dijkstra from the new row to the nearest free column. Each step settles a column, and if
-        # that is taken goes on from the row that has it, at no cost.
-        distance, before = np.full(m, np.inf), np.full(m, -1)
-        done = np.zeros(m, bool)
-        row, column, length = new_row, -1, 0.0
-        while row != -1:
-            reach = length + cost[row] - u[row] - v
+        # Dijkstra from the new row to the nearest free column: each step settles a column, and if
+        # that is taken goes on from the row that has it.
+        row_of[m], column, done = new_row, m, np.zeros(m + 1, bool)
+        distance, before = np.full(m + 1, np.inf), np.full(m + 1, m)
+        while row_of[column] != -1:
+            done[column] = True
+            reach = cost[row_of[column]] - u[row_of[column]] - v
             closer = ~done & (reach < distance)
             distance[closer], before[closer] = reach[closer], column
-            column = int(np.argmin(np.where(done, np.inf, distance)))
-            done[column], length, row = True, distance[column], row_of[column]
-        # New potentials: the path's edges become tight, and no other goes below zero.
-        u[new_row] += length
-        for c in np.flatnonzero(done):
-            if row_of[c] != -1:
-                u[row_of[c]] += length - distance[c]
-            v[c] -= length - distance[c]
-        while column != -1:  # shift the matches along the path
-            previous = before[column]
-            row_of[column] = new_row if previous == -1 else row_of[previous]
-            column = previous
-    matched = np.flatnonzero(row_of != -1)
-    result = np.empty(n, int)
-    result[row_of[matched]] = matched
-    return result
+            column = np.argmin(np.where(done, np.inf, distance))
+            step = distance[column]  # potentials: no edge that is left goes below zero
+            u[row_of[done]] += step
+            v[done] -= step
+            distance[~done] -= step
+        while column != m:  # shift the matches along the path
+            row_of[column] = row_of[before[column]]
+            column = before[column]
+    return np.arange(n), np.argsort(row_of[:m])[m - n:]
 
 
 def mask_recovery(true_mask, mask, score=None):
     """Precision, recall and F1 of masks, (T, L) and (T, L') bool, under a matching of latents.
 
     Latents have no names, so each true one is matched with at most one of the model's: to the
-    largest sum of score (L, L') or, by default, to the largest number of entries that agree on 1,
-    which is the matching of the best F1. Entries of latents that found no partner count as errors.
-    NaN where there is nothing to find or nothing found.
+    largest sum of score (L, L') or, by default, of entries that agree on 1, which gives the best
+    F1. Entries of latents without a partner count as errors. NaN where nothing is to be found.
     """
     agree = true_mask.T.astype(float) @ mask  # (L, L'): perturbations that both touch
-    score = agree if score is None else score
-    if len(agree) > len(agree.T):
-        agree, score = agree.T, score.T
-    hits = agree[np.arange(len(agree)), best_matching(score)].sum()
+    hits = agree[best_matching(agree if score is None else score)].sum()
     n_true, n_found = int(true_mask.sum()), int(mask.sum())
     return {name: float(hits / n) if n else math.nan for name, n in (
         ("precision", n_found), ("recall", n_true), ("f1", (n_true + n_found) / 2))}
 
 
 def mask_agreement(masks, n_permutations=10):
-    """Do several runs find the same masks? F1 between each two, under the best matching of their
-    latents: the mean, and what chance gives, the mean after the perturbations of one are permuted.
-
-    A mask is, as in metrics.json, a list of T texts such as "0 3", the latents that a perturbation
-    touches.
-    """
-    n_latent = 1 + max((int(word) for mask in masks for row in mask for word in row.split()),
-                       default=0)
-    arrays = [np.array([[str(latent) in row.split() for latent in range(n_latent)] for row in mask])
-              for mask in masks]
+    """Do several runs find the same masks? Mean F1 between each two, under the best matching of
+    their latents, and by chance, when the perturbations of one are permuted. A mask is a list of T
+    texts such as "0 3", the latents that a perturbation touches (as in metrics.json)."""
+    words = sorted({word for mask in masks for row in mask for word in row.split()}) or ["0"]
+    arrays = [np.array([[word in row.split() for word in words] for row in mask]) for mask in masks]
     pairs, rng = list(itertools.combinations(arrays, 2)), np.random.default_rng(0)
     return [np.mean([mask_recovery(a, b)["f1"] for a, b in some] or math.nan) for some in (
         pairs, [(a, rng.permutation(b)) for a, b in pairs for _ in range(n_permutations)])]
@@ -289,50 +268,46 @@ def latent_recovery(true, learned):
         _, place, n = np.unique(column, return_inverse=True, return_counts=True)
         return (np.cumsum(n) - n / 2)[place]
 
-    def mcc(a, b):
-        """The mean over columns of a."""
+    found = {}
+    for name, a, b in (("mcc", true, learned), ("mcc_ranks", *(
+            np.apply_along_axis(ranks, 0, v) for v in (true, learned)))):
         score = correlations(a, b)
-        score = score if len(score) <= len(score.T) else score.T
-        return float(score[np.arange(len(score)), best_matching(score)].sum() / a.shape[1])
-
-    found = {"mcc": mcc(true, learned), "r_squared": math.nan,
-             "mcc_ranks": mcc(*(np.apply_along_axis(ranks, 0, v) for v in (true, learned)))}
+        found[name] = float(score[best_matching(score)].sum() / a.shape[1])
     inputs = np.column_stack([learned, np.ones(len(learned))])
-    if len(inputs) > 2 * inputs.shape[1]:
-        weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
-        error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
-        found["r_squared"] = float((1 - error / true[1::2].var(0)).mean())
-    return found
+    if len(inputs) <= 2 * inputs.shape[1]:
+        return found | {"r_squared": math.nan}
+    weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
+    error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
+    return found | {"r_squared": float((1 - error / true[1::2].var(0)).mean())}
 
 
 def mask_pathway_accuracy(mask, pathway, n_splits=10):
-    """Accuracy of predicting a perturbation's pathway from its mask (4.1.1): mean and sd.
+    """Accuracy of predicting a perturbation's pathway from its mask (4.1.1), and of the commonest
+    pathway for all: a dict, empty without scikit-learn.
 
-    mask (T, L) of 0 and 1, that is mask probabilities thresholded at 0.5; pathway (T,) names. A
-    random forest (scikit-learn's defaults) is fitted to 70 % of the perturbations and scored on the
-    other 30 %, for n_splits random splits. Needs scikit-learn, raises ImportError without.
+    mask (T, L) bool, probabilities above 0.5; pathway (T,) names. A random forest (scikit-learn's
+    defaults) learns from 70 % of the perturbations and is scored on the others, in random splits.
     """
-    from sklearn.ensemble import RandomForestClassifier
-
+    try:
+        from sklearn.ensemble import RandomForestClassifier
+    except ImportError:
+        print("mask pathway accuracy is left out: pip install scikit-learn")
+        return {}
     accuracy = []
     for seed in range(n_splits):
         train, test = data.train_test_split(len(mask), 0.7, seed)
         forest = RandomForestClassifier(random_state=seed).fit(mask[train], pathway[train])
         accuracy.append(forest.score(mask[test], pathway[test]))
-    return float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))
+    return {"mask_pathway_accuracy": float(np.mean(accuracy)), "n_annotated": len(mask),
+            "mask_pathway_accuracy_sd": float(np.std(accuracy, ddof=1)),
+            "mask_pathway_chance": np.unique(pathway, return_counts=True)[1].max() / len(mask)}
 
 
 def pathway_of(perturbations, pathways):
-    """The pathway of each perturbation, (T,), None where it has none.
-
-    pathways {pathway: genes}; a perturbation's gene is its name up to the first "_". A gene that is
-    in several pathways counts for the first.
-    """
-    of_gene = {}
-    for pathway, genes in (pathways or {}).items():
-        for gene in genes:
-            of_gene.setdefault(gene, pathway)
-    return np.array([of_gene.get(name.split("_")[0]) for name in perturbations], dtype=object)
+    """The pathway of each perturbation, (T,), or ""; pathways {pathway: genes}: the first that has
+    the perturbation's gene, its name up to the first "_"."""
+    of_gene = {gene: pathway for pathway in reversed(pathways or {}) for gene in pathways[pathway]}
+    return np.array([of_gene.get(name.split("_")[0], "") for name in perturbations])
 
 
 # ============================================================================================
@@ -340,9 +315,8 @@ def pathway_of(perturbations, pathways):
 # ============================================================================================
 
 
-@dataclasses.dataclass
 class Arms:
-    """Pairs (condition, covariates) that some cell of a screen has, A arms.
+    """Pairs (condition, covariates) that some cell of a run's screen has, A arms.
 
     The first S are the controls, with each of the S sets of covariate values that occur (one set,
     of nothing, where there are no covariates). Every other, treated, arm is compared with the
@@ -350,72 +324,48 @@ class Arms:
     weighted by its cells.
     """
 
-    names: np.ndarray      # (C,) conditions beside the control, sorted
-    condition: np.ndarray  # (A - S,) of each treated arm; those of a condition stand together
-    control: np.ndarray    # (A - S,) its control arm
-    d: np.ndarray          # (A, P) dosages,
-    d_model: torch.Tensor  # and as the model knows them (SVAE+ knows labels)
-    c: torch.Tensor        # (A, columns) covariates
-    of_cell: np.ndarray    # (N,) the arm of every cell of the screen
-
-    @classmethod
-    def of(cls, run):
-        """The arms of a run's screen."""
+    def __init__(self, run):
         screen = run.screen
         strata, stratum = np.unique(screen.c, axis=0, return_inverse=True)
+        S = self.n_controls = len(strata)
         label = np.where(screen.conditions == "control", "", screen.conditions).astype(str)
         names, condition = np.unique(label, return_inverse=True)  # "" comes first
-        pairs, cell, arm = np.unique(np.column_stack([condition, stratum.reshape(-1)]), axis=0,
-                                     return_index=True, return_inverse=True)
-        is_control = pairs[:, 0] == 0
-        treated, cell = pairs[~is_control], cell[~is_control]
-        of_arm = np.where(is_control, pairs[:, 1], np.arange(len(pairs)) - is_control.sum()
-                          + len(strata))
+        # All controls stand before the cells, so that an arm of each is found.
+        pair = np.append(np.arange(S), condition * S + stratum.reshape(-1))
+        arm, cell, of_cell = np.unique(pair, return_index=True, return_inverse=True)
+        cell = cell[S:] - S                # the first of each treated arm
+        self.names = names[1:]             # (C,) conditions beside the control, sorted
+        self.of_cell = of_cell[S:]         # (N,) the arm of every cell
+        self.condition = arm[S:] // S - 1  # (A - S,) of each treated arm: they are sorted by it
+        self.control = arm[S:] % S         # (A - S,) the control arm of each
+        self.first = np.flatnonzero(np.diff(self.condition, prepend=-1))  # (C,) treated arms
+        self.dosages = screen.d[cell[self.first]]  # (C, P) of the conditions
+        self.d = torch.from_numpy(np.pad(run.model_screen.d[cell], (  # (A, P) as the model sees it
+            (S, 0), (0, 0)), constant_values=data.NONE)).to(run.device)
+        self.c = torch.from_numpy(strata[arm % S]).to(run.device)  # (A, columns)
 
-        def with_controls(d):
-            """Dosages of all arms; the controls have none."""
-            return np.pad(d[cell], ((len(strata), 0), (0, 0)), constant_values=data.NONE)
-
-        return cls(names[1:], treated[:, 0] - 1, treated[:, 1], with_controls(screen.d),
-                   torch.from_numpy(with_controls(run.model_screen.d)).to(run.device),
-                   torch.from_numpy(strata[np.append(np.arange(len(strata)), treated[:, 1])]).to(
-                       run.device), of_arm[arm.reshape(-1)])
-
-    @property
-    def n_controls(self):
-        """S."""
-        return len(self.d) - len(self.condition)
-
-    @property
-    def first(self):
-        """The first treated arm of each condition, (C,)."""
-        return np.flatnonzero(np.diff(self.condition, prepend=-1))
-
-    @property
-    def dosages(self):
-        """Dosages of the conditions, (C, P)."""
-        return self.d[self.n_controls:][self.first]
+    def n_cells(self, cells):
+        """How many of these cells each arm has, (A,)."""
+        return np.bincount(self.of_cell[cells], minlength=len(self.d))
 
     def of_condition(self, n):
         """Sums over each condition of n (A - S, ...), (C, ...)."""
         return np.add.reduceat(n, self.first, axis=0)
 
     def shares(self, n):
-        """The weight of each treated arm in its condition, (A - S, 1), from the numbers of cells
-        n (A,): its part of the condition's cells, where there are control cells to compare with."""
+        """The weight of each treated arm in its condition, (A - S, 1): its part of the condition's
+        cells, of n (A,), where there are control cells to compare with."""
         n = n[self.n_controls:] * (n[self.control] > 0)
         return (n / np.maximum(self.of_condition(n), 1)[self.condition])[:, None]
 
     def compared(self, y, share):
-        """Means of conditions, and of the controls that each is compared with, from y (A, G):
-        (C, G) each."""
+        """Means over arms y (A, G) of conditions, and of their controls, (C, G) each."""
         return (self.of_condition(share * y[self.n_controls:]),
                 self.of_condition(share * y[self.control]))
 
 
 class Means(typing.NamedTuple):
-    """Mean expression of some cells by arm, (A, G); its squared standard error, (A, G); their
-    number, (A,)."""
+    """Of some cells, by arm: mean expression (A, G), its squared standard error, their number."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -423,27 +373,20 @@ class Means(typing.NamedTuple):
 
 
 def mean_expression(batches, cells, arms):
-    """Mean expression of cells, positions (n,), by arm, for cells of a library of 10,000: {scale:
-    Means}. counts: 1e4 x / sum x. log_normalised: log2(1 + 1e4 x / sum x). (3.2 compares means of
-    x, the counts; the second scale and its logarithm to base 2 are what the authors' code takes for
-    Table 1.)
-
-    An arm without cells has zeros; one of a single cell has the variance within all arms.
-    """
-    group = torch.from_numpy(arms.of_cell[cells])
-    n = np.bincount(group, minlength=len(arms.d))[:, None].astype(float)
-    total = {scale: torch.zeros(2, len(n), batches.n_genes, dtype=torch.float64,
-                                device=batches.device) for scale in SCALES}
-    group = group.to(batches.device)
-    for x, *_ in batches.in_order(cells):
-        part, group = group[:len(x)], group[len(x):]
+    """Mean expression of cells, positions (n,), by arm: {scale: Means}. counts: 1e4 x / sum x (3.2
+    has x). log_normalised: log2(1 + 1e4 x / sum x), as in the authors' code for Table 1. An arm
+    without cells has zeros; one of a single cell has the variance within all arms."""
+    n = arms.n_cells(cells)[:, None]
+    arm = torch.from_numpy(arms.of_cell[cells]).to(batches.device)
+    total = torch.zeros(2, 2, len(n), batches.n_genes, dtype=torch.float64, device=batches.device)
+    for (x, *_), part in zip(batches.in_order(cells, 512), arm.split(512)):
         per_10k = (1e4 * x / x.sum(-1, keepdim=True)).double()  # (B, G)
-        for scale, y in (("counts", per_10k), ("log_normalised", torch.log2(1 + per_10k))):
-            total[scale][0].index_add_(0, part, y)
-            total[scale][1].index_add_(0, part, y**2)
+        for (y_sum, y2_sum), y in zip(total, (torch.log2(1 + per_10k), per_10k)):
+            y_sum.index_add_(0, part, y)
+            y2_sum.index_add_(0, part, y**2)
     means = {}
-    for scale in SCALES:
-        y, y2 = total.pop(scale).cpu().numpy()
+    for scale, sums in zip(SCALES, total):
+        y, y2 = sums.cpu().numpy()
         mean = y / np.maximum(n, 1)
         squares = np.maximum(y2 - n * mean**2, 0)  # around the mean
         pooled = squares.sum(0) / max(1, np.maximum(n - 1, 0).sum())
@@ -453,8 +396,8 @@ def mean_expression(batches, cells, arms):
 
 
 def with_controls(cells, train, is_control):
-    """Test cells, which in the Norman splits have no controls, with some in any case: those that
-    are not among the cells of `train`, or, if there are none, all. is_control (N,) bool."""
+    """Test cells with control cells, if they have none (as in the Norman splits) those that are not
+    in `train`, or else all. is_control (N,) bool."""
     controls = np.flatnonzero(is_control)
     for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
         if len(chosen) > 1:
@@ -501,36 +444,23 @@ def t_against_others(arms, means):
                      out=np.zeros_like(error), where=error > 0)
 
 
-class Said(typing.NamedTuple):
-    """What the data say of C conditions on one scale, (C, G) each: effects with their squared
-    standard errors, the same from the mean of the other training conditions, and the genes'
-    weights (`response_weights`)."""
-
-    effect: np.ndarray
-    variance: np.ndarray
-    from_mean: np.ndarray
-    variance_from_mean: np.ndarray
-    weights: np.ndarray
-
-
 def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
     """On one scale, what predictions are compared with (`Said`) and by how many baselines.
 
     observed, trained    Means of the cells to compare with, and of the training cells
-    is_left_out (C, G)   entries that do not count, zero on both sides
+    is_left_out (C, G)   genes that do not count for a condition's weights
 
-    Weights are from the training cells of conditions that have n_enough of them, so that no noise
-    of the compared cells chooses genes; the others' are from the compared cells. Returns Said; the
-    mean effects (C, G) of the other training conditions in training cells; the baselines {name:
-    (C, G)}; and the conditions whose weights are independent, (C,) bool.
+    Weights are from the training cells of conditions that have n_enough of them, independent of the
+    compared cells' noise; else from the compared cells. Returns Said, the baselines {name: (C, G)},
+    and the conditions whose weights are independent, (C,) bool.
     """
     S = arms.n_controls
     share, share_trained = arms.shares(observed.n), arms.shares(trained.n)
     treated, control = arms.compared(observed.mean, share)
     noise, noise_of_control = arms.compared(observed.variance, share**2)
-    seen = arms.of_condition(share_trained)[:, 0] > 0
     own = np.subtract(*arms.compared(trained.mean, share_trained))
-    noise_trained, of_control = arms.compared(trained.variance, share_trained**2)
+    noise_trained, noise_trained_control = arms.compared(trained.variance, share_trained**2)
+    seen = arms.of_condition(share_trained)[:, 0] > 0
     others = mean_of_others(own, seen)
 
     # From the mean of others: with the same control cells on both sides, the training cells' where
@@ -546,22 +476,21 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
     independent = arms.of_condition(trained.n[S:]) >= n_enough
     t = np.where(independent[:, None], t_against_others(arms, trained),
                  t_against_others(arms, observed))
-    said = Said(effect=treated - control, variance=noise + noise_of_control,
-                from_mean=treated - arms.of_condition(share * controls[arms.control]) - others,
-                variance_from_mean=(noise + mean_of_others(noise_trained, seen) / n_others
-                                    + differ**2 @ noise_of_controls),
-                weights=response_weights(np.where(is_left_out, 0, t)))
-    return said, others, baseline_effects(own, noise_trained + of_control, seen, others,
-                                          arms.dosages), independent
+    said = Said(treated - control, noise + noise_of_control,
+                treated - arms.of_condition(share * controls[arms.control]) - others,
+                noise + mean_of_others(noise_trained, seen) / n_others
+                + differ**2 @ noise_of_controls,
+                response_weights(np.where(is_left_out, 0, t)), others)
+    return said, baseline_effects(own, noise_trained + noise_trained_control, seen, others,
+                                  arms.dosages), independent
 
 
 def shrunken(effect, variance, seen):
     """Effects (C, G) shrunken towards zero, as far as they are noise (empirical Bayes).
 
-    Each is multiplied by S / (S + N), the posterior mean if true effects are N(0, S). N is its
-    squared standard error, `variance`. S follows from the mean squares that are left when noise is
-    taken away: S_tg = S_t S_g / S_0, the mean of effect^2 - N over the condition's genes, over the
-    gene's conditions, and over all, no less than 0, of the conditions in seen, (C,) bool."""
+    Each is multiplied by S / (S + N), the posterior mean if true effects are N(0, S); N is
+    `variance`. S_tg = S_t S_g / S_0: the means of effect^2 - N, no less than 0, over genes, over
+    conditions, and over all, of the conditions in seen, (C,) bool."""
     signal = np.where(seen[:, None], effect**2 - variance, 0)
     of_condition, of_gene = (np.maximum(signal.sum(axis, keepdims=True), 0) for axis in (1, 0))
     s = of_condition * of_gene / max(signal.sum(), 1e-300)
@@ -583,20 +512,19 @@ def baseline_effects(effect, variance, seen, others, dosages):
         own_mean        the effect in the condition's own training cells; additive without these
         shrunken_mean   the same of `shrunken` effects
     """
-    is_single = (dosages != data.NONE).sum(1) == 1
+    n_parts = (dosages != data.NONE).sum(1)
     alone = np.full(dosages.max() + 2, -1)  # the condition of a perturbation alone; NONE has none
-    alone[dosages[is_single].max(1)] = np.where(seen[is_single], np.flatnonzero(is_single), -1)
+    alone[dosages[n_parts == 1].max(1)] = np.where(seen, np.arange(len(seen)), -1)[n_parts == 1]
     parts = alone[dosages]  # (C, P)
-    n_parts = (dosages != data.NONE).sum(1)[:, None]
 
     def additive(effect):
         """The sum over parts."""
         return sum(np.where(part[:, None] >= 0, effect[part], 0) for part in parts.T)
 
-    n_known = (parts >= 0).sum(1)[:, None]
+    unknown = (n_parts - (parts >= 0).sum(1))[:, None]
     of_parts, shrunk = additive(effect), shrunken(effect, variance, seen)
     return {"no_change": np.zeros_like(effect), "perturbed_mean": others, "additive": of_parts,
-            "matching_mean": (of_parts + (n_parts - n_known) * others) / n_parts,
+            "matching_mean": (of_parts + unknown * others) / n_parts[:, None],
             "own_mean": np.where(seen[:, None], effect, of_parts),
             "shrunken_mean": np.where(seen[:, None], shrunk, additive(shrunk))}
 
@@ -608,14 +536,15 @@ def baseline_effects(effect, variance, seen, others, dosages):
 OPTIONS = [  # name, default, what is allowed, what it is and where the default comes from
     ("--iwelbo-particles", 100, AT_LEAST_1, "K of 3.1 (paper: 100, for Norman)"),
     ("--ate-particles", 2500, AT_LEAST_1, "K of 3.2 (paper: Replogle 10,000, Norman 2,500)"),
-    ("--library", None, AT_LEAST_1, "total counts of simulated cells (authors' code, and with a "
-     "preset of the paper: 10,000; else the median of the data's cells)"),
+    ("--library", 0, AT_LEAST_0, "total counts of simulated cells; 0 for 10,000 with a preset of "
+     "the paper (authors' code), else for the median of the data's cells"),
     ("--effects-from", None, ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1, and with a preset of the paper: all; else test)"),
     ("--own-targets", None, bool, "count the gene that a perturbation targets among those of its "
      "effect (with a preset of the paper; else not)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
+DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS}
 
 
 def open_run(folder, device=None, data_path=None):
@@ -627,17 +556,10 @@ def open_run(folder, device=None, data_path=None):
     return train.Run.load(folder, "best.pt", device, **changes)
 
 
-def of_paper(run):
-    """Whether a run has a preset of the paper's experiments."""
-    return run.config["preset"] not in (None, "simulated", "sparse-shift")
-
-
 def library_of(run):
-    """Total counts of simulated cells: 10,000, as in the authors' code, or without a preset of the
-    paper the median of the data's cells, so that logarithms of model and data are alike. (With the
-    median the true effects had r = 0.9995 with those of cells of all depths, 40 to 600 counts, and
-    with a mean over eight quantiles 0.9998, with 10,000 counts 0.90.)"""
-    return 10_000 if of_paper(run) else int(np.median(run.screen.library))
+    """Total counts of simulated cells: by a preset of the paper as in the authors' code, else the
+    data's median, at which logarithms of model and data are alike."""
+    return int(np.median(run.screen.library)) if run.config["preset"] in OURS else 10_000
 
 
 def evaluate(run, pathways=None, **options):
@@ -646,19 +568,16 @@ def evaluate(run, pathways=None, **options):
         config, options     of the run, and of this evaluation (OPTIONS)
         step, masks_from    where best.pt was, and where masks began; last_step, done: how far
                             training has come, and whether it has ended
-        iwelbo ...          see `likelihood`
-        effects             a list of rows: scale, group of conditions, what predicts, and its
-                            `effect_metrics`, or `noise_limit`; see `effects`
-        mask ...            see `masks`; latent ..., see `latents`, of simulated screens
-        warnings            sentences
+        iwelbo ... see `likelihood`; effects ... see `effects`; mask ... see `masks`; and, of
+        simulated screens, latent ... see `latents`; warnings: sentences
 
     pathways is a .json file for data.read_pathways, by default the data. NaN becomes null.
     """
     last = train.load_checkpoint(run.folder, "last.pt")["progress"]
-    options = {option_name(flag): default for flag, default, *_ in OPTIONS} | options
-    for name, default in (("library", library_of(run)), ("own_targets", of_paper(run)),
-                          ("effects_from", "all" if of_paper(run) else "test")):
-        options[name] = default if options[name] is None else options[name]
+    ours = run.config["preset"] in OURS
+    options = DEFAULTS | {"own_targets": not ours, "effects_from": "test" if ours else "all"} | {
+        name: value for name, value in options.items() if value is not None}
+    options["library"] = options["library"] or library_of(run)
     known_pathways = data.read_pathways(pathways or run.config["data"])  # it may be wrong
     metrics = {"format": FORMAT, "checkpoints": checkpoints(run.folder), "config": run.config,
                "fingerprint": run.fixed["fingerprint"], "options": options | {"pathways": pathways},
@@ -668,31 +587,22 @@ def evaluate(run, pathways=None, **options):
     torch.manual_seed(options["evaluation_seed"])
     truth = data.read_simulation(run.config["data"])
     metrics |= likelihood(run, options) | effects(run, options)
-    metrics |= masks(run, known_pathways, truth) | (latents(run, truth) if truth else {})
+    row = {name: t for t, name in enumerate(truth[0])} if truth else {}
+    names = run.model_screen.perturbations  # (SVAE+ knows labels, which the truth does not)
+    true_mask = truth[1][[row[t] for t in names]] if truth and row.keys() >= {*names} else None
+    metrics |= masks(run, known_pathways, true_mask)
+    metrics |= latents(run, truth, true_mask) if truth else {}
     metrics["warnings"] = warnings_of(metrics)
-    metrics = without_nan(metrics)
-    with data.replacing(os.path.join(run.folder, "metrics.json")) as path, open(path, "w") as file:
-        json.dump(metrics, file, indent=2)
+    metrics = json.loads(json.dumps(metrics), parse_constant=lambda nan: None)
+    with data.replacing(os.path.join(run.folder, "metrics.json")) as path:
+        pathlib.Path(path).write_text(json.dumps(metrics, indent=2))
     return metrics
 
 
 def checkpoints(folder):
     """The hashes at the end of best.pt and last.pt, which tell whether metrics are still theirs."""
-    found = {}
-    for name in ("best.pt", "last.pt"):
-        with open(os.path.join(folder, name), "rb") as file:
-            file.seek(-64, os.SEEK_END)
-            found[name] = file.read().decode(errors="replace")
-    return found
-
-
-def without_nan(value):
-    """The value with null in place of NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {name: pathlib.Path(folder, name).read_bytes()[-64:].decode(errors="replace")
+            for name in ("best.pt", "last.pt")}
 
 
 def write_csv(run, name, header, rows):
@@ -708,213 +618,187 @@ def likelihood(run, options):
     """Marginal likelihood of the test cells (3.1): both IWELBOs, in nats. Writes iwelbo.csv, the
     predictive one of each test cell.
 
-    Both are lower bounds: with K = 100 the predictive one stood up to 0.8 nats per cell below
-    K = 4,000, differences between models much less."""
+    Its Monte Carlo error is the standard deviation of the mean over repeats, with some of the cells
+    (the delta method gave half of it). With --adapt, iwelbo_new is of test cells with perturbations
+    that the run has learned, and iwelbo_new_before when the prior is all that is known of these (by
+    SVAE+ and the conditional VAE, which have none, they are taken for controls)."""
     test, n_particles = run.split["test"], options["iwelbo_particles"]
-    predictive, joint, effective_sample_size = iwelbo(
-        run.model, run.batches.in_order(test), n_particles)
-    predictive, n = predictive.double().cpu().numpy(), len(test)
+
+    def predictive(cells):
+        """The predictive IWELBO of each cell, and what belongs to the joint one."""
+        values, *joint = iwelbo(run.model, run.batches.in_order(cells), n_particles)
+        return values.double().cpu().numpy(), *joint
+
+    values, joint, effective_sample_size = predictive(test)
     write_csv(run, "iwelbo.csv", ["cell", "condition", "iwelbo"], zip(
-        run.screen.cell_names[test], run.screen.conditions[test], predictive))
-    metrics = {"iwelbo": predictive.mean(),
-               "iwelbo_se": predictive.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
-               "iwelbo_monte_carlo_error": monte_carlo_error(run, test, n_particles),
-               "n_test_cells": n, "iwelbo_joint_per_cell": joint / n,
+        run.screen.cell_names[test], run.screen.conditions[test], values))
+    some = np.sort(np.random.default_rng(0).permutation(test)[:500])
+    repeats = [predictive(some)[0].mean() for _ in range(8)]
+    metrics = {"iwelbo": values.mean(), "n_test_cells": len(test),
+               "iwelbo_se": values.std(ddof=1) / math.sqrt(len(test)),
+               "iwelbo_monte_carlo_error": np.std(repeats, ddof=1),
+               "iwelbo_joint_per_cell": joint / len(test),
                "iwelbo_joint_effective_sample_size": effective_sample_size}
-    return metrics | (of_new_perturbations(run, predictive, n_particles)
-                      if run.config["adapt"] else {})
+    if run.config["adapt"]:
+        n_cells, n_known = run.model.n_cells, run.n_known
+        learned = n_known + np.flatnonzero(n_cells[n_known:].numpy(force=True) > 0)
+        is_new = np.isin(run.model_screen.d[test], learned).any(1)
+        metrics |= {"n_new_perturbations": len(learned), "n_new_cells": int(is_new.sum()),
+                    "new_conditions": sorted(set(run.screen.conditions[test[is_new]]))}
+        if is_new.any():
+            trained = n_cells.clone()
+            n_cells[n_known:] = 0
+            metrics |= {"iwelbo_new_before": predictive(test[is_new])[0].mean(),
+                        "iwelbo_new": values[is_new].mean()}
+            n_cells.copy_(trained)
+    return metrics
 
 
-def monte_carlo_error(run, cells, n_particles, n_repeats=8, n_cells=500):
-    """How much the mean predictive IWELBO of cells varies with the draws of latents: its standard
-    deviation over independent repeats, with n_cells of the cells. (Of more cells it varies less,
-    as far as the noise is each cell's own. Weights within one repeat do not tell: their delta
-    method gave half of this in trained models.)"""
-    some = np.sort(np.random.default_rng(0).permutation(cells)[:n_cells])
-    means = [iwelbo(run.model, run.batches.in_order(some), n_particles)[0].double().mean().item()
-             for _ in range(n_repeats)]
-    return float(np.std(means, ddof=1))
-
-
-def of_new_perturbations(run, predictive, n_particles):
-    """Of a run that adapts another (--adapt): the mean predictive IWELBO of test cells with one of
-    the perturbations that it has learned, after that, of `predictive` (N,), all test cells' IWELBO,
-    and before, when the prior is all that is known of them (SVAE+ and the conditional VAE, which
-    have none, take these cells for controls). And their conditions, to find them in another run."""
-    test, n_cells, n_known = run.split["test"], run.model.n_cells, run.n_known
-    learned = np.flatnonzero(n_cells.cpu().numpy() > 0)
-    learned = learned[learned >= n_known]
-    is_new = np.isin(run.model_screen.d[test], learned).any(1)
-    found = {"n_new_perturbations": len(learned), "n_new_cells": int(is_new.sum()),
-             "new_conditions": sorted(set(run.screen.conditions[test[is_new]]))}
-    if is_new.any():
-        trained = n_cells.clone()
-        n_cells[n_known:] = 0
-        before, *_ = iwelbo(run.model, run.batches.in_order(test[is_new]), n_particles)
-        n_cells.copy_(trained)
-        found |= {"iwelbo_new_before": before.double().mean().item(),
-                  "iwelbo_new": float(predictive[is_new].mean())}
-    return found
+def expected(*arguments, **options):
+    """`expected_expression` by the names of SCALES, as arrays."""
+    y = expected_expression(*arguments, **options)
+    return {"log_normalised": y["log_normalised"].cpu().numpy(),
+            "counts": y["per_10k"].cpu().numpy()}
 
 
 def effects(run, options):
     """Average treatment effects of all conditions (3.2), by the model, the baselines and the data.
 
     Writes effects.h5ad and top_genes.csv. Returns metrics. Rows of ["effects"] are {scale, group,
-    row, metrics}: of the conditions in a group, all that can be compared, pairs, held_out (no
-    training cells), or test (with test cells), and by a row: the model, a baseline or noise_limit.
-    ["n_pairs"]: how many pairs have training cells, and of how many both parts have some alone.
-    ["on_target"]: see `on_target`. ["n_not_compared"]: conditions without controls of their
-    covariates.
+    row, `effect_metrics` and discrimination}: a group is of conditions, all that can be compared,
+    pairs, held_out (no training cells), or test (with test cells); a row is the model, a baseline
+    or noise_limit. ["n_pairs"]: how many pairs have training cells, and of how many both parts have
+    some alone. ["on_target"]: the sum of effects on counts over the n_targets genes that
+    perturbations target, by that of the controls' means: -0.6 for a fall by 60 %.
+    ["n_not_compared"]: conditions without controls of their covariates.
     """
     screen, split, library = run.screen, run.split, options["library"]
-    arms = Arms.of(run)
-    S, dosages = arms.n_controls, arms.dosages
-    cells = np.arange(len(screen.d))
+    arms, cells = Arms(run), np.arange(len(screen.d))
+    n_all = arms.n_cells(cells)
     if options["effects_from"] == "test":
         cells = with_controls(split["test"], split["train"], screen.conditions == "control")
-    observed = mean_expression(run.batches, cells, arms)
-    trained = mean_expression(run.batches, split["train"], arms)
-    n_cells, n_trained = (arms.of_condition(m["counts"].n[S:]).astype(int)
-                          for m in (observed, trained))
+    observed, trained = (mean_expression(run.batches, some, arms)
+                         for some in (cells, split["train"]))
+    n_cells, n_trained, n_test = (arms.of_condition(arms.n_cells(some)[arms.n_controls:])
+                                  for some in (cells, split["train"], split["test"]))
 
     # By the model: where the data say nothing, the arms count by the cells of all the screen.
-    expected = {scale: y.cpu().numpy() for scale, y in expected_expression(
-        run.model, arms.d_model, arms.c, options["ate_particles"], library).items()}
+    y = expected(run.model, arms.d, arms.c, options["ate_particles"], library)
     share = arms.shares(observed["counts"].n)
     known = arms.of_condition(share)[:, 0] > 0
-    n_all = np.bincount(arms.of_cell, minlength=len(arms.d))[S:]
-    share = np.where(known[arms.condition, None], share, (n_all / np.maximum(
-        arms.of_condition(n_all), 1)[arms.condition])[:, None])
+    share = np.where(known[arms.condition, None], share, arms.shares(np.maximum(n_all, 1)))
 
-    n_parts, in_test = (dosages != data.NONE).sum(1), np.bincount(
-        arms.of_cell[split["test"]], minlength=len(arms.d))[S:]
+    n_parts = (arms.dosages != data.NONE).sum(1)
     groups = {"all": known, "pairs": known & (n_parts == 2), "held_out": known & (n_trained == 0),
-              "test": known & (arms.of_condition(in_test) > 0)}
-    is_target = own_targets(dosages, screen.perturbations, screen.gene_names)
+              "test": known & (n_test > 0)}
+    is_target = own_targets(arms.dosages, screen.perturbations, screen.gene_names)
     is_left_out = np.zeros_like(is_target) if options["own_targets"] else is_target
     rows, layers = [], {}
-    for scale, of_model in SCALES.items():
-        said, others, baselines, independent = effects_by_data(
+    for scale in SCALES:
+        said, baselines, independent = effects_by_data(
             arms, observed[scale], trained[scale], is_left_out)
-        model = np.subtract(*arms.compared(expected[of_model], share))
-        rows += scores(scale, groups, {"model": model, **baselines}, said, others, independent,
-                       is_left_out, run.device)
-        for name, values in (("model", model), ("data", said.effect),
-                             ("data_se", np.sqrt(said.variance))):
-            whole = values if name == "model" else np.where(known[:, None], values, np.nan)
-            layers[f"{name}_{scale}"] = whole.astype(np.float32)
+        predictions = {"model": np.subtract(*arms.compared(y[scale], share)), **baselines}
+        rows += [{"scale": scale, **row} for row in scores(
+            groups, predictions, said, independent, is_left_out, run.device)]
+        layers |= {f"{name}_{scale}": values.astype(np.float32) for name, values in (
+            ("model", predictions["model"]),
+            ("data", np.where(known[:, None], said.effect, np.nan)),
+            ("data_se", np.where(known[:, None], np.sqrt(said.variance), np.nan)))}
 
     data.write_h5ad(os.path.join(run.folder, "effects.h5ad"), X=layers["model_log_normalised"],
                     obs={"condition": arms.names.astype(object), "n_cells": n_cells,
                          "n_training_cells": n_trained, "n_perturbations": n_parts},
                     var={"gene": screen.gene_names}, layers=layers,
                     uns={"effects_from": options["effects_from"], "library": library})
-    treated, control = arms.compared(expected["per_10k"], share)
+    treated, control = arms.compared(y["counts"], share)
     write_top_genes(run, arms, np.log2(treated / control), layers, library)
-    _, control = arms.compared(observed["counts"].mean, share)
-    of_parts = dosages[(n_parts == 1) & (n_trained > 0)].max(1)
+    on_target, (_, control) = is_target & known[:, None], arms.compared(
+        observed["counts"].mean, share)
+    before = float(control[on_target].sum())
+    alone = arms.dosages[(n_parts == 1) & (n_trained > 0)].max(1)
+    both_alone = np.isin(arms.dosages, [*alone, data.NONE]).all(1)
     return {"effects": rows, "n_not_compared": int((~known & (n_cells > 0)).sum()),
-            "n_pairs": [int((groups["pairs"] & so).sum()) for so in (
-                n_trained > 0, np.isin(dosages, np.append(of_parts, data.NONE)).all(1))],
-            "on_target": on_target(is_target & known[:, None], control, {
-                "data": layers["data_counts"], "model": model, **baselines})}
+            "n_pairs": [int((groups["pairs"] & so).sum()) for so in (n_trained > 0, both_alone)],
+            "n_targets": int(on_target.sum()) if before else 0,
+            "on_target": {row: float(effect[on_target].sum()) / before for row, effect in (
+                ("data", said.effect), *predictions.items())} if before else {}}
 
 
-def mean_of(values):
-    """The mean, NaN of nothing."""
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def scores(scale, groups, predictions, said, others, independent, is_left_out, device):
+def scores(groups, predictions, said, independent, is_left_out, device):
     """Rows of metrics, dicts, of predictions {row: (C, G)} in groups of conditions {name: (C,)
-    bool}; the other arguments are as `effects_by_data` returns them. Discrimination ranks all
-    conditions that can be compared, whatever their group."""
+    bool}, without entries that is_left_out (C, G). Discrimination ranks all conditions that can be
+    compared, whatever their group."""
     known, rows = groups["all"], []
     nothing = np.full((2, int(known.sum())), math.nan)  # to rank, where all are alike
     ranked = {row: nothing if row in ("no_change", "perturbed_mean") else discrimination_scores(
         v[known], said.effect[known], is_left_out[known], device) for row, v in predictions.items()}
     # The one place where entries that do not count become zero, for everyone.
-    said, others = Said(*(np.where(is_left_out, 0, v) for v in said)), np.where(
-        is_left_out, 0, others)
+    said = Said(*(np.where(is_left_out, 0, v) for v in said))
     predictions = {row: np.where(is_left_out, 0, v) for row, v in predictions.items()}
     for group, chosen in groups.items():
+        if not chosen.any():
+            continue
         by_data = Said(*(v[chosen] for v in said))
         for row, predicted in predictions.items():
-            first, second = ranked[row][:, chosen[known]]
-            rows.append({"scale": scale, "group": group, "row": row, **effect_metrics(
-                predicted[chosen], (predicted - others)[chosen], by_data),
-                "discrimination": mean_of(first), "discrimination_by_prediction": mean_of(second)})
-        if chosen.any():
-            rows.append({"scale": scale, "group": group, "row": "noise_limit",
-                         **noise_limit(by_data, independent[chosen])})
+            first, second = ranked[row][:, chosen[known]].mean(1)
+            rows.append({"group": group, "row": row, **effect_metrics(predicted[chosen], by_data),
+                         "discrimination": first, "discrimination_by_prediction": second})
+        rows.append({"group": group, "row": "noise_limit",
+                     **noise_limit(by_data, independent[chosen])})
     return rows
 
 
-def on_target(is_target, control, effects):
-    """How much the genes that perturbations target change, in all: the sum of their effects on
-    counts by that of the controls' means, -0.6 for a fall by 60 %.
-
-    is_target (C, G) bool, control (C, G), effects {row: (C, G)}. Returns {row: change} and the
-    number of targets, "n".
-    """
-    before = float(control[is_target].sum()) or math.nan
-    return {"n": int(is_target.sum())} | {row: float(effect[is_target].sum()) / before
-                                          for row, effect in effects.items()}
+def strongest(effect, n):
+    """The n genes of largest effect (G,), without those that have none."""
+    return [g for g in np.argsort(-np.abs(effect), kind="stable")[:n] if effect[g] != 0]
 
 
 def write_top_genes(run, arms, log2_fold_change, layers, library, n_top=20, n_particles=500):
     """Write top_genes.csv: the n_top genes of largest effect on log-normalised expression, by the
-    model, of each condition and of each latent dimension.
-
-    Of a condition beside the effect by the data with its standard error. Of latent dimension l it
-    is the effect of moving the basal state by +1, its standard deviation a priori, along l, in the
-    axes of the masks. Fold changes are by the model.
-    """
-    model, genes, rows = run.model, run.screen.gene_names, []
-
-    def add(kind, name, effect, fold_change, *by_data):
-        """The rows of one condition or latent dimension, of arrays (G,)."""
-        for rank, g in enumerate(np.argsort(-np.abs(effect), kind="stable")[:n_top]):
-            if effect[g] != 0:
-                rows.append([kind, name, rank + 1, genes[g], effect[g], fold_change[g],
-                             *([v[g] for v in by_data] or ["", ""])])
-
-    for row in zip(arms.names, layers["model_log_normalised"], log2_fold_change,
-                   layers["data_log_normalised"], layers["data_se_log_normalised"]):
-        add("condition", *row)
+    model, of each condition, and of each latent dimension: the effect of moving the basal state by
+    +1, its standard deviation a priori, along this axis of the masks."""
+    model, genes = run.model, run.screen.gene_names
+    found = [("condition", *of_condition) for of_condition in zip(
+        arms.names, layers["model_log_normalised"], log2_fold_change,
+        layers["data_log_normalised"], layers["data_se_log_normalised"])]
     if model.has_effects:
         nothing = torch.full((1, 1), data.NONE, device=run.device)
         cells = np.resize(np.random.default_rng(0).permutation(len(run.screen.c)), n_particles)
         c = torch.from_numpy(run.screen.c[cells][None]).to(run.device)
-        basal = sobol_normal(n_particles, model.n_latent, run.device)
-        expected = []
-        for move in torch.cat([torch.zeros_like(model.axes[:1]), model.axes.T]):
+        basal, moved = sobol_normal(n_particles, model.n_latent, run.device), []
+        for move in [0, *model.axes.T]:
             torch.manual_seed(0)  # the same noise for all
-            of_move = expected_expression(model, nothing, c, library=library, basal=basal + move)
-            expected.append({scale: y[0].cpu().numpy() for scale, y in of_move.items()})
-        for latent, moved in enumerate(expected[1:]):
-            add("latent", latent, moved["log_normalised"] - expected[0]["log_normalised"],
-                np.log2(moved["per_10k"] / expected[0]["per_10k"]))
+            y = expected(model, nothing, c, library=library, basal=basal + move)
+            moved.append([y["log_normalised"][0], np.log2(y["counts"][0])])
+        not_by_data = np.full(len(genes), "")
+        found += [("latent", latent, *np.subtract(y, moved[0]), not_by_data, not_by_data)
+                  for latent, y in enumerate(moved[1:])]
     write_csv(run, "top_genes.csv", [
         "kind", "name", "rank", "gene", "effect_log_normalised", "log2_fold_change",
-        "data_effect_log_normalised", "data_standard_error"], rows)
+        "data_effect_log_normalised", "data_standard_error"], (
+        [kind, name, rank, genes[g], effect[g], *(v[g] for v in others)]
+        for kind, name, effect, *others in found
+        for rank, g in enumerate(strongest(effect, n_top), 1)))
 
 
 @torch.no_grad()
-def probability_and_offset(model, n_draws=50):
-    """Mask probabilities, and mean offsets E[m e] over n_draws, (T, L) each."""
+def drawn_effects(model, n_draws=50):
+    """Draws of masks and effects of all perturbations, (draws, T, L) each: always the same."""
     torch.manual_seed(0)
-    mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
+    return model.sample_many_globals(model.all_perturbations(), n_draws)
+
+
+def probability_and_offset(model):
+    """Mask probabilities, and mean offsets E[m e], (T, L) each."""
+    mask, effect = drawn_effects(model)
     return model.mask_probability().numpy(force=True), (mask * effect).mean(0).numpy(force=True)
 
 
-def masks(run, pathways, truth=None):
-    """What the masks say: the mean mask probability of perturbations with training cells and the
-    number of these that touch no latent dimension, `mask_recovery` where the screen is simulated,
-    `mask_pathway_accuracy` where there are pathways (10 annotated perturbations or more). Writes
-    masks.csv: entries of probability above 0.01, the likeliest of a perturbation first, with their
-    mean offset E[m e]. Empty for a model without effects."""
+def masks(run, pathways, true_mask=None):
+    """Metrics of masks, where a model has them: of perturbations with training cells the mean
+    probability, size and number of empty ones; `mask_recovery` where the screen is simulated;
+    `mask_pathway_accuracy` where there are pathways. Writes masks.csv: entries of probability above
+    0.01, the likeliest of a perturbation first, with their mean offset E[m e]."""
     model, names = run.model, run.model_screen.perturbations
     if not model.has_effects:
         return {}
@@ -931,41 +815,19 @@ def masks(run, pathways, truth=None):
                "n_empty_masks": int((~mask[trained].any(1)).sum()),
                "mask_mean_size": float(mask[trained].sum(1).mean()),
                "mask": [" ".join(map(str, np.flatnonzero(row))) for row in mask]}
-    true_mask = true_mask_of(names, truth)
     if true_mask is not None:
-        metrics |= with_prefix("mask_", mask_recovery(true_mask, mask))
+        metrics |= {f"mask_{name}": v for name, v in mask_recovery(true_mask, mask).items()}
     pathway = pathway_of(names, pathways)
-    known = np.array([p is not None for p in pathway])
-    if pathways and known.sum() < 10:
+    known = pathway != ""
+    if known.sum() >= 10:
+        metrics |= mask_pathway_accuracy(mask[known], pathway[known])
+    elif pathways:
         print(f"mask pathway accuracy is left out: {known.sum()} of {len(names):,} perturbations "
               "are in a pathway, and 10 are needed")
-    elif pathways:
-        pathway = pathway[known].astype(str)
-        try:
-            accuracy, sd = mask_pathway_accuracy(mask[known], pathway)
-        except ImportError:
-            print("mask pathway accuracy is left out: pip install scikit-learn")
-        else:
-            commonest = np.unique(pathway, return_counts=True)[1].max()
-            metrics |= {"mask_pathway_accuracy": accuracy, "mask_pathway_accuracy_sd": sd,
-                        "mask_pathway_chance": float(commonest / len(pathway)),
-                        "n_annotated": len(pathway)}
     return metrics
 
 
-def with_prefix(prefix, metrics):
-    """The same dict with a prefix before each name."""
-    return {prefix + name: value for name, value in metrics.items()}
-
-
-def true_mask_of(names, truth):
-    """The true masks of perturbations of these names, (T, L) bool, of `data.read_simulation`; None
-    where there is no truth, or other names."""
-    row = {name: t for t, name in enumerate(truth[0])} if truth else {}
-    return truth[1][[row[name] for name in names]] if row.keys() >= set(names) else None
-
-
-def latents(run, truth):
+def latents(run, truth, true_mask):
     """`latent_recovery` in the test cells of a simulated screen, of posterior means in the axes of
     the masks: latent_* of z (as Lopez et al. have it), label_* of z by the label alone, E[z_pert],
     which supplies most of that, and basal_* of z_basal.
@@ -974,43 +836,38 @@ def latents(run, truth):
     touches the latents of mask probability above 0.5 or, where there are no masks, the two of
     largest offset (as in Lopez et al.).
     """
-    model, test = run.model, run.split["test"]
-    names, true_mask, true_effect, z = truth
+    model, test, metrics = run.model, run.split["test"], {}
+    names, mask, effect, z = truth
     z = z[run.screen.rows[test]].astype(float)
     row = {name: t for t, name in enumerate(names)}
-    offsets = np.concatenate([true_mask * true_effect, np.zeros((1, z.shape[1]))])
-    place = [row.get(name, len(names)) for name in run.screen.perturbations] + [len(names)]
-    z_basal = z - offsets[np.array(place)[run.screen.d[test]]].sum(1)
-
-    torch.manual_seed(0)
-    draws = model.sample_many_globals(model.all_perturbations(), 50)
-    means = zip(*posterior_means(run, test, *draws))
-    basal, total = (np.concatenate(parts).astype(float) for parts in means)
-    metrics = (with_prefix("latent_", latent_recovery(z, total))
-               | with_prefix("label_", latent_recovery(z, total - basal))
-               | with_prefix("basal_", latent_recovery(z_basal, basal)))
-    true_mask = true_mask_of(run.model_screen.perturbations, truth)
-    if true_mask is None or not model.has_effects:
-        return metrics
-    probability, offset = probability_and_offset(model)
-    third = np.sort(np.pad(np.abs(offset), ((0, 0), (3, 0))), axis=1)[:, [-3]]
-    touches = probability > 0.5 if model.has_mask else np.abs(offset) > third
-    trained = model.n_cells.numpy(force=True) > 0
-    return metrics | with_prefix("target_", mask_recovery(
-        true_mask[trained], touches[trained], correlations(z, total)))
+    offsets = np.vstack([mask * effect, np.zeros(z.shape[1])])  # the last: no effect
+    place = np.array([row.get(name, -1) for name in run.screen.perturbations] + [-1])
+    z_basal = z - offsets[place[run.screen.d[test]]].sum(1)
+    basal, total = (v.astype(float) for v in posterior_means(run, test))
+    for of, true, learned in (("latent", z, total), ("label", z, total - basal),
+                              ("basal", z_basal, basal)):
+        metrics |= {f"{of}_{name}": v for name, v in latent_recovery(true, learned).items()}
+    if true_mask is not None and model.has_effects:
+        probability, offset = probability_and_offset(model)
+        third = np.sort(np.pad(np.abs(offset), ((0, 0), (3, 0))), axis=1)[:, [-3]]
+        touches = probability > 0.5 if model.has_mask else np.abs(offset) > third
+        trained = model.n_cells.numpy(force=True) > 0
+        metrics |= {f"target_{name}": v for name, v in mask_recovery(
+            true_mask[trained], touches[trained], correlations(z, total)).items()}
+    return metrics
 
 
 @torch.no_grad()
-def posterior_means(run, cells, mask, effect):
-    """Yield posterior means of z_basal and of z = z_basal + z_pert, (B, L) each, of some cells in
-    order, over draws of all masks and effects, (K, T, L), in the axes of the masks: column l of
-    `model.axes` is latent l of masks and effects."""
-    model = run.model
+def posterior_means(run, cells):
+    """Posterior means of z_basal and of z = z_basal + z_pert, (n, L) each, of n cells, over
+    `drawn_effects`, in the axes of the masks: column l of `model.axes` is latent l of masks."""
+    model, (mask, effect), means = run.model, drawn_effects(run.model), []
     for x, d, c in run.batches.in_order(cells):
         z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
         loc, _ = model.encode(x, z_pert, d, c)
-        yield [(z.mean(0) @ model.axes).numpy(force=True)
-               for z in (loc.expand_as(z_pert), loc + z_pert)]
+        means.append([(z.mean(0) @ model.axes).numpy(force=True)
+                      for z in (loc.expand_as(z_pert), loc + z_pert)])
+    return map(np.concatenate, zip(*means))
 
 
 def warnings_of(m):
@@ -1020,10 +877,9 @@ def warnings_of(m):
         steps = m["step"] - m["masks_from"]
         if m["config"]["axes"] == "sparsest" and steps < 100:
             found.append("masks have hardly been trained and are a first guess: the lowest "
-                         f"validation loss was {steps:,} steps after they began, at step "
-                         f"{m['masks_from']:,}" + (
-                             ", and rose from there: the training cells may be too few to say "
-                             "which latent dimensions a perturbation touches"
+                         f"validation loss was {steps:,} steps after they began" + (
+                             ", and rose from there: training cells may be too few to say which "
+                             "latent dimensions a perturbation touches"
                              if m["step"] < m["last_step"] else ", where training ended"))
         elif m["config"]["axes"] == "learned" and m["mask_mean_probability"] > 0.45:
             found.append(f"masks have hardly been trained: their mean probability is "
@@ -1031,21 +887,22 @@ def warnings_of(m):
                          "that effects mean little yet: more --steps, or a higher --lr")
         elif m["n_empty_masks"] > 0.5 * m["n_trained_perturbations"]:
             found.append(f"the masks of {m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} "
-                         "perturbations are empty: the model sees no effect of these. They have "
-                         "none, too few cells for it, or --alpha is too small")
+                         "perturbations are empty: they have no effect, too few cells for it, or "
+                         "--alpha is too small")
     # Baselines of cells that they are compared with are no rivals.
     rivals = [row for row in BASELINES if m["options"]["effects_from"] == "test"
               or row in ("no_change", "perturbed_mean")]
     for scale in SCALES:
-        r2 = {row: score(m, scale, "all", row)["r_squared"] for row in ("model", *rivals)}
         limit, words = score(m, scale, "all", "noise_limit"), f"effects ({scale.replace('_', '-')})"
-        better = [f"{BASELINES[row]} ({r2[row]:.3f})" for row in rivals if r2[row] >= r2["model"]]
+        r2, *of_rivals = (score(m, scale, "all", row).get("r_squared", math.nan)
+                          for row in ("model", *rivals))
+        better = [f"{BASELINES[row]} ({v:.3f})" for row, v in zip(rivals, of_rivals) if v >= r2]
         if limit.get("pearson", 1) <= limit.get("pearson_se", 0):
             found.append(f"{words} by the data in {m['options']['effects_from']} cells do not "
-                         "stand out of their noise: nothing can be learnt from comparing with them")
+                         "stand out of their noise: comparing with them says nothing")
         elif better:
-            found.append(f"predicted {words} have an R2 of {r2['model']:.3f} with the data's, no "
-                         f"better than {', '.join(better)}, which need no model")
+            found.append(f"predicted {words} have an R2 of {r2:.3f} with the data's, no better "
+                         f"than {', '.join(better)}, which need no model")
     return found
 
 
@@ -1065,12 +922,39 @@ COLUMNS = {"from_mean": "from mean", "weighted_r_squared": "weighted R2",
 ROWS = BASELINES | {"noise_limit": "noise limit"}  # what stands below a model
 CAUTION = ("(ATE-Pearson and R2, the paper's, take the control as reference, and what all "
            "conditions share flatters them: the columns before tell conditions apart)")
+OPTIONS_LINE = ("(IWELBO with {options[iwelbo_particles]:,} particles; effects with "
+                "{options[ate_particles]:,} particles, cells of {options[library]:,} counts)")
+LINES = {  # of one run: the metric that a line needs, not 0, and the line
+    "options": OPTIONS_LINE,
+    "iwelbo": "test IWELBO, predictive: {iwelbo:.2f} per cell, standard error {iwelbo_se:.2f} over "
+    "{n_test_cells:,} cells, {iwelbo_monte_carlo_error:.2f} by Monte Carlo\n"
+    "test IWELBO, joint:      {iwelbo_joint_per_cell:.2f} per cell, effective sample size "
+    "{iwelbo_joint_effective_sample_size:.2f}",
+    "iwelbo_new": "{n_new_cells:,} of them with the {n_new_perturbations:,} new perturbations: "
+    "predictive {iwelbo_new_before:.2f} before these were learned, {iwelbo_new:.2f} after",
+    "mask": "masks: {mask_mean_size:.2f} latent dimensions per perturbation; {n_empty_masks:,} of "
+    "{n_trained_perturbations:,} are empty",
+    "n_annotated": "mask pathway accuracy: {mask_pathway_accuracy:.3f}, sd over splits "
+    "{mask_pathway_accuracy_sd:.3f} ({n_annotated:,} annotated; the commonest pathway for all: "
+    "{mask_pathway_chance:.3f})",
+    "n_targets": "targeted genes ({n_targets:,}): counts change by {on_target[data]:+.0%} (data), "
+    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); counted below: "
+    "{options[own_targets]}",
+    "n_not_compared": "{n_not_compared:,} conditions have no control cell with their covariates: "
+    "they are compared with nothing"}
+RECOVERED = {"mask": "true masks", "latent": "latents z", "label": "z by the label alone",
+             "basal": "basal states", "target": "true targets, matched by latents"}
+RECOVERY = {"precision": "precision", "recall": "recall", "f1": "F1",
+            "mcc": "MCC", "mcc_ranks": "of ranks", "r_squared": "R2"}
 
 
-def markdown(header, rows):
-    """A Markdown table that is aligned in a terminal, too."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
-    lines = [header, ["-" * width for width in widths], *rows]
+def markdown(rows):
+    """A Markdown table, aligned in a terminal, too. Rows are dicts; the first has all columns, and
+    those that hold nothing are left out."""
+    header = [k for k in rows[0] if any(row.get(k, "-") not in ("", "-") for row in rows)]
+    cells = [[row.get(k, "") for k in header] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(header, *cells)]
+    lines = [header, ["-" * width for width in widths], *cells]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
@@ -1082,93 +966,55 @@ def in_words(values, digits=3):
     return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def options_line(options):
-    """How the numbers below were made."""
-    return (f"(IWELBO with {options['iwelbo_particles']:,} particles; effects with "
-            f"{options['ate_particles']:,} particles, cells of {options['library']:,} counts)")
-
-
-def guide_of(config):
-    """The name of a run's guide in Table 1."""
-    correlated = [name for name, on in (("z_basal", config["correlated_basal"]),
-                                        ("E", config["correlated_effects"])) if on]
-    return "corr. " + " and ".join(correlated) if correlated else "mean-field"
-
-
-def model_of(config):
-    """A run's model in the rows of a table."""
-    return config["model"] + ", sparsest axes" * (config["axes"] == "sparsest") + (
-        ", adapted" if config["adapt"] else "")
+def in_columns(runs, scale, group, row):
+    """The metrics of effects in a row of a table, {column: text}, over runs."""
+    return {title: in_words([score(m, scale, group, row).get(column) for m in runs])
+            for column, title in COLUMNS.items()}
 
 
 def table(m, scale="log_normalised"):
     """The metrics of one run as text: likelihood, masks, effects beside baselines, warnings."""
     m = {name: math.nan if value is None else value for name, value in m.items()}
-    lines = [options_line(m["options"]),
-             f"test IWELBO, predictive: {m['iwelbo']:.2f} per cell, standard error "
-             f"{m['iwelbo_se']:.2f} over {m['n_test_cells']:,} cells, "
-             f"{m['iwelbo_monte_carlo_error']:.2f} by Monte Carlo",
-             f"test IWELBO, joint:      {m['iwelbo_joint_per_cell']:.2f} per cell, "
-             f"effective sample size {m['iwelbo_joint_effective_sample_size']:.2f}"]
-    if "iwelbo_new" in m:
-        lines.append(f"{m['n_new_cells']:,} of them with the {m['n_new_perturbations']:,} new "
-                     f"perturbations: predictive {m['iwelbo_new_before']:.2f} before these were "
-                     f"learned, {m['iwelbo_new']:.2f} after")
-    if "mask" in m:
-        lines.append(f"masks: {m['mask_mean_size']:.2f} latent dimensions per perturbation; "
-                     f"{m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} are empty")
-    if "latent_mcc" in m:
-        lines += [f"{words} MCC {m[of + '_mcc']:.3f}, of ranks {m[of + '_mcc_ranks']:.3f}, R2 "
-                  f"{m[of + '_r_squared']:.3f}" for words, of in (
-                      ("latents z:         ", "latent"), ("by the label alone:", "label"),
-                      ("basal states:      ", "basal"))]
-    for of, words in (("mask", "true masks"), ("target", "true targets, matched by latents")):
-        if of + "_f1" in m:
-            lines.append(f"{words}: precision {m[of + '_precision']:.3f}, recall "
-                         f"{m[of + '_recall']:.3f}, F1 {m[of + '_f1']:.3f}")
-    if "mask_pathway_accuracy" in m:
-        lines.append(f"mask pathway accuracy: {m['mask_pathway_accuracy']:.3f}, sd over splits "
-                     f"{m['mask_pathway_accuracy_sd']:.3f} ({m['n_annotated']:,} annotated; the "
-                     f"commonest pathway for all: {m['mask_pathway_chance']:.3f})")
-    if m["on_target"]["n"]:
-        lines.append(f"targeted genes ({m['on_target']['n']:,}): counts change by " + ", ".join(
-            f"{100 * m['on_target'][row]:+.0f} % ({row.replace('_', ' ')})"
-            for row in ("data", "model", "own_mean") if m["on_target"][row] is not None)
-            + "; not counted below" * (not m["options"]["own_targets"]))
-    if m["n_not_compared"]:
-        lines.append(f"{m['n_not_compared']:,} conditions have no control cell with their "
-                     "covariates: they are compared with nothing")
+    lines = [text.format(**m) for name, text in LINES.items() if m.get(name)]
+    for of, words in RECOVERED.items():
+        found = [f"{by} {m[f'{of}_{name}']:.3f}" for name, by in RECOVERY.items()
+                 if f"{of}_{name}" in m]
+        lines += [f"{words}: {', '.join(found)}"] * bool(found)
+    source = m["options"]["effects_from"]
     for group, words, without in (
             ("all", "conditions", "matching_mean"),
             ("held_out", "conditions held out of training", "own_mean"),
-            ("pairs", "pairs, {:,} of them in training, {:,} with both parts alone there".format(
+            ("pairs", "pairs, {:,} in training, {:,} with both parts alone there".format(
                 *m["n_pairs"]), "")):
-        n = score(m, scale, group, "model")["n_conditions"]
-        if not n:
-            continue
-        rows = [[label, *(in_words(score(m, scale, group, row).get(column)) for column in COLUMNS)]
-                for row, label in {"model": f"**{m['config']['model']}**", **ROWS}.items()
-                if row != without]
-        rows[-1][1 + list(COLUMNS).index("pearson")] += (
-            f" ± {in_words(score(m, scale, group, 'noise_limit')['pearson_se'])}")
-        lines += ["", f"effects of {n:,} {words}, {scale.replace('_', '-')}, by the data in "
-                      f"{m['options']['effects_from']} cells", "",
-                  markdown(["predicted by", *COLUMNS.values()], rows)]
+        of_model = score(m, scale, group, "model")
+        if of_model:
+            rows = [{"predicted by": label} | in_columns([m], scale, group, row) for row, label in {
+                "model": f"**{m['config']['model']}**", **ROWS}.items() if row != without]
+            rows[-1]["ATE-Pearson"] += (
+                f" ± {in_words(score(m, scale, group, 'noise_limit')['pearson_se'])}")
+            lines += [f"\neffects of {of_model['n_conditions']:,} {words}, "
+                      f"{scale.replace('_', '-')}, by the data in {source} cells\n", markdown(rows)]
     lines += ["", CAUTION]
-    if m["options"]["effects_from"] == "all":
-        lines.append("(predictions were trained on most of these cells, with their noise: they may "
-                     "exceed its limit)")
+    if source == "all":
+        lines.append("(predictions may exceed the noise limit: they were trained on most cells)")
     if m["config"]["adapt"]:
-        lines.append("(in this file the model has learned from the training cells with new "
-                     f"perturbations; cells that {m['config']['adapt']} was trained on are no test "
-                     "of it)")
-    return "\n".join(lines + [""] * bool(m["warnings"]) + [f"warning: {w}" for w in m["warnings"]])
+        lines.append(f"(cells that {m['config']['adapt']} was trained on are no test of this run)")
+    return "\n".join(lines + [f"\nwarning: {w}" for w in m["warnings"]])
 
 
 SEEDS = ("seed", "split_seed", "simulated_seed", "base_seed")  # a row is a mean over these
 IN_COLUMNS = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")
 NO_MATTER = ("data", "name", "preset", "adapt", "simulated", "log_every", "validate_every",
              "precision", "stream")
+
+
+def model_and_guide(config):
+    """How tables and figures call a run's model, and its guide as in Table 1."""
+    correlated = [name for name, on in (("z_basal", config["correlated_basal"]),
+                                        ("E", config["correlated_effects"])) if on]
+    return (config["model"] + ", sparsest axes" * (config["axes"] == "sparsest")
+            + ", adapted" * bool(config["adapt"]),
+            "corr. " + " and ".join(correlated) if correlated else "mean-field")
 
 
 def settings(m):
@@ -1181,40 +1027,38 @@ def settings(m):
     return config | ({} if m["done"] else {"stopped at step": m["last_step"]})
 
 
-def key(*values):
-    """The same values as text, to compare and to sort."""
-    return json.dumps(values, sort_keys=True)
+def grouped(runs, key):
+    """Runs by what key(run) says of each, lists."""
+    groups = {}
+    for m in runs:
+        groups.setdefault(json.dumps(key(m), sort_keys=True), []).append(m)
+    return list(groups.values())
 
 
 def tables_of(runs):
-    """Runs in lists, one for each table, in the order of Table 1: those of one screen (simulated
-    ones differ by their seeds) and split, evaluated alike. Of runs that differ in nothing the first
+    """Runs in lists, one for each table, in the order of Table 1: of one screen (simulated ones
+    differ by their seeds) and split, evaluated alike. Of runs that differ in nothing the first
     stays, and a line names the others: the same seed twice would be a spread of zero."""
     def of_table(m):
         """What a table has in common."""
-        screen = {k: v for k, v in m["config"].items()
-                  if k.startswith("simulated_") and k not in SEEDS}
-        return key(screen if m["config"]["simulated"] else m["fingerprint"],
-                   m["config"]["split"], m["options"])
+        config = m["config"]
+        screen = [v for k, v in config.items() if k.startswith("simulated_") and k not in SEEDS]
+        return screen if config["simulated"] else m["fingerprint"], config["split"], m["options"]
 
-    different, tables = {}, {}
-    for m in runs:
-        same = key(of_table(m), settings(m), [m["config"].get(k) for k in SEEDS])
-        if different.setdefault(same, m) is not m:
-            print(f"{m['folder']} is {different[same]['folder']} once more, with the same data, "
-                  "options and seeds: it is left out of the tables")
-    for m in sorted(different.values(), key=lambda m: (
-            of_table(m), list(MODELS).index(m["config"]["model"]),
-            [m["config"][k] for k in (*IN_COLUMNS[1:], "split_seed", "seed")])):
-        tables.setdefault(of_table(m), []).append(m)
-    return list(tables.values())
+    repeats = grouped(runs, lambda m: (
+        of_table(m), settings(m), [m["config"].get(k) for k in SEEDS]))
+    for first, *others in repeats:
+        for m in others:
+            print(f"{m['folder']} is {first['folder']} once more: it is left out of the tables")
+    different = [first for first, *_ in repeats]
+    return grouped(sorted(different, key=lambda m: (list(MODELS).index(m["config"]["model"]), [
+        m["config"][k] for k in (*IN_COLUMNS[1:], "split_seed", "seed")])), of_table)
 
 
 def of_reference(m):
-    """Whether a run is what the paper's Figure 4 compares with: SAMS-VAE with the correlated guide,
-    and no combinations in training."""
-    return (m["config"]["model"] == "sams-vae" and not m["config"]["train_combinations"]
-            and guide_of(m["config"]) == "corr. z_basal and E")
+    """Whether a run is what the paper's Figure 4 compares with."""
+    return not m["config"]["train_combinations"] and model_and_guide(m["config"]) == (
+        "sams-vae", "corr. z_basal and E")
 
 
 def iwelbo_of_cells(runs, conditions=None):
@@ -1235,7 +1079,6 @@ def iwelbo_difference(runs, others):
     and the part of that by Monte Carlo. NaN where they have no test cell in common.
 
     Cells differ much more than two models on the same cell do: differences are taken cell by cell.
-    How training with other seeds would change them is not in these errors.
     """
     a, b = iwelbo_of_cells(runs), iwelbo_of_cells(others)
     difference = np.array([a[cell] - b[cell] for cell in a if cell in b])
@@ -1247,97 +1090,85 @@ def iwelbo_difference(runs, others):
             math.sqrt(sum(noise)))
 
 
-def one_of_each_split(members, f):
-    """Baselines depend on data, split and fraction f, not on the model: one run of each split."""
-    return list({(m["config"]["split_seed"], m["config"].get("simulated_seed")): m
-                 for m in members if m["config"]["train_combinations"] == f}.values())
+def one_of_each_split(members):
+    """Baselines depend on data and split, not on the model: one run of each split."""
+    return [same[0] for same in grouped(members, lambda m: [
+        m["config"].get(k) for k in ("train_combinations", "split_seed", "simulated_seed")])]
 
 
-OF_MODELS = {"iwelbo": ("test IWELBO", 2), "iwelbo_joint_per_cell": ("joint IWELBO", 2),
+OF_MODELS = {"iwelbo_joint_per_cell": ("joint IWELBO", 2),
              "mask_pathway_accuracy": ("mask pathway acc.", 3), "mask_f1": ("mask F1", 3),
              "latent_mcc": ("MCC", 3), "label_mcc": ("by label", 3), "basal_mcc": ("basal", 3),
              "latent_r_squared": ("R2 of z", 3), "target_f1": ("target F1", 3)}
 
 
 def table_of_runs(runs, scale="log_normalised"):
-    """Markdown of the metrics of many runs: a row per model and settings, mean ± sd over seeds.
+    """Markdown of the metrics of many runs: a table per screen, split and way of evaluating, a row
+    per model and settings, mean ± sd over seeds, and a column of the settings that differ.
 
-    Each screen, split and way of evaluating has a table of its own; a column says in which options
-    of training its rows differ. In the Norman splits, effects are those of conditions with test
-    cells. "difference" is that of test IWELBO from a reference row, the best one, or in the Norman
-    splits that of Figure 4, with its two errors: see `iwelbo_difference`.
+    "difference" is `iwelbo_difference`, with its two errors, from the best row, or in the Norman
+    splits from that of Figure 4; there, effects are of conditions with test cells.
     """
     tables = []
     for members in tables_of(runs):
-        config, options = members[0]["config"], members[0]["options"]
+        config, rows_of, rows = members[0]["config"], grouped(members, settings), []
         norman = config["split"] != "random"
-        group = "test" if norman else "all"
-        by_settings = {}
-        for m in members:
-            by_settings.setdefault(key(settings(m)), []).append(m)
-        rows_of = list(by_settings.values())
+        group, fractions = "test" if norman else "all", {
+            m["config"]["train_combinations"] for m in members}
         differing = [k for k in settings(members[0]) | {"stopped at step": 0} if k not in IN_COLUMNS
-                     and len({key(settings(same[0]).get(k)) for same in rows_of}) > 1]
+                     and len(grouped(members, lambda m: settings(m).get(k))) > 1]
         reference = ([same for same in rows_of if norman and of_reference(same[0])] or [max(
             rows_of, key=lambda same: np.mean([m["iwelbo"] or -math.inf for m in same]))])[0]
-
-        def of_effects(same, label, prediction):
-            """A row of what is known of baselines, too."""
-            return {"model": label, "f": f"{same[0]['config']['train_combinations']:g}"} | {
-                title: in_words([score(m, scale, group, prediction).get(column) for m in same])
-                for column, title in COLUMNS.items()}
-
-        rows = []
         for same in rows_of:
-            own = settings(same[0])
+            own, (model, guide) = settings(same[0]), model_and_guide(same[0]["config"])
             difference, *errors = iwelbo_difference(same, reference)
-            agreement, chance = mask_agreement([m["mask"] for m in same if "mask" in m]) if len(
-                {m["fingerprint"] for m in same}) == 1 else (math.nan, math.nan)
-            rows.append(of_effects(same, model_of(same[0]["config"]), "model") | {
-                title: in_words([m.get(name) for m in same], digits)
-                for name, (title, digits) in OF_MODELS.items()} | {
-                "guide": guide_of(own), "runs": str(len(same)),
+            one_screen = len({m["fingerprint"] for m in same}) == 1
+            agreement, chance = mask_agreement([
+                m["mask"] for m in same if "mask" in m and one_screen])
+            rows.append({
+                "model": model, "guide": guide,
                 "settings": ", ".join(f"{k} {own[k]}" for k in differing if k in own),
-                "difference": "reference" if same is reference else
-                f"{difference:+.2f} ({', '.join(in_words(e, 2) for e in errors)})",
+                "f": f"{own['train_combinations']:g}" * norman, "runs": str(len(same)),
+                "test IWELBO": in_words([m["iwelbo"] for m in same], 2),
+                "difference": "reference" * (len(rows_of) > 1) if same is reference else
+                f"{difference:+.2f} ({', '.join(in_words(v, 2) for v in errors)})",
+                **{title: in_words([m.get(name) for m in same], digits)
+                   for name, (title, digits) in OF_MODELS.items()},
                 "masks agree": "-" if math.isnan(agreement) else
-                f"{agreement:.3f} (chance {chance:.3f})"})
-        rows += [of_effects(one_of_each_split(members, f), label, name)
-                 for name, label in ROWS.items() if norman or name != "matching_mean"
-                 for f in sorted({m["config"]["train_combinations"] for m in members})]
-        first, *others = (title for title, _ in OF_MODELS.values())
-        header = [title for title in (
-            "model", "guide", "settings", *["f"] * norman, "runs", first,
-            *["difference"] * (len(rows_of) > 1), *others, "masks agree", *COLUMNS.values())
-            if any(cells.get(title, "-") not in ("-", "") for cells in rows)]
-        tables.append("\n".join([
-            f"{os.path.basename(config['data'])}, split {config['split']}; effects of {group} "
-            f"conditions, {scale.replace('_', '-')}, by the data in {options['effects_from']} "
-            "cells", options_line(options), "",
-            markdown(header, [[cells.get(title, "") for title in header] for cells in rows])]))
+                f"{agreement:.3f} (chance {chance:.3f})",
+                **in_columns(same, scale, group, "model")})
+        for row, label in ROWS.items():
+            for f in sorted(fractions) if norman or row != "matching_mean" else ():
+                of_f = one_of_each_split([
+                    m for m in members if m["config"]["train_combinations"] == f])
+                rows.append({"model": label, "f": f"{f:g}" * norman}
+                            | in_columns(of_f, scale, group, row))
+        tables.append(f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
+                      f"{group} conditions, {scale.replace('_', '-')}, by the data in "
+                      f"{members[0]['options']['effects_from']} cells\n"
+                      f"{OPTIONS_LINE.format(**members[0])}\n\n{markdown(rows)}")
     return "\n\n".join([*tables, CAUTION])
 
 
 def table_of_adapted(runs):
     """Markdown of runs that adapt others: predictive IWELBO of test cells with new perturbations,
-    before, after, and, of the same cells, by a run among these that was trained on all of the same
-    file, with the same model, guide and seed. Empty without runs that adapt others."""
-    def alike(m):
-        """What it must have in common."""
-        config = m["config"] | {"adapt": None}
-        return m["fingerprint"], model_of(config), guide_of(config), config["seed"]
-
+    before, after, and by a run among these of the same model, guide and seed that was trained on
+    all of the same file. Empty without runs that adapt others."""
     rows = []
     for m in (m for m in runs if m.get("iwelbo_new") is not None):
-        cells = iwelbo_of_cells([m], m["new_conditions"]).keys()
-        of_all = {other["folder"]: iwelbo_of_cells([other], m["new_conditions"]) for other in runs
-                  if not other["config"]["adapt"] and alike(other) == alike(m)}
-        by, values = next(((by, [*v.values()]) for by, v in of_all.items() if v.keys() == cells),
-                          ("-", math.nan))
-        rows.append([m["folder"], f"{m['n_new_cells']:,}", *(in_words(v, 2) for v in (
-            m["iwelbo_new_before"], m["iwelbo_new"], np.mean(values))), by])
-    return markdown(["adapted", "cells", "before", "after", "trained on all", "by"],
-                    rows) if rows else ""
+        config = m["config"] | {"adapt": None}
+        cells, by, mean = iwelbo_of_cells([m], m["new_conditions"]), "-", math.nan
+        for other in (other for other in runs if not other["config"]["adapt"]):
+            values = iwelbo_of_cells([other], m["new_conditions"])
+            if by == "-" and values.keys() == cells.keys() and (
+                    other["config"]["seed"] == config["seed"]
+                    and model_and_guide(other["config"]) == model_and_guide(config)):
+                by, mean = other["folder"], np.mean([*values.values()])
+        rows.append({"adapted": m["folder"], "cells": f"{m['n_new_cells']:,}",
+                     "before": in_words(m["iwelbo_new_before"], 2),
+                     "after": in_words(m["iwelbo_new"], 2),
+                     "trained on all": in_words(mean, 2), "by": by})
+    return markdown(rows) if rows else ""
 
 
 # ============================================================================================
@@ -1347,13 +1178,9 @@ def table_of_adapted(runs):
 
 def dosages_of(run, conditions):
     """Dosages (C, P), for the run's model, of conditions such as "B+A" or "control", each once; and
-    how the screen spells them, "A+B".
-
-    Raises DataError for names that the screen does not have, with those that come near.
-    """
+    how the screen spells them, "A+B". Raises DataError for names that the screen does not have."""
     screen, index = run.screen, {name: t for t, name in enumerate(run.model_screen.perturbations)}
-    known = {name.upper(): name for name in [*screen.perturbations, *index]}
-    rows = {}
+    known, rows = {name.upper(): name for name in [*screen.perturbations, *index]}, {}
     for condition in conditions:
         names = [condition] if condition in known.values() else sorted(
             {name.strip() for name in condition.split(screen.joiner)} - {"control"})
@@ -1365,11 +1192,8 @@ def dosages_of(run, conditions):
                     f"come near: {', '.join(known[n] for n in near)} (the control is called "
                     f"control, a combination A{screen.joiner}B)")
         spelled = screen.joiner.join(names) or "control"
-        if names and not run.model.adds_effects:  # one label per cell
-            names = [spelled] if spelled in index else []
-            if not names:
-                print(f"{spelled}: not in the data, and {run.config['model']} cannot add effects "
-                      "up: no effect")
+        if not run.model.adds_effects:  # it has one label per cell
+            names = {spelled} & index.keys()
         rows[spelled] = [index[name] for name in names]
     longest = max(1, *map(len, rows.values()))
     return torch.tensor([row + [data.NONE] * (longest - len(row)) for row in rows.values()],
@@ -1378,133 +1202,109 @@ def dosages_of(run, conditions):
 
 def controls_of_file(run, path):
     """The control cells of another file: a Screen, with genes and c as in the run. It is read like
-    the run's, but for --subset and --exclude.
-
-    Raises DataError where the run's genes are not there, once each, or no value of a covariate.
-    """
+    the run's, but for --subset and --exclude."""
     options = {k: run.config.get(k) for k in ("control", "one_hot_prefix", "combination_separator",
                                               "label_pattern", "layer")}
-    column = run.screen.label_column
-    if column and column not in data.read_h5ad(path, options["layer"]).obs_columns:
-        raise DataError(f"{path}: has no obs column {column!r}, which says in the run's data what "
-                        "is a control: add one, if need be with control in all cells")
-    screen = data.read_screen(path, perturbation_column=column, **options, only_controls=True,
-                              genes_of=run.screen.gene_names)
+    screen = data.read_screen(path, perturbation_column=run.screen.label_column, **options,
+                              only_controls=True, genes_of=run.screen.gene_names)
     if run.config["covariate"]:
         screen.c = train.known_covariates(screen, run.config["covariate"], run.screen.covariates)
     return screen
 
 
 @torch.no_grad()
-def population(run, d, condition, n, seed, other=None):
-    """n cells to receive d (P,): basal states (n, L), covariates (n, columns), and library sizes
-    (n,). The same for the same arguments.
+def population(run, condition, n, seed, other=None):
+    """n cells to receive a condition: basal states (n, L), covariates (n, columns), and library
+    sizes (n,). The same for the same arguments.
 
-    Basal states are from the prior, covariates and library sizes are real: from the screen's cells
-    of the condition; if there are none, of those that received one of its perturbations, or of all.
-    With `other`, from `controls_of_file`, they are from its control cells, and basal states from
-    q(z_basal | x).
+    Basal states are from the prior, covariates and library sizes from the screen's cells of the
+    condition; if there are none, of one of its perturbations, or of all. With `other` (see
+    `controls_of_file`) all are from its cells, and basal states from q(z_basal | x).
     """
     torch.manual_seed(seed)
-    rng, model, screen = np.random.default_rng(seed), run.model, other or run.screen
+    model, screen = run.model, other or run.screen
     parts = [t for t, name in enumerate(screen.perturbations)
              if name in condition.split(screen.joiner)]
     every = np.ones(len(screen.d), bool)
-    chosen = next(cells for cells in (screen.conditions == condition, np.isin(
-        screen.d, parts).any(1), every) if cells.any()) if other is None else every
-    cells = np.resize(rng.permutation(np.flatnonzero(chosen)), n)
-    c = torch.from_numpy(screen.c[cells]).to(run.device)
-    if other is None:
-        return sobol_normal(n, model.n_latent, run.device), c, screen.library[cells]
-    basal = []
-    for few in np.array_split(np.arange(n), math.ceil(n / 512)):
-        x = torch.from_numpy(screen.counts.dense(cells[few]).astype(np.float32)).to(run.device)
-        loc, var = model.encode(x, x.new_zeros(1, len(few), model.n_latent), torch.full_like(
-            d, data.NONE).expand(len(few), -1), c[few])
-        basal.append((loc + var.sqrt() * torch.randn_like(loc)).reshape(-1, model.n_latent))
-    return torch.cat(basal), c, screen.library[cells]
+    chosen = every if other else next(cells for cells in (
+        screen.conditions == condition, np.isin(screen.d, parts).any(1), every) if cells.any())
+    cells = np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(chosen)), n)
+    basal = [] if other else [sobol_normal(n, model.n_latent, run.device)]
+    for x, d, c in data.Batches(other, run.device).in_order(cells) if other else ():
+        loc, var = model.encode(x, x.new_zeros(1, len(x), model.n_latent), d, c)
+        basal.append((loc + var.sqrt() * torch.randn_like(loc)).reshape(len(x), -1))
+    return torch.cat(basal), torch.from_numpy(screen.c[cells]).to(run.device), screen.library[cells]
 
 
 @torch.no_grad()
 def spread_of_effect(model, d, basal, c):
     """How far the effects of d (P,) on expected counts per 10,000, 1e4 rho, lie from their mean in
-    cells: 5 % and 95 % quantiles over particles, (2, G).
-
-    A particle is a basal state, of basal (K, L), with its covariates c (K, columns) and a draw of
-    (M, E): so many of the population's cells lie between, by what the model knows of the effects.
-    It is no standard error.
-    """
+    cells: 5 % and 95 % quantiles, (2, G), over basal states (K, L) with covariates c (K, columns)
+    and a draw of (M, E) each. It is no standard error."""
     control = model.log_rho(basal, torch.full_like(d, data.NONE), c).exp()
     difference = 1e4 * (sample_frequencies(model, d, c, basal).exp() - control)  # (K, G)
     return torch.quantile(difference, torch.tensor([0.05, 0.95], device=d.device),
                           dim=0) - difference.mean(0)
 
 
-def predict(run, conditions, ate_particles=2500, library=None, evaluation_seed=0, other=None,
-            n_rows=10):
+def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
     """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
 
-    X and the layer expected_log_normalised, expected_counts; effect_log_normalised and
-    effect_counts, differences from control cells; effect_counts_low and _high, between which 90 %
-    of cells lie, see `spread_of_effect`; log2_fold_change, of expected counts. Counts are per
-    10,000, and both are of cells of the given library, see `library_of`. `other`, from
-    `controls_of_file`: of that file's control cells. Each condition's numbers depend on no other
-    one. Returns lines on what is known of each, and a table of its n_rows strongest effects.
+    Layers: expected_* on both scales (X: log-normalised); effect_*, differences from control cells;
+    effect_counts_low and _high, see `spread_of_effect`; log2_fold_change, of expected counts.
+    Counts are per 10,000, in cells of the given library (0: see `library_of`), or of `other`'s
+    control cells, see `controls_of_file`. Each condition's numbers depend on no other one. Returns
+    lines on what is known of each, and a table of its ten strongest effects.
     """
     dosages, spelled = dosages_of(run, conditions)
+    by_data = {} if other else effects_of_data(run, spelled)
     lines, rows, layers = [], [], {}
     for d, name in zip(dosages, spelled):
-        basal, c, libraries = population(run, d, name, ate_particles, evaluation_seed, other)
-        depth = library or (library_of(run) if other is None else int(np.median(libraries)))
+        basal, c, libraries = population(run, name, ate_particles, seed, other)
+        depth = library or (int(np.median(libraries)) if other else library_of(run))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
-        expected = {scale: y.cpu().numpy() for scale, y in expected_expression(
-            run.model, arms, c.expand(2, -1, -1), library=depth, basal=basal).items()}
-        control, counts = expected["per_10k"]
-        low, high = (counts - control
-                     + spread_of_effect(run.model, d, basal[:1000], c[:1000]).cpu().numpy())
-        fold_change = np.log2(counts / control)
-        of_condition = {"effect_counts_low": low, "effect_counts_high": high,
-                        "log2_fold_change": fold_change}
-        for scale, of_model in SCALES.items():
-            without, treated = expected[of_model]
-            of_condition |= {f"expected_{scale}": treated, f"effect_{scale}": treated - without}
-        for layer, values in of_condition.items():
+        y = expected(run.model, arms, c.expand(2, -1, -1), library=depth, basal=basal)
+        of_one = {f"expected_{scale}": treated for scale, (_, treated) in y.items()}
+        of_one |= {f"effect_{scale}": treated - control for scale, (control, treated) in y.items()}
+        spread = spread_of_effect(run.model, d, basal[:1000], c[:1000]).cpu().numpy()
+        low, high = of_one["effect_counts"] + spread
+        control, counts = y["counts"]
+        of_one |= {"effect_counts_low": low, "effect_counts_high": high,
+                   "log2_fold_change": np.log2(counts / control)}
+        for layer, values in of_one.items():
             layers.setdefault(layer, []).append(values.astype(np.float32))
         lines.append(f"{name}: {known_of(run, d, name, c)}")
-        by_data, error = effect_by_data(run, name) if other is None else (None, None)
-        effect = of_condition["effect_log_normalised"]
-        for g in np.argsort(-np.abs(effect), kind="stable")[:n_rows]:
-            if effect[g] != 0:
-                rows.append([
-                    name, str(run.screen.gene_names[g]), f"{control[g]:.2f}",
-                    f"{counts[g] - control[g]:+.2f}", f"{low[g]:+.2f} to {high[g]:+.2f}",
-                    "-" if by_data is None else f"{by_data[g]:+.2f} ± {error[g]:.2f}",
-                    f"{fold_change[g]:+.2f}"])
+        for g in strongest(of_one["effect_log_normalised"], 10):
+            rows.append({
+                "condition": name, "gene": str(run.screen.gene_names[g]),
+                "control": f"{control[g]:.2f}", "effect": f"{of_one['effect_counts'][g]:+.2f}",
+                "5 % to 95 % of cells": f"{low[g]:+.2f} to {high[g]:+.2f}",
+                "effect by the data": "{:+.2f} ± {:.2f}".format(*by_data[name][:, g])
+                if name in by_data else "-",
+                "log2 fold change": f"{of_one['log2_fold_change'][g]:+.2f}"})
     trained_on = run.screen.conditions[run.taught_by["train"]]
     data.write_h5ad(
-        os.path.join(run.folder, "predictions.h5ad"),
-        X=np.stack(layers["expected_log_normalised"]),
+        os.path.join(run.folder, "predictions.h5ad"), X=np.stack(layers["expected_log_normalised"]),
         obs={"condition": spelled,
              "n_training_cells": np.array([(trained_on == name).sum() for name in spelled])},
-        var={"gene": run.screen.gene_names},
-        layers={layer: np.stack(values) for layer, values in layers.items()},
-        uns={"library": depth, "basal_states": "prior" if other is None else other.path})
+        var={"gene": run.screen.gene_names}, layers={k: np.stack(v) for k, v in layers.items()},
+        uns={"library": depth, "basal_states": other.path if other else "prior"})
     lines.append("\ncounts per 10,000, of the genes of largest effect on log-normalised expression "
                  f"(cells of {depth:,})" + "; data: all cells, those trained on, too, ± standard "
-                 "error" * (other is None) + "\n")
-    return "\n".join([*lines, markdown(["condition", "gene", "control", "effect",
-                                        "5 % to 95 % of cells", "effect by the data",
-                                        "log2 fold change"], rows)])
+                 "error" * (not other) + "\n")
+    return "\n".join([*lines, markdown(rows) if rows else ""])
 
 
 def known_of(run, d, condition, c):
     """What is known of a condition with dosages d (P,), in words: training cells of it and of its
     parts, masks that are empty, and whether covariates c (K, columns) were seen."""
     cells, model = run.taught_by["train"], run.model
-    n = int((run.screen.conditions[cells] == condition).sum())
+    n, parts = int((run.screen.conditions[cells] == condition).sum()), d[d != data.NONE].tolist()
     words = [f"{n:,} training cells" if n else "no training cells of its own"
              + f" since {run.config['adapt']}" * bool(run.config["adapt"])]
-    for t in d[d != data.NONE].tolist():
+    if not parts and condition != "control":
+        words.append(f"no effect, since {run.config['model']} cannot add effects up")
+    for t in parts:
         name, n_own = run.model_screen.perturbations[t], int(model.n_cells[t])
         if not n:
             words.append(f"{name} has {n_own:,}, alone and in combinations")
@@ -1515,42 +1315,39 @@ def known_of(run, d, condition, c):
         elif model.has_mask and model.mask_probability()[t].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect")
         received = cells[(run.model_screen.d[cells] == t).any(1)]
-        seen = (c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)).all(2)
-        if len(received) and not seen.any(1).all():
-            words.append(f"{1 - seen.any(1).mean():.0%} of the cells that it is predicted for have "
+        seen = (c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)).all(2).any(1)
+        if len(received) and not seen.all():
+            words.append(f"{1 - seen.mean():.0%} of the cells that it is predicted for have "
                          f"covariates that no training cell of {name} has: EXTRAPOLATED")
     return "; ".join(words)
 
 
-def effect_by_data(run, condition):
-    """The effect of a condition on counts per 10,000 by all cells of the data, and its standard
-    error, (G,) each; None twice where there is nothing to compare."""
-    arms = Arms.of(run)
-    place = np.flatnonzero(arms.names == condition)
-    cells = np.flatnonzero(np.isin(run.screen.conditions, [condition, "control"]))
+def effects_of_data(run, conditions):
+    """Effects of conditions on counts per 10,000 by all their cells, and standard errors: {name:
+    (2, G)}, without conditions that the data do not have or cannot compare."""
+    arms = Arms(run)
+    cells = np.flatnonzero(np.isin(run.screen.conditions, [*conditions, "control"]))
     means = mean_expression(run.batches, cells, arms)["counts"]
     share = arms.shares(means.n)
-    if not len(place) or not share[arms.condition == place[0]].any():
-        return None, None
-    effect = np.subtract(*arms.compared(means.mean, share))[place[0]]
-    return effect, np.sqrt(np.add(*arms.compared(means.variance, share**2))[place[0]])
+    found = np.stack([np.subtract(*arms.compared(means.mean, share)),
+                      np.sqrt(np.add(*arms.compared(means.variance, share**2)))], axis=1)
+    known = arms.of_condition(share)[:, 0] > 0
+    return dict(zip(arms.names[known], found[known]))
 
 
-def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
+def sample(run, conditions, n, library=0, seed=0, other=None):
     """Write samples.h5ad: counts of n simulated cells of each condition, for scanpy and others.
 
-    Basal states, covariates and library sizes as in `population` (`library` for all, if given),
-    each cell with a draw of (M, E) of its own. obs has the columns of the data's labels, spelled as
-    there, and of its covariates.
+    Cells are as in `population` (but for `library`, if given), each with a draw of (M, E) of its
+    own. obs has the columns of the data's labels, spelled as there, and of its covariates.
     """
-    screen, (dosages, spelled) = run.screen, dosages_of(run, conditions)
-    covariates = run.config["covariate"] or []
+    screen, covariates = run.screen, run.config["covariate"] or []
     column = screen.label_column or data.free("condition", covariates)
     index = data.free("cell", [column, *covariates])
     labels = screen.obs(column) if screen.label_column else screen.conditions
     x, obs = [], {name: [] for name in (index, column, *covariates)}
-    for d, name in zip(dosages, spelled):
-        basal, c, libraries = population(run, d, name, n, evaluation_seed, other)
+    for d, name in zip(*dosages_of(run, conditions)):
+        basal, c, libraries = population(run, name, n, seed, other)
         sizes = torch.as_tensor(np.full(n, library) if library else libraries,
                                 dtype=torch.float32, device=run.device)
         for few in torch.arange(n).split(1000):
@@ -1560,30 +1357,22 @@ def sample(run, conditions, n, library=None, evaluation_seed=0, other=None):
         same = np.flatnonzero(screen.conditions == name)
         obs[index] += [f"{name}-{i + 1}" for i in range(n)]
         obs[column] += [str(labels[same[0]]) if len(same) else name] * n
-        for j, covariate in enumerate(covariates):
+        for covariate, values in zip(covariates, c.T.tolist()):
             obs[covariate] += ["" if v == data.NONE else screen.covariates[v].split("=", 1)[1]
-                               for v in c[:, j].tolist()]
-    x = np.concatenate(x)
-    data.write_h5ad(os.path.join(run.folder, "samples.h5ad"),
-                    X=x.astype(np.uint16) if x.max() < 2**16 else x, obs=obs,
+                               for v in values]
+    data.write_h5ad(os.path.join(run.folder, "samples.h5ad"), X=np.concatenate(x), obs=obs,
                     var={"gene": screen.gene_names})
 
 
-@torch.no_grad()
-def write_latents(run, n_draws=50, evaluation_seed=0):
+def write_latents(run):
     """Write latents.h5ad: the screen's cells and genes without counts, and latent states.
 
-    obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means, in the axes of the masks
-    (column l of `model.axes` is latent l of masks and effects); all columns of obs, and
-    sams_vae_condition and sams_vae_split; uns: perturbations, mask_probability, effect = E[e_t] and
-    offset = E[m_t * e_t] (T, L), where the model has them.
+    obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means, in the axes of the masks; all
+    columns of obs, and sams_vae_condition and sams_vae_split; uns: perturbations, mask_probability,
+    effect = E[e_t] and offset = E[m_t * e_t] (T, L), where the model has them.
     """
     model, screen = run.model, run.screen
-    torch.manual_seed(evaluation_seed)
-    mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
-    basal, total = map(np.concatenate, zip(*posterior_means(
-        run, np.arange(len(screen.d)), mask, effect)))
-
+    basal, total = posterior_means(run, np.arange(len(screen.d)))
     columns = {name: functools.partial(screen.obs, name) for name in screen.file.obs_columns}
     split = np.full(len(screen.d), "", dtype=object)
     for name, cells in run.split.items():
@@ -1592,14 +1381,12 @@ def write_latents(run, n_draws=50, evaluation_seed=0):
            data.free("sams_vae_condition", columns): screen.conditions,
            data.free("sams_vae_split", columns): split}
     uns = {"perturbations": list(run.model_screen.perturbations)}
-    if model.has_mask:
-        uns["mask_probability"] = model.mask_probability().cpu().numpy()
     if model.has_effects:
-        uns |= {"effect": effect.mean(0).cpu().numpy(),
-                "offset": (mask * effect).mean(0).cpu().numpy()}
-    data.write_h5ad(os.path.join(run.folder, "latents.h5ad"), X=None, obs=obs,
-                    var={"gene": screen.gene_names}, obsm={"X_z_basal": basal, "X_z": total},
-                    uns=uns)
+        probability, uns["offset"] = probability_and_offset(model)
+        uns["effect"] = drawn_effects(model)[1].mean(0).numpy(force=True)
+        uns |= {"mask_probability": probability} if model.has_mask else {}
+    data.write_h5ad(os.path.join(run.folder, "latents.h5ad"), X=None, obs=obs, uns=uns,
+                    var={"gene": screen.gene_names}, obsm={"X_z_basal": basal, "X_z": total})
 
 
 # ============================================================================================
@@ -1620,18 +1407,23 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, title, path):
-    """Write a PNG file, or nothing."""
+@contextlib.contextmanager
+def panels(path, title, n, size, **options):
+    """A figure and its n panels, side by side, to draw on; then a PNG file, whole or not at all."""
+    figure, axes = pyplot().subplots(1, n, figsize=size, layout="constrained", squeeze=False,
+                                     **options)
+    yield figure, axes[0]
     figure.suptitle(title)
     with data.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     pyplot().close(figure)
-    return path
 
 
-def heat_map(axis, values, limit, title, **labels):
+def heat_map(axis, values, limit, title, x_names=(), y_names=(), **labels):
     """Values (rows, columns) from -limit, blue, or from 0, white, to limit. Returns the image."""
-    axis.set(title=title, xticks=[], yticks=[], **labels)
+    axis.set(title=title, **labels)
+    axis.set_xticks(range(len(x_names)), x_names, fontsize=6, rotation=90)
+    axis.set_yticks(range(len(y_names)), y_names, fontsize=7)
     signed = values.min() < 0
     return axis.imshow(values, aspect="auto", cmap="RdBu_r" if signed else "Greys",
                        vmin=-limit if signed else 0, vmax=limit, interpolation="nearest")
@@ -1646,25 +1438,24 @@ def in_order_of_angle(matrix):
 
 def figure_of_training(folder, step):
     """Loss, KL terms and masks over the steps of log.jsonl; a line at the step of best.pt."""
-    log = train.read_log(folder)
-    figure, axes = pyplot().subplots(1, 4, figsize=(14, 3), layout="constrained", sharex=True)
-    for axis, unit, names in (
-            (axes[0], "nats per cell", ("loss", "validation_loss")),
-            (axes[1], "nats per cell", ("kl_basal", "kl_mask", "kl_effect")),
-            (axes[2], "mean probability", ("mask_probability",)),
-            (axes[3], "latents of probability > 0.5", ("mask_size",))):
-        for name in names:
-            lines = [line for line in log if name in line]
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines],
-                      label=name.replace("_", " "), marker="." * (name == "validation_loss"))
-        axis.set(xlabel=f"step (line: the best, {step:,})", ylabel=unit)
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-        axis.axvline(step, color="0.6", linewidth=0.8)
-    losses = [line[name] for line in log for name in ("loss", "validation_loss") if name in line]
-    if losses:  # the first ones would hide the others
-        axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)
-    axes[1].set_yscale("symlog", linthresh=0.01)
-    return save_figure(figure, os.path.basename(folder), os.path.join(folder, "training.png"))
+    log, path = train.read_log(folder), os.path.join(folder, "training.png")
+    with panels(path, os.path.basename(folder), 4, (14, 3), sharex=True) as (_, axes):
+        for axis, unit, names in zip(axes, (
+                "nats per cell", "nats per cell", "mean probability", "latents of probability > 0.5"
+                ), (("loss", "validation_loss"), ("kl_basal", "kl_mask", "kl_effect"),
+                    ("mask_probability",), ("mask_size",))):
+            for name in names:
+                lines = [line for line in log if name in line]
+                axis.plot([line["step"] for line in lines], [line[name] for line in lines],
+                          label=name.replace("_", " "), marker="." * (name == "validation_loss"))
+            axis.set(xlabel=f"step (line: the best, {step:,})", ylabel=unit)
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+            axis.axvline(step, color="0.6", linewidth=0.8)
+        losses = [line[k] for line in log for k in ("loss", "validation_loss") if k in line]
+        if losses:  # the first ones would hide the others
+            axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)
+        axes[1].set_yscale("symlog", linthresh=0.01)
+    return path
 
 
 def figure_of_masks(run, pathways=None):
@@ -1672,11 +1463,9 @@ def figure_of_masks(run, pathways=None):
     turned axes also the offsets as encoder and decoder see them."""
     model, names = run.model, np.array(run.model_screen.perturbations)
     probability, offset = probability_and_offset(model)
-    pathway = pathway_of(names, data.read_pathways(
-        pathways or run.config["data"]))
-    if not any(pathway):
-        pathway[:] = "all perturbations"
-    groups = sorted(set(pathway) - {None})
+    pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))
+    pathway = pathway if any(pathway) else np.full(len(names), "all perturbations")
+    groups = sorted(set(pathway) - {""})
     members = [np.flatnonzero(pathway == group) for group in groups]
     rows = np.concatenate([m[in_order_of_angle(offset[m])] for m in members])
     # Latents have no order of their own: each stands where the pathway stands that it matters most
@@ -1688,28 +1477,25 @@ def figure_of_masks(run, pathways=None):
     latents = latents[touched[latents]] if touched.any() else latents
 
     limit = max(1e-6, np.quantile(np.abs(offset), 0.99))
-    panels = [("mask probability", probability[:, latents], 1, latents)] * model.has_mask + [
+    shown = [("mask probability", probability[:, latents], 1, latents)] * model.has_mask + [
         ("mean offset E[m e]", offset[:, latents], limit, latents)]
     if run.config["axes"] == "sparsest":
-        panels.append(("offset in the networks' axes", offset @ model.axes.numpy(force=True).T,
-                       limit, np.arange(model.n_latent)))
-    figure, axes = pyplot().subplots(1, len(panels), squeeze=False, layout="constrained",
-                                     sharey=True, figsize=(2 + 5 * len(panels), 9))
-    edges = np.cumsum([0, *map(len, members)])
-    for axis, (title, values, limit, which) in zip(axes[0], panels):
-        image = heat_map(axis, values[rows], limit, title, xlabel=f"{len(which)} of "
-                         f"{model.n_latent} latent dimensions")
-        if len(which) <= 40:
-            axis.set_xticks(np.arange(len(which)), which, fontsize=7)
-        figure.colorbar(image, ax=axis, shrink=0.5, extend="neither" if limit == 1 else "both")
-        for edge in edges[1:-1]:
-            axis.axhline(edge - 0.5, color="0.3", linewidth=0.5)
-    axes[0, 0].set_yticks((edges[1:] + edges[:-1] - 1) / 2, [
-        f"{group[:28]} ({len(m)})" for group, m in zip(groups, members)])
-    if len(groups) == 1 and len(rows) <= 80:
-        axes[0, 0].set_yticks(np.arange(len(rows)), names[rows], fontsize=7)
-    return save_figure(figure, f"{os.path.basename(run.folder)}: {len(rows):,} of {len(names):,} "
-                       "perturbations", os.path.join(run.folder, "masks.png"))
+        shown.append(("offset in the networks' axes", offset @ model.axes.numpy(force=True).T,
+                      limit, np.arange(model.n_latent)))
+    path, edges = os.path.join(run.folder, "masks.png"), np.cumsum([0, *map(len, members)])
+    title = f"{os.path.basename(run.folder)}: {len(rows):,} of {len(names):,} perturbations"
+    with panels(path, title, len(shown), (2 + 5 * len(shown), 9), sharey=True) as (figure, axes):
+        for axis, (title, values, limit, which) in zip(axes, shown):
+            image = heat_map(axis, values[rows], limit, title, which if len(which) <= 40 else (),
+                             xlabel=f"{len(which)} of {model.n_latent} latent dimensions")
+            figure.colorbar(image, ax=axis, shrink=0.5, extend="neither" if limit == 1 else "both")
+            for edge in edges[1:-1]:
+                axis.axhline(edge - 0.5, color="0.3", linewidth=0.5)
+        axes[0].set_yticks((edges[1:] + edges[:-1] - 1) / 2, [
+            f"{group[:28]} ({len(m)})" for group, m in zip(groups, members)])
+        if len(groups) == 1 and len(rows) <= 80:
+            axes[0].set_yticks(range(len(rows)), names[rows], fontsize=7)
+    return path
 
 
 def figure_of_effects(run, metrics):
@@ -1718,85 +1504,73 @@ def figure_of_effects(run, metrics):
     layers = data.read_layers(os.path.join(run.folder, "effects.h5ad"))
     kept = np.isfinite(layers["data_log_normalised"]).all(1)
     observed, predicted = (layers[f"{name}_log_normalised"][kept] for name in ("data", "model"))
-    if not len(observed):
-        raise DataError(f"{run.folder}: no condition has cells that effects could be taken from")
     rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
-    by_name = len(rows) <= 60
-    if by_name:
+    names, size = {}, (14, 4.8)
+    if len(rows) <= 60:
         columns = columns[np.isin(columns, np.argsort(-np.abs(observed).mean(0))[:50])]
+        size, names = (18, 12), {"x_names": run.screen.gene_names[columns],
+                                 "y_names": Arms(run).names[kept][rows]}
     limit = max(1e-6, np.quantile(np.abs(observed[:, columns]), 0.99))
-    figure, axes = pyplot().subplots(1, 3, layout="constrained", width_ratios=(1, 1, 0.8),
-                                     figsize=(18, 12) if by_name else (14, 4.8))
-    for axis, values, title in ((axes[0], observed, "data"), (axes[1], predicted, "model")):
-        image = heat_map(axis, values[rows][:, columns], limit, f"effects by the {title}",
-                         xlabel=f"{len(columns):,} of {observed.shape[1]:,} genes",
-                         ylabel=f"{len(values):,} conditions")
-        if by_name:
-            axis.set_xticks(np.arange(len(columns)), run.screen.gene_names[columns], rotation=90,
-                            fontsize=6)
-            axis.set_yticks(np.arange(len(rows)), Arms.of(run).names[kept][rows], fontsize=7)
-    figure.colorbar(image, ax=axes[:2], shrink=0.6, extend="both",
-                    label="difference from control of log2(1 + counts per 10,000)")
-    hexagons = axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log",
-                              mincnt=1, cmap="viridis")
-    figure.colorbar(hexagons, ax=axes[2], label="condition-gene pairs")
-    axes[2].axline((0, 0), slope=1, color="C3", linewidth=0.8)
-    axes[2].set(xlabel="effect by the data", ylabel="effect by the model",
-                title=f"all genes: Pearson r = {pearson(predicted, observed):.3f}",
-                aspect="equal", adjustable="datalim")
-    return save_figure(figure, f"{os.path.basename(run.folder)}, data effects from "
-                       f"{metrics['options']['effects_from']} cells, log-normalised",
-                       os.path.join(run.folder, "effects.png"))
+    path = os.path.join(run.folder, "effects.png")
+    title = (f"{os.path.basename(run.folder)}, data effects from "
+             f"{metrics['options']['effects_from']} cells, log-normalised")
+    with panels(path, title, 3, size, width_ratios=(1, 1, 0.8)) as (figure, axes):
+        for axis, values, by in zip(axes, (observed, predicted), ("data", "model")):
+            image = heat_map(axis, values[rows][:, columns], limit, f"effects by the {by}",
+                             xlabel=f"{len(columns):,} of {observed.shape[1]:,} genes",
+                             ylabel=f"{len(values):,} conditions", **names)
+        figure.colorbar(image, ax=axes[:2], shrink=0.6, extend="both",
+                        label="difference from control of log2(1 + counts per 10,000)")
+        hexagons = axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log",
+                                  mincnt=1, cmap="viridis")
+        figure.colorbar(hexagons, ax=axes[2], label="condition-gene pairs")
+        axes[2].axline((0, 0), slope=1, color="C3", linewidth=0.8)
+        axes[2].set(xlabel="effect by the data", ylabel="effect by the model",
+                    title=f"all genes: Pearson r = {pearson(predicted, observed):.3f}",
+                    aspect="equal", adjustable="datalim")
+    return path
 
 
-def figure_of_combinations(runs, folder):
+def figures_of_combinations(runs, folder):
     """Figure 4: relative IWELBO and ATE-Pearson of the Norman runs over f, mean and sd over splits.
 
     One file for each table of the runs. Returns their paths.
     """
     paths = []
-    for members in tables_of(runs):
-        split = members[0]["config"]["split"]
-        if split == "random":
-            continue
+    for members in (members for members in tables_of(runs)
+                    if members[0]["config"]["split"] != "random"):
+        config, reference = members[0]["config"], [m for m in members if of_reference(m)]
         fractions = sorted({m["config"]["train_combinations"] for m in members})
-        reference, models = [m for m in members if of_reference(m)], {}
+        found = [[], []]  # of each panel (name, f, value)
         for m in members:
-            models.setdefault(f"{model_of(m['config'])}, {guide_of(m['config'])}", []).append(m)
-
-        def relative_iwelbo(m):
-            """To the reference, on the same split."""
-            return iwelbo_difference([m], reference)[0]
-
-        def test_pearson(row):
-            """A function of a run: ATE-Pearson of the conditions with test cells."""
-            return lambda m: score(m, "log_normalised", "test", row)["pearson"]
-
-        figure, axes = pyplot().subplots(1, 2, figsize=(12, 4), layout="constrained")
-        for axis, title, bars in (
-                (axes[0], "test IWELBO relative to\nSAMS-VAE (correlated), f = 0",
-                 [(name, same, relative_iwelbo) for name, same in models.items()]),
-                (axes[1], "ATE-Pearson, test conditions",
-                 [(name, same, test_pearson("model")) for name, same in models.items()]
-                 + [(BASELINES[name], [m for f in fractions for m in one_of_each_split(members, f)],
-                     test_pearson(name)) for name in ("perturbed_mean", "additive")])):
-            for i, (name, same, value) in enumerate(bars):
-                values = [np.array([value(m) for m in same if f == m["config"][
-                    "train_combinations"]], float) for f in fractions]
-                values = [v[np.isfinite(v)] for v in values]
-                axis.bar(np.arange(len(fractions)) + 0.85 * ((i + 0.5) / len(bars) - 0.5),
-                         [v.mean() if len(v) else math.nan for v in values], 0.8 / len(bars),
-                         yerr=[v.std(ddof=1) if len(v) > 1 else math.nan for v in values],
-                         color=f"C{i}", capsize=2, label=name)
-            axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
-            axis.set(xlabel="fraction f of training combinations", ylabel=title)
-            axis.axhline(0, color="0.3", linewidth=0.8)
-        if not reference:
-            axes[0].set_title("needs the run of SAMS-VAE with f = 0 on the same split")
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        name = split + f"-{len(paths) + 1}" * bool(paths)
-        screen = os.path.basename(members[0]["config"]["data"])
-        paths.append(save_figure(figure, f"{split}, {screen}", os.path.join(folder, f"{name}.png")))
+            of_m = ", ".join(model_and_guide(m["config"])), m["config"]["train_combinations"]
+            found[0].append((*of_m, iwelbo_difference([m], reference)[0]))
+            found[1].append((*of_m, score(m, "log_normalised", "test", "model").get("pearson")))
+        for row, m in itertools.product(("perturbed_mean", "additive"), one_of_each_split(members)):
+            found[1].append((BASELINES[row], m["config"]["train_combinations"],
+                             score(m, "log_normalised", "test", row).get("pearson")))
+        paths.append(os.path.join(folder, config["split"] + f"-{len(paths) + 1}" * bool(paths)
+                                  + ".png"))
+        title = f"{config['split']}, {os.path.basename(config['data'])}"
+        with panels(paths[-1], title, 2, (12, 4)) as (figure, axes):
+            for axis, ylabel, values in zip(axes, (
+                    "test IWELBO relative to\nSAMS-VAE (correlated), f = 0",
+                    "ATE-Pearson, test conditions"), found):
+                names = list(dict.fromkeys(name for name, *_ in values))
+                for i, name in enumerate(names):
+                    of_f = [np.array([v for *of_m, v in values if of_m == [name, f]], float)
+                            for f in fractions]
+                    of_f = [v[np.isfinite(v)] for v in of_f]
+                    axis.bar(np.arange(len(fractions)) + 0.85 * ((i + 0.5) / len(names) - 0.5),
+                             [v.mean() if len(v) else math.nan for v in of_f], 0.8 / len(names),
+                             yerr=[v.std(ddof=1) if len(v) > 1 else math.nan for v in of_f],
+                             color=f"C{i}", capsize=2, label=name)
+                axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
+                axis.set(xlabel="fraction f of training combinations", ylabel=ylabel)
+                axis.axhline(0, color="0.3", linewidth=0.8)
+            if not reference:
+                axes[0].set_title("needs the run of SAMS-VAE with f = 0 on the same split")
+            figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return paths
 
 
@@ -1828,14 +1602,9 @@ def main(arguments=None):
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved; with "
                         "--predict also another file, for whose control cells to predict")
     args = parser.parse_args(arguments)
-    if args.figures and (args.predict or args.latents):
-        parser.error("--figures evaluates, --predict and --latents do not: use two commands")
-    if args.sample and not args.predict:
-        parser.error("--sample N needs --predict CONDITION ..., the conditions to sample")
     if args.figures:
         pyplot()
-    names = [*(option_name(flag) for flag, *_ in OPTIONS), "pathways"]
-    options = {name: v for name, v in vars(args).items() if name in names}
+    options = {k: v for k, v in vars(args).items() if k in DEFAULTS or k == "pathways"}
 
     folders, evaluations, failed = [folder.rstrip("/") for folder in args.runs], [], False
     if len(folders) > 1:  # runs/* holds runs that have only begun, and figures
@@ -1862,7 +1631,7 @@ def main(arguments=None):
         if warned:
             print("\nwith warnings, which python evaluate.py runs/NAME shows: " + ", ".join(warned))
     if evaluations and args.figures:
-        for path in figure_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
+        for path in figures_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
             print(f"written: {path}")
     if failed or not folders:
         sys.exit(2)
@@ -1870,26 +1639,23 @@ def main(arguments=None):
 
 def use_run(folder, args, options):
     """--predict and --latents of one run."""
-    own_data, other = train.load_checkpoint(folder, "last.pt")["config"]["data"], None
-    if args.predict and args.data and os.path.exists(own_data) and not (
-            os.path.exists(args.data) and os.path.samefile(own_data, args.data)):
-        if args.latents:
-            raise DataError("--latents writes those of the run's own data: leave out --data")
-        run = open_run(folder, args.device)
-        other = controls_of_file(run, args.data)
+    own_data = train.load_checkpoint(folder, "last.pt")["config"]["data"]
+    is_other = args.predict and args.data and os.path.exists(own_data) and (
+        os.path.realpath(args.data) != os.path.realpath(own_data))
+    run = open_run(folder, args.device, None if is_other else args.data)
+    other = controls_of_file(run, args.data) if is_other else None
+    if other:
         print(f"of the {len(other.d):,} control cells of {args.data}:")
-    else:
-        run = open_run(folder, args.device, args.data)
-    own = {k: options[k] for k in ("library", "evaluation_seed") if k in options}
+    options = DEFAULTS | options
+    how = {"library": options["library"], "seed": options["evaluation_seed"], "other": other}
     if args.predict:
-        particles = {k: options[k] for k in ["ate_particles"] if k in options}
-        print(f"{predict(run, args.predict, other=other, **particles, **own)}\n\n"
+        print(f"{predict(run, args.predict, options['ate_particles'], **how)}\n\n"
               f"written: {folder}/predictions.h5ad")
-    if args.sample:
-        sample(run, args.predict, args.sample, other=other, **own)
+    if args.predict and args.sample:
+        sample(run, args.predict, args.sample, **how)
         print(f"written: {folder}/samples.h5ad")
     if args.latents:
-        write_latents(run, evaluation_seed=own.get("evaluation_seed", 0))
+        write_latents(run)
         print(f"written: {folder}/latents.h5ad")
 
 
@@ -1916,11 +1682,10 @@ def evaluate_run(folder, args, options, alone):
 def evaluated(folder, options):
     """The metrics of metrics.json, if they are of these checkpoints and options; else None."""
     with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(folder, "metrics.json")) as file:
-            metrics = json.load(file)
-        if metrics["format"] == FORMAT and metrics["checkpoints"] == checkpoints(folder) and (
-                metrics["options"].items() >= options.items()):
-            return metrics
+        m = json.loads(pathlib.Path(folder, "metrics.json").read_text())
+        if m["format"] == FORMAT and m["checkpoints"] == checkpoints(folder) and (
+                m["options"].items() >= options.items()):
+            return m
     return None
 
 

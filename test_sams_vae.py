@@ -2567,20 +2567,17 @@ assert str(state()) == str(before) and data.WATCHDOG is None, state()"""
 # ============================================================================================
 
 
-def test_pearson_equals_numpy_and_is_undefined_for_a_constant():
-    a, b = np.random.default_rng(0).normal(size=(2, 3, 5))
-    assert evaluate.pearson(a, b) == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
-    assert math.isnan(evaluate.pearson(a, np.zeros_like(b)))
-
-
 def test_the_matching_of_latents_is_the_best_of_all():
     rng = np.random.default_rng(0)
-    for n, m in ((1, 1), (2, 5), (4, 4), (5, 6)):
+    for n, m in ((1, 1), (2, 5), (4, 4), (5, 6), (4, 2)):
         for _ in range(20):
             score = rng.integers(0, 6, (n, m)) if rng.random() < 0.5 else rng.normal(size=(n, m))
-            columns = evaluate.best_matching(score)
-            best = max(score[range(n), list(p)].sum() for p in itertools.permutations(range(m), n))
-            assert len(set(columns)) == n and score[range(n), columns].sum() == pytest.approx(best)
+            rows, columns = evaluate.best_matching(score)
+            assert len(set(rows)) == len(set(columns)) == min(n, m)
+            wide = score if n <= m else score.T
+            best = max(wide[range(len(wide)), list(p)].sum()
+                       for p in itertools.permutations(range(max(n, m)), min(n, m)))
+            assert score[rows, columns].sum() == pytest.approx(best)
 
 
 def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_chance():
@@ -2591,9 +2588,6 @@ def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_c
     # A curve keeps ranks but no line; a mixture keeps all that a line needs and no latent.
     bent = evaluate.latent_recovery(true, np.exp(2 * true[:, order]))
     assert bent["mcc_ranks"] == pytest.approx(1) and bent["mcc"] < 0.7
-    both = evaluate.latent_recovery(true[:, :1], np.column_stack([
-        np.exp(3 * true[:, 0]), true[:, 0] + 0.3 * rng.normal(size=2000)]))  # each has its own
-    assert both["mcc_ranks"] == pytest.approx(1) and 0.9 < both["mcc"] < 0.99
     mixed = evaluate.latent_recovery(true, true @ rng.normal(size=(5, 5)))
     assert mixed["r_squared"] == pytest.approx(1) and mixed["mcc"] < 0.9
     # By chance: |r| of 2,000 pairs has the mean sqrt(2 / (pi 2000)), the best matching a bit more.
@@ -2605,8 +2599,7 @@ def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_c
     assert evaluate.latent_recovery(true, true[:, :2])["mcc"] == pytest.approx(0.4, abs=0.02)
     many = evaluate.latent_recovery(true, np.column_stack([0 * true, true[:, order]]))
     assert many["mcc"] == pytest.approx(1)
-    # What is the same in all cells is like nothing, in whatever order the cells are; of too few
-    # cells there is no R2.
+    # What is the same in all cells is like nothing; of too few cells there is no R2.
     constant = evaluate.latent_recovery(np.sort(true, axis=0), np.ones((2000, 5)))
     assert constant["mcc"] == constant["mcc_ranks"] == 0
     assert math.isnan(evaluate.latent_recovery(true[:9], true[:9])["r_squared"])
@@ -2626,9 +2619,7 @@ def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_
     assert math.isnan(evaluate.mask_recovery(nothing, nothing)["f1"])
     # By another matching, such as that of latent states, it is counted what that one brings.
     assert evaluate.mask_recovery(true, true[:, [1, 0, 2]], np.eye(3))["precision"] == 1 / 5
-
-
-def test_masks_of_runs_agree_whatever_the_order_of_latents_and_chance_is_lower():
+    # Between runs, whose masks are texts:
     first, second = ["0", "1 12", "", "12"], ["3", "0 1", "", "1"]
     assert evaluate.mask_agreement([first, second])[0] == 1
     three = [first, second, ["0", "0", "", "0"]]
@@ -2641,7 +2632,10 @@ def test_masks_of_runs_agree_whatever_the_order_of_latents_and_chance_is_lower()
     assert np.isnan(evaluate.mask_agreement([["", ""], ["", ""]])).all()  # not 0
 
 
-def test_r_squared_and_the_weighted_one_by_hand():
+def test_pearson_equals_numpy_and_r_squared_and_the_weighted_one_are_so_by_hand():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 5))
+    assert evaluate.pearson(a, b) == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    assert math.isnan(evaluate.pearson(a, np.zeros_like(b)))
     observed, predicted = np.array([[0.0, 2], [4, 6]]), np.array([[0.0, 1], [3, 2]])
     assert evaluate.r_squared(predicted, observed) == pytest.approx(1 - (1 + 1 + 16) / 20)
     # |t| of 5, 3 and 1 reach from 0 to 1 as 1, 1/2 and 0: squared 1, 1/4 and 0.
@@ -2663,8 +2657,7 @@ def test_the_weighted_r_squared_is_the_one_of_scperteval(tmp_path):
     x = rng.poisson(rng.uniform(1, 6, (4, 9))[[["control", "A", "B", "C"].index(v) for v in label]])
     arms, batches = screen_of(tmp_path, x, label)
     means = evaluate.mean_expression(batches, np.arange(len(x)), arms)["log_normalised"]
-    said, others, _, independent = evaluate.effects_by_data(
-        arms, means, means, np.zeros((3, 9), bool))
+    said, _, independent = evaluate.effects_by_data(arms, means, means, np.zeros((3, 9), bool))
     y = np.log2(1 + 1e4 * x / x.sum(1, keepdims=True))
     assert independent.all()
     for k, name in enumerate("ABC"):
@@ -2674,13 +2667,13 @@ def test_the_weighted_r_squared_is_the_one_of_scperteval(tmp_path):
                                    rtol=1e-3)
         np.testing.assert_allclose(said.weights[k], de.mejia_weights(theirs.statistic), atol=1e-5)
         centre = np.mean([y[label == other].mean(0) for other in set("ABC") - {name}], axis=0)
-        prediction = rng.normal(size=9)  # an effect, from the control
-        truth, delta = own.mean(0) - centre, y[label == "control"].mean(0) + prediction - centre
+        prediction = rng.normal(size=(1, 9))  # an effect, from the control
+        truth, delta = own.mean(0) - centre, y[label == "control"].mean(0) + prediction[0] - centre
         context = types.SimpleNamespace(de=lambda *_, theirs=theirs: theirs, current_pert=name,
                                         cfg=types.SimpleNamespace(truth="x"))
-        ours = evaluate.weighted_r_squared(*(v[[k]] for v in (
-            (prediction - others - said.from_mean) ** 2, said.from_mean, said.weights)))
-        assert ours == pytest.approx(metrics.weighted_r2(truth, delta, context), rel=1e-4)
+        ours = evaluate.effect_metrics(prediction, evaluate.Said(*(v[[k]] for v in said)))
+        assert ours["weighted_r_squared"] == pytest.approx(
+            metrics.weighted_r2(truth, delta, context), rel=1e-4)
 
 
 def test_the_discrimination_scores_by_hand():
@@ -2701,10 +2694,9 @@ def test_the_discrimination_scores_by_hand():
     left_out = np.zeros((3, 2), bool)
     left_out[0, 0] = True
     assert scores(predicted, observed, left_out) == [[0.75, 0.5, 0.5], [0.75, 0.5, 0]]
-    many, other = np.random.default_rng(0).normal(size=(2, 700, 3))
-    assert all(abs(np.mean(orientation) - 0.5) < 0.05 for orientation in scores(other, many))
     assert np.isnan(scores(observed[:1], observed[:1])).all()
     # Of many conditions, a few are the rivals of each.
+    many, other = np.random.default_rng(0).normal(size=(2, 700, 3))
     near, left_out = many + 0.5 * other, np.random.default_rng(1).random(many.shape) < 0.1
     some = evaluate.discrimination_scores(near, many, left_out, most=50)
     rivals = np.random.default_rng(0).permutation(700)[:50]
@@ -2726,8 +2718,8 @@ def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error(
             effect = without_control + of_control**0.5 * rng.normal(size=60)
             said = evaluate.Said(effect, of_condition + of_control,
                                  without_control - truth.mean(0), of_condition,
-                                 evaluate.response_weights(truth))
-            scores = evaluate.effect_metrics(truth, truth - truth.mean(0), said)
+                                 evaluate.response_weights(truth), truth.mean(0) + 0 * truth)
+            scores = evaluate.effect_metrics(truth, said)
             limit = evaluate.noise_limit(said, np.arange(40) < 30)
             differences.append([(scores["pearson"] - limit["pearson"]) / limit["pearson_se"]] + [
                 scores[k] - limit[k] for k in ("pearson", "r_squared", "from_mean")])
@@ -2738,22 +2730,20 @@ def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error(
     assert abs(np.mean(in_errors)) < 0.5 and 0.3 < np.std(in_errors) < 1.3
     for values, at_most in zip(differences, (0.02, 0.01, 0.02)):
         assert abs(values.mean()) < at_most and values.std() < 0.08
-    # It is the sqrt(2 r / (1 + r)) of the correlation r of two halves, without their noise.
-    halves = [truth + (2 * said.variance) ** 0.5 * rng.normal(size=truth.shape) for _ in range(2)]
-    r = evaluate.pearson(*halves)
-    assert limit["pearson"] == pytest.approx(math.sqrt(2 * r / (1 + r)), abs=0.02)
     of_one = evaluate.noise_limit(evaluate.Said(*(v[:1] for v in said)), np.array([True]))
     assert of_one["pearson_se"] > 0  # by its genes
     nothing = evaluate.noise_limit(evaluate.Said(0 * truth, *said[1:]), np.ones(40, bool))
     assert math.isnan(nothing["r_squared"])
 
 
-def test_the_genes_that_perturbations_target_are_found_by_name():
+def test_names_of_perturbations_say_which_genes_they_target_and_which_pathway_they_are_in():
     genes = ["KLF1", "HLA-A", "Trp53", "A", "KLF1"]
     names = ["KLF1", "HLA-A_2", "sgTRP53", "TRP53 g1", "klf1|A", "DMSO_A", "HLA-A"]
     found = evaluate.own_targets(np.array([[t, NONE] for t in range(7)] + [[1, 3]]), names, genes)
     assert [np.flatnonzero(row).tolist() for row in found] == [
         [0], [1], [], [2], [0], [], [1], [1, 2]]
+    pathways = {"P": ["A", "B"], "Q": ["B"]}
+    assert evaluate.pathway_of(["A_P1P2", "C", "B"], pathways).tolist() == ["P", "", "P"]
 
 
 def test_test_cells_are_compared_with_controls_that_no_training_cell_is():
@@ -2763,17 +2753,6 @@ def test_test_cells_are_compared_with_controls_that_no_training_cell_is():
                                      ([8, 9], [0, 1, 2, 3], [0, 1, 2, 3, 4, 8, 9])):
         found = evaluate.with_controls(np.array(cells), np.array(trained), is_control)
         assert found.tolist() == expected
-
-
-def test_the_change_of_targeted_genes_by_hand():
-    control, effect = np.array([[4.0, 1], [2, 8]]), np.array([[-3.0, 9], [9, -2]])
-    result = evaluate.on_target(np.eye(2, dtype=bool), control, {"data": effect})
-    assert result == {"n": 2, "data": -5 / 12}
-
-
-def test_a_perturbation_has_the_pathway_of_its_gene():
-    pathways = {"P": ["A", "B"], "Q": ["B"]}
-    assert evaluate.pathway_of(["A_P1P2", "C", "B"], pathways).tolist() == ["P", None, "P"]
 
 
 def test_combinations_of_names_with_a_plus_are_predicted_as_they_are_spelled(tmp_path):
@@ -2794,10 +2773,11 @@ def test_masks_that_determine_the_pathway_predict_it_and_others_are_at_chance():
     pathway = rng.choice(["a", "b", "c", "d"], 120)
     mask = np.stack([pathway == p for p in "abcd"], 1)
     mask = np.concatenate([mask, rng.random((120, 10)) < 0.1], 1)
-    mean, sd = evaluate.mask_pathway_accuracy(mask, pathway)
-    assert mean > 0.97 and sd < 0.05
-    mean, sd = evaluate.mask_pathway_accuracy(rng.permutation(mask), pathway)
-    assert abs(mean - 0.25) < 0.1 and 0 < sd < 0.2
+    found = evaluate.mask_pathway_accuracy(mask, pathway)
+    assert found["mask_pathway_accuracy"] > 0.97 and found["mask_pathway_accuracy_sd"] < 0.05
+    found = evaluate.mask_pathway_accuracy(rng.permutation(mask), pathway)
+    assert abs(found["mask_pathway_accuracy"] - 0.25) < 0.1
+    assert 0 < found["mask_pathway_accuracy_sd"] < 0.2 and found["mask_pathway_chance"] < 0.4
 
 
 def test_baseline_effects_by_hand():
@@ -2820,11 +2800,10 @@ def test_shrunken_effects_are_nearest_to_the_true_ones_and_shrink_as_known_varia
     variance, seen = rng.uniform(0.5, 2, s.shape), np.arange(200) > 0
     truth = s**0.5 * rng.normal(size=s.shape)
     effect = truth + variance**0.5 * rng.normal(size=s.shape)
-    found = evaluate.shrunken(effect, variance, seen)[1:]
-    best = (effect * s / (s + variance))[1:]
-    error = {name: ((v - truth[1:]) ** 2).mean() for name, v in (
-        ("found", found), ("best", best), ("own", effect[1:]), ("one factor", effect[1:] * (
-            s.mean() / (s.mean() + variance.mean()))))}
+    error = {name: ((v - truth)[1:] ** 2).mean() for name, v in (
+        ("found", evaluate.shrunken(effect, variance, seen)), ("own", effect),
+        ("best", effect * s / (s + variance)),
+        ("one factor", effect * s.mean() / (s.mean() + variance.mean())))}
     assert error["best"] < error["found"] < 1.05 * error["best"]
     assert error["found"] < 0.8 * error["one factor"] < 0.8 * error["own"]
     assert (evaluate.shrunken(0 * effect, variance, seen) == 0).all()
@@ -2838,12 +2817,12 @@ def screen_of(tmp_path, x, label, **obs):
         var={"gene": [f"g{g}" for g in range(len(x[0]))]})
     screen = data.read_screen(path, covariate=list(obs))
     batches = data.Batches(screen)
-    return evaluate.Arms.of(types.SimpleNamespace(
+    return evaluate.Arms(types.SimpleNamespace(
         screen=screen, model_screen=screen, device=batches.device)), batches
 
 
 def test_conditions_are_compared_with_controls_of_the_same_covariates_by_hand(tmp_path):
-    # Condition a has cells in two batches, b in the second; batch v has no control.
+    # Condition a has cells in three batches, b in the second; batch v has no control.
     arms, _ = screen_of(tmp_path, np.ones((70, 2), int), 10 * [
         "a", "a", "b", "control", "control", "a", "b"], batch=10 * list("uwwuwvw"))
     assert arms.names.tolist() == ["a", "b"] and arms.n_controls == 3
@@ -2866,9 +2845,9 @@ def test_effects_from_the_mean_of_others_have_no_noise_of_controls_by_hand(tmp_p
                               np.array([9, 9, 9]))
     trained = evaluate.Means(np.array([[2.0], [5], [0]]), np.array([[0.2], [0.1], [0]]),
                              np.array([5, 5, 0]))
-    said, others, baselines, independent = evaluate.effects_by_data(
+    said, baselines, independent = evaluate.effects_by_data(
         arms, observed, trained, np.zeros((2, 1), bool), n_enough=5)
-    assert said.effect.tolist() == [[3], [6]] and others.tolist() == [[0], [3]]
+    assert said.effect.tolist() == [[3], [6]] and said.others.tolist() == [[0], [3]]
     np.testing.assert_allclose(said.variance, [[0.8], [0.9]])
     # a has no other training condition: from the controls; b from the mean of a.
     assert said.from_mean.tolist() == [[4 - 2], [7 - 5]]
@@ -2896,36 +2875,37 @@ def test_entries_that_do_not_count_are_in_no_score_and_a_broken_prediction_is_no
     predicted, effect, from_mean, others = rng.normal(size=(4, 5, 30))
     variance, is_left_out = rng.uniform(0.5, 2, (5, 30)), np.eye(5, 30, dtype=bool)
     known = np.array([True, True, True, False, True])
-    groups, results = {"all": known, "first": np.arange(5) < 1, "none": np.zeros(5, bool)}, []
+    groups = {"all": known, "first": np.arange(5) < 1, "none": np.zeros(5, bool)}
 
     def scores():
         """Of this prediction, {(group, row): metrics}."""
-        said = evaluate.Said(effect, variance, from_mean, variance, np.full((5, 30), 1 / 30))
+        weights = np.full((5, 30), 1 / 30)
+        said = evaluate.Said(effect, variance, from_mean, variance, weights, others)
         return {(row.pop("group"), row.pop("row")): row for row in evaluate.scores(
-            "counts", groups, {"model": predicted, "no_change": 0 * predicted}, said, others, known,
-            is_left_out, "cpu")}
+            groups, {"model": predicted, "no_change": 0 * predicted}, said, known, is_left_out,
+            "cpu")}
 
+    results = []
     for value in (0.0, 100.0):
         for v in (predicted, effect, from_mean):
             v[is_left_out] = value
         results.append(scores())
         predicted[is_left_out] = -value  # wrong, too
     for place, row in results[0].items():  # ranks see the rivals' entries that count for the own
-        for name in row.keys() - {"scale", "discrimination", "discrimination_by_prediction"}:
+        for name in row.keys() - {"discrimination", "discrimination_by_prediction"}:
             assert row[name] == pytest.approx(results[1][place][name], nan_ok=True)
+    found = results[0]
+    assert [found[group, "model"]["n_conditions"] for group in ("all", "first")] == [4, 1]
+    assert not any(group == "none" for group, _ in found)
+    assert math.isnan(found["all", "no_change"]["discrimination"])  # all alike
     for v in (predicted, effect):
         v[is_left_out] = 0
-    found = scores()
-    assert [found[group, "model"]["n_conditions"] for group in groups] == [4, 1, 0]
-    left = ~is_left_out
-    a, b = np.where(left, predicted, 0)[known], np.where(left, effect, 0)[known]
-    assert found["all", "model"]["pearson"] == pytest.approx(evaluate.pearson(a, b))
+    assert found["all", "model"]["pearson"] == pytest.approx(
+        evaluate.pearson(predicted[known], effect[known]))
     ranked = evaluate.discrimination_scores(predicted[known], effect[known], is_left_out[known])
     assert found["all", "model"]["discrimination"] == pytest.approx(ranked[0].mean())
     assert found["first", "model"]["discrimination_by_prediction"] == ranked[1, 0]  # among four
-    assert math.isnan(found["all", "no_change"]["discrimination"])  # all alike
     predicted[1, 9] = np.nan
-    assert scores()["all", "model"]["n_conditions"] == 4
     assert math.isnan(scores()["all", "model"]["pearson"])
 
 
@@ -3061,7 +3041,7 @@ def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, optio
     evaluate.main(["runs/new", "--ate-particles", "20", "--iwelbo-particles", "10"])
     found = json.load(open("runs/new/metrics.json"))
     assert found["iwelbo_new"] > found["iwelbo_new_before"] + 0.2
-    names = evaluate.Arms.of(evaluate.open_run("runs/new")).names.tolist()
+    names = evaluate.Arms(evaluate.open_run("runs/new")).names.tolist()
     effects = data.read_layers("runs/new/effects.h5ad")["model_log_normalised"]
     assert np.abs(effects[names.index("P002")]).max() > 0.2
     if options:
@@ -3509,22 +3489,35 @@ def test_a_closed_pipe_and_a_name_that_is_no_text_are_no_traceback(folder):
     assert done.returncode == 0 and done.stdout.startswith("caf\ufffd.h5ad\n".encode()), done.stderr
 
 
-def test_labels_without_meaning_leave_nothing_to_predict_from_the_perturbed_mean(
-        tmp_path, monkeypatch):
-    # Few controls, and labels that say nothing: relative to the controls everything is shifted the
-    # same way, so that even "no change" and "perturbed mean" seem to know something.
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    condition = np.repeat(["control", *(f"P{i}" for i in range(30))], [8] + [40] * 30)
-    data.write_h5ad("screen.h5ad", X=rng.poisson(3, (1208, 60)),
-                    obs={"cell": [str(i) for i in range(1208)],
-                         "condition": condition.astype(object)},
-                    var={"gene": [str(g) for g in range(60)]})
-    train.main(["--data", "screen.h5ad", "--name", "run", *TINY[6:], "--steps", "2"])
-    metrics = evaluation("run", 2, 20)
-    of_mean = evaluate.score(metrics, "log_normalised", "all", "perturbed_mean")
-    assert of_mean["pearson"] > 0.2 and of_mean["from_mean"] is None
-    assert of_mean["weighted_r_squared"] < 0
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    """A folder with a run of each of three models, on a screen with two batches."""
+    folder, here = tmp_path_factory.mktemp("three"), os.getcwd()
+    os.chdir(folder)
+    data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=1.0)
+    for model in ("sams-vae", "svae+", "cvae"):
+        train_on_screen(model, "--steps", "40", "--lr", "0.02", "--model", model, "--covariate",
+                        "batch", "--device", "cpu", *["--axes", "learned"] * (model != "cvae"))
+    os.chdir(here)
+    return folder
+
+
+@pytest.fixture(params=["sams-vae", "svae+", "cvae"])
+def three(three_runs, monkeypatch, request):
+    """One of these runs: its folder, opened."""
+    monkeypatch.chdir(three_runs)
+    return evaluate.open_run(f"runs/{request.param}")
+
+
+@pytest.fixture
+def one(three_runs, monkeypatch):
+    """The run of SAMS-VAE."""
+    monkeypatch.chdir(three_runs)
+    return evaluate.open_run("runs/sams-vae")
+
+
+def layers_of(run, name):
+    return data.read_layers(f"{run.folder}/{name}.h5ad")
 
 
 @pytest.mark.parametrize("effects_from", ["all", "test"])
@@ -3538,16 +3531,13 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
     y["log_normalised"] = np.log2(1 + y["per_10k"])
 
     def of_the_data(model, arms, *arguments, **options):
-        expected = {scale: np.zeros((len(arms), 40)) for scale in y}
-        for i, d in enumerate(arms.numpy()):
-            has = chosen & (screen.d == d).all(1)
-            for scale, values in y.items():
-                expected[scale][i] = values[has].mean(0) + 1e-9 if has.any() else 1
-        return {scale: torch.from_numpy(e) for scale, e in expected.items()}
+        has = [chosen & (screen.d == d).all(1) for d in arms.numpy()]
+        return {scale: torch.from_numpy(np.stack([
+            values[cells].mean(0) + 1e-9 if cells.any() else np.ones(40) for cells in has]))
+            for scale, values in y.items()}
 
     monkeypatch.setattr(evaluate, "expected_expression", of_the_data)
-    monkeypatch.setattr(evaluate, "write_top_genes",
-                        lambda run, *_: evaluate.write_csv(run, "top_genes.csv", [], []))
+    monkeypatch.setattr(evaluate, "write_top_genes", lambda *_: None)
     metrics = evaluation("run", effects_from=effects_from)
     for scale, part in itertools.product(evaluate.SCALES, ("all", "pairs", "held_out", "test")):
         model, mean, none, limit = (evaluate.score(metrics, scale, part, row) for row in (
@@ -3588,15 +3578,14 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
     run.fixed["fingerprint"] = data.read_screen("screen.h5ad", split_column="split").fingerprint()
     run.save("best.pt"), run.save("last.pt")
 
-    for cells in ("all", "test"):
-        metrics = evaluation("run", 2, 2000, effects_from=cells)
-        for scale in evaluate.SCALES:
-            model, limit = (evaluate.score(metrics, scale, "all", row)
-                            for row in ("model", "noise_limit"))
-            if cells == "all":
-                assert model["pearson"] > 0.99 and model["r_squared"] > 0.98
-            assert model["pearson"] == pytest.approx(
-                limit["pearson"], abs=max(0.003, 3 * limit["pearson_se"]))
+    for cells, scale in itertools.product(("all", "test"), evaluate.SCALES):
+        if scale == evaluate.SCALES[0]:
+            metrics = evaluation("run", 2, 2000, effects_from=cells)
+        model, limit = (evaluate.score(metrics, scale, "all", row)
+                        for row in ("model", "noise_limit"))
+        assert cells == "test" or (model["pearson"] > 0.99 and model["r_squared"] > 0.98)
+        assert model["pearson"] == pytest.approx(
+            limit["pearson"], abs=max(0.003, 3 * limit["pearson_se"]))
     if depth == 100:  # cells of another depth have other logarithms
         metrics = evaluation("run", 2, 2000, library=10_000, effects_from="all")
         assert evaluate.score(metrics, "log_normalised", "all", "model")["pearson"] < 0.97
@@ -3604,13 +3593,12 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
 
 def test_users_are_warned_of_what_is_not_to_be_believed():
     def effects(model, limit=0.8):
-        """Rows of a model with this R2, where the own mean has 0.5 and the additive one 0.4."""
-        return [{"scale": scale, "group": "all", "row": row, **values} for scale in evaluate.SCALES
-                for row, values in {
-                    "model": {"r_squared": model}, "own_mean": {"r_squared": 0.5},
-                    **dict.fromkeys(["additive", "matching_mean", "no_change", "perturbed_mean",
-                                     "shrunken_mean"], {"r_squared": 0.4}),
-                    "noise_limit": {"pearson": limit, "pearson_se": 0.05}}.items()]
+        """Rows of a model with this R2, where the own mean has 0.5 and the other ones 0.4."""
+        rows = dict.fromkeys(evaluate.BASELINES, {"r_squared": 0.4}) | {
+            "model": {"r_squared": model}, "own_mean": {"r_squared": 0.5},
+            "noise_limit": {"pearson": limit, "pearson_se": 0.05}}
+        return [{"scale": scale, "group": "all", "row": row, **values}
+                for scale in evaluate.SCALES for row, values in rows.items()]
 
     good = {"mask": [], "config": {"axes": "sparsest", "adapt": None}, "masks_from": 500,
             "step": 900, "last_step": 1000, "mask_mean_probability": 0.1,
@@ -3619,7 +3607,7 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
     assert evaluate.warnings_of(good) == []
     learned = good | {"config": good["config"] | {"axes": "learned"}, "masks_from": 0}
     for metrics, n, words in (
-            (good | {"step": 550, "n_empty_masks": 9}, 1, "and rose from there: the training"),
+            (good | {"step": 550, "n_empty_masks": 9}, 1, "and rose from there: training cells"),
             (learned | {"mask_mean_probability": 0.49}, 1, "hardly been trained: their mean"),
             (good | {"n_empty_masks": 6}, 1, "6 of 10 perturbations are empty"),
             (good | {"effects": effects(0.6, 0.04)}, 2, "do not stand out of their noise"),
@@ -3627,6 +3615,411 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
                                                    "(0.500), which need no model")):
         found = evaluate.warnings_of(metrics)
         assert words in found[0] and len(found) == n
+
+
+FEW = ["--iwelbo-particles", "5", "--ate-particles", "20"]
+
+
+def rows_of(out, *first):
+    """The rows of a Markdown table whose header begins with these columns, as dicts."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    start = next(i for i, cells in enumerate(lines) if cells[:len(first)] == list(first))
+    return [dict(zip(lines[start], cells)) for cells in itertools.takewhile(
+        bool, lines[start + 2:])]
+
+
+def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
+        folder, capsys, monkeypatch):
+    for seed in "01":
+        train_on_screen(f"sams{seed}", "--steps", "4", "--seed", seed)
+        train_on_screen(f"cvae{seed}", "--steps", "4", "--seed", seed, "--model", "cvae")
+    train_on_screen("svae", "--steps", "4", "--model", "svae+")
+    os.makedirs("runs/other")
+    runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
+    counted, plain = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, **options: (
+        counted.append(run.folder), plain(run, **options))[1])
+    capsys.readouterr()
+    evaluate.main([*runs, *FEW])
+    assert counted == [run for run in runs if run != "runs/other"]
+    out = capsys.readouterr().out
+    assert "runs/other: passed over" in out
+    table = {row["model"].removesuffix(", sparsest axes"): row for row in rows_of(out, "model")}
+    of_row = {"sams-vae": ["sams0", "sams1"], "cvae": ["cvae0", "cvae1"], "svae+": ["svae"]}
+    metrics = {row: [json.load(open(f"runs/{run}/metrics.json")) for run in members]
+               for row, members in of_row.items()}
+    for column, digits, values in (
+            ("test IWELBO", 2, [m["iwelbo"] for m in metrics["sams-vae"]]),
+            ("R2", 3, [evaluate.score(m, "log_normalised", "all", "model")["r_squared"]
+                       for m in metrics["sams-vae"]])):
+        assert table["sams-vae"][column] == (
+            f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}")
+    # Differences of IWELBO, of the mean over seeds, cell by cell from the best row.
+    cells = {row: np.mean([[float(line["iwelbo"]) for line in csv.DictReader(
+        open(f"runs/{run}/iwelbo.csv"))] for run in members], axis=0)
+        for row, members in of_row.items()}
+    best = max(cells, key=lambda name: cells[name].mean())
+    noise = {row: sum(m["iwelbo_monte_carlo_error"] ** 2 for m in of_one) / len(of_one) ** 2
+             for row, of_one in metrics.items()}
+    for name, values in cells.items():
+        difference = values - cells[best]
+        text = (f"{difference.mean():+.2f} ({difference.std(ddof=1) / len(values)**0.5:.2f}, "
+                f"{(noise[name] + noise[best])**0.5:.2f})")
+        assert table[name]["difference"] == ("reference" if name == best else text)
+    assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
+    agreement, chance = evaluate.mask_agreement([m["mask"] for m in metrics["sams-vae"]])
+    assert table["sams-vae"]["masks agree"] == f"{agreement:.3f} (chance {chance:.3f})"
+    assert table["cvae"]["mask F1"] == "-" and "±" not in table["svae+"]["test IWELBO"]
+
+    evaluate.main(runs)  # without options: whatever is there
+    assert len(counted) == 5 and capsys.readouterr().out.count("| sams-vae") == 1
+    evaluate.main([*runs[:2], "--library", "21"])
+    assert len(counted) == 7
+    evaluate.main([runs[0], "--again", *FEW])
+    assert len(counted) == 8
+    # A damaged run does not keep others from the table, nor do metrics that cannot be read.
+    with open("runs/cvae1/best.pt", "wb") as file:
+        file.write(b"nonsense")
+    for damaged in ("", "{", '{"format": 2, "step": 2}'):
+        with open("runs/cvae0/metrics.json", "w") as file:
+            file.write(damaged)
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(runs[:4])
+        out, errors = capsys.readouterr()
+        assert stopped.value.code == 2 and "error: runs/cvae1" in errors and "| sams-vae" in out
+    os.remove("screen.h5ad")
+    with pytest.raises(data.DataError, match="the run.s data, .*are not there; --data"):
+        evaluate.main(["runs/sams0", "--again"])
+
+
+def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folder, capsys):
+    os.makedirs("x")
+    data.simulate("x/screen.h5ad", 1, perturbations=12, cells=20, pairs=10, n_genes=40)
+    train_on_screen("a", "--steps", "4")
+    train_on_screen("same", "--steps", "4", "--log-every", "3")  # nothing that matters
+    train_on_screen("settings", "--steps", "4", "--beta", "2")
+    train_on_screen("stopped", "--steps", "4", "--seed", "1")
+    train.main(["--data", "x/screen.h5ad", "--split-column", "split", "--name", "b", *TINY[4:],
+                "--steps", "4"])
+    runs = [f"runs/{name}" for name in ("a", "same", "settings", "stopped", "b")]
+    capsys.readouterr()
+    evaluate.main([*runs, *FEW])
+    out = capsys.readouterr().out
+    # Another file of the same name has a table of its own, other settings a row.
+    assert out.count("| model ") == 2 and "| beta 2.0 " in out and "| beta 1.0 " in out
+    assert "runs/same is runs/a once more" in out  # and not a second run of a row
+    # Neither over runs that were stopped early, nor over other ways to evaluate.
+    metrics = [json.load(open(f"{run}/metrics.json")) | {"folder": run}
+               for run in runs if run != "runs/same"]
+    metrics[2] |= {"last_step": 2, "done": False}
+    tables = evaluate.table_of_runs(metrics)
+    assert tables.count("| model ") == 2 and "stopped at step 2 |" in tables
+    metrics[2]["done"], metrics[0]["options"]["library"] = True, 7
+    tables = evaluate.table_of_runs(metrics)
+    assert tables.count("| model ") == 3 and tables.count("cells of 7 counts") == 1
+    # How a simulated screen was read is in no fingerprint.
+    plain, other = (evaluate.settings(metrics[1] | {"config": metrics[1]["config"] | changed})
+                    for changed in ({}, {"covariate": ["batch"]}))
+    assert plain != other
+
+
+def test_norman_runs_are_compared_with_sams_vae_without_combinations_and_every_figure_is_drawn(
+        folder, capsys, monkeypatch):
+    for model, fraction, seed in itertools.product(["sams-vae", "cvae"], "01", "01"):
+        train.main(["--data", "screen.h5ad", "--preset", "norman-ood", "--layer", "X",
+                    "--gene-column", "", "--perturbation-column", "condition", *TINY[4:],
+                    "--effect-layers", "1", "--steps", "2", "--model", model,
+                    "--train-combinations", fraction, "--split-seed", seed])
+    runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
+    assert "runs/screen-cvae-mean-field-f0-split1-seed0" in runs
+    evaluate.main([*runs, *FEW])
+    metrics = [json.load(open(f"{run}/metrics.json")) for run in runs]
+    value = {(m["config"]["model"], m["config"]["train_combinations"], m["config"]["split_seed"]):
+             m["iwelbo"] for m in metrics}
+    rows = {(row["model"], row["f"]): row
+            for row in rows_of(capsys.readouterr().out, "model", "guide", "f")}
+    for model, f in itertools.product(["sams-vae", "cvae"], (0, 1)):
+        difference = np.mean([value[model, f, s] - value["sams-vae", 0, s] for s in (0, 1)])
+        found = rows[model, str(f)]["difference"]
+        assert found == "reference" if (model, f) == ("sams-vae", 0) else float(
+            found.split()[0]) == pytest.approx(difference, abs=0.006)
+    assert rows["additive", "0"]["ATE-Pearson"] != ""
+    counted = evaluate.one_of_each_split(metrics)  # for baselines, whatever the model
+    assert sorted((m["config"]["train_combinations"], m["config"]["split_seed"])
+                  for m in counted) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+    pytest.importorskip("matplotlib")
+    evaluate.main([*runs[::4], "--figures"])
+    for run in runs[::4]:
+        figures = {"training.png", "effects.png"} | ({"masks.png"} if "cvae" not in run else set())
+        assert figures == {name for name in os.listdir(run) if name.endswith(".png")}
+        for name in figures:
+            assert open(f"{run}/{name}", "rb").read(4) == b"\x89PNG"
+    assert os.path.getsize("runs/norman-ood.png") > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(data.DataError, match="pip install matplotlib"):
+        evaluate.main(["runs/any", "--figures"])
+
+
+def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, capsys):
+    run, model = three, three.config["model"]
+    seen = next(c for c, part in zip(run.screen.conditions, run.screen.split)
+                if "+" in c and part == "train")
+    names = ["P001", "+".join(reversed(seen.split("+"))), "P001+P002+P003", "control"]
+    evaluate.main([run.folder, "--predict", *names, "--ate-particles", "5000"])
+    out, predicted = capsys.readouterr().out, layers_of(run, "predictions")
+    effect, expected = predicted["effect_counts"], predicted["expected_counts"]
+    # By each batch, and averaged as often as real cells of the condition are in it.
+    by_batch = [evaluate.expected(run.model, evaluate.dosages_of(run, names)[0],
+                                  torch.full((4, 1), batch), 5000, evaluate.library_of(run))
+                for batch in (0, 1)]
+    for i, name in enumerate(names[:1] + [seen] + names[2:]):
+        share = evaluate.population(run, name, 5000, 0)[1].numpy().mean()
+        for scale in evaluate.SCALES:
+            without, treated = ((1 - share) * by_batch[0][scale][j] + share * by_batch[1][scale][j]
+                                for j in (3, i))
+            np.testing.assert_allclose(predicted[f"expected_{scale}"][i], treated, rtol=0.15,
+                                       atol=0.2)
+            found = predicted[f"effect_{scale}"][i]
+            assert (found == 0).all() or evaluate.pearson(found, treated - without) > 0.97
+    assert (effect[3] == 0).all() and (predicted["effect_counts_low"][3] == 0).all()
+    assert (effect[0] != 0).any() and (effect[2] == 0).all() == (model == "svae+")
+    assert ("no effect" in out) == (model == "svae+")  # three at once are no label of the data
+    np.testing.assert_allclose(expected.sum(1), 1e4, rtol=1e-4)
+    np.testing.assert_allclose(predicted["log2_fold_change"],
+                               np.log2(expected / (expected - effect)), atol=1e-3)
+    low, high = (predicted[f"effect_counts_{name}"] for name in ("low", "high"))
+    assert (low <= high).all() and ((low <= effect) & (effect <= high)).mean() > 0.9
+    with h5py.File(f"{run.folder}/predictions.h5ad") as file:
+        n = file["obs/n_training_cells"][()]
+    assert n[1] == ((run.screen.conditions == seen) & (run.screen.split == "train")).sum() > 0
+    assert n[2] == 0 and n[3] > 0
+    assert "P001+P002+P003: no training cells of its own" in out and "THE PRIOR" not in out
+    assert f"{seen}: {n[1]} training cells" in out
+    # The same whatever else is asked for.
+    evaluate.main([run.folder, "--predict", *names[1:3], "--ate-particles", "5000"])
+    alone = layers_of(run, "predictions")
+    assert all((alone[name] == values[1:3]).all() for name, values in predicted.items())
+    with pytest.raises(data.DataError, match="these come near: P0"):
+        evaluate.main([run.folder, "--predict", "P01"])
+    if model != "svae+":
+        run.model.n_cells[list(run.model_screen.perturbations).index("P001")] = 0
+        lines = evaluate.predict(run, ["P001+P002+P003"], 10)
+        assert ("P001 HAS NO EFFECT IN THE MODEL" if model == "cvae" else
+                "WHAT IS PREDICTED FOR P001 IS THE PRIOR'S, NOT THE DATA'S") in lines
+
+
+NOTHING = torch.zeros(1, 0, dtype=torch.long)  # no covariates
+
+
+def test_an_interval_holds_nine_of_ten_particles():
+    model, d, c = small_model(CPAVAE, n_cells=(5, 3), turned=True), torch.tensor([0, 1]), NOTHING
+    torch.manual_seed(0)
+    low, high = evaluate.spread_of_effect(model, d, torch.randn(4000, 3), c.expand(4000, -1))
+    with torch.no_grad():
+        mask, effect, _, _ = model.sample_globals(torch.arange(2), 4000)
+        z = torch.randn(4000, 1, 3)
+        z_pert = sum_effects(mask, effect, d[None], model.axes)
+        rho, control = (model.log_rho(v, d, c).exp() for v in (z + z_pert, z))
+        difference = 1e4 * (rho - control)[:, 0]
+        difference -= difference.mean(0)
+    share = ((difference > low) & (difference < high)).float().mean(0)
+    assert ((share - 0.9).abs() < 0.03).all()
+
+
+def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(one):
+    x, (labels, batch) = one.screen.counts.dense().astype(float), (
+        one.screen.conditions, one.screen.c[:, 0])
+    y, effect, variance = 1e4 * x / x.sum(1, keepdims=True), 0, 0
+    for v in (0, 1):  # within batches, weighted by the condition's cells
+        cells, controls = (y[(labels == name) & (batch == v)] for name in ("P003", "control"))
+        share = len(cells) / (labels == "P003").sum()
+        effect += share * (cells.mean(0) - controls.mean(0))
+        variance += share**2 * sum(some.var(0, ddof=1) / len(some) for some in (cells, controls))
+    found = evaluate.effects_of_data(one, ["P003", "control", "P001+P002+P003"])
+    np.testing.assert_allclose(found.pop("P003"), [effect, variance**0.5], rtol=1e-3, atol=1e-2)
+    assert not found.keys() & {"control", "P001+P002+P003"}
+
+
+def test_effects_of_the_model_are_averaged_over_covariates_as_the_cells_compared_with_have_them(
+        three, monkeypatch):
+    def by_batch(model, arms, c, n_particles, library):
+        """An effect of 1 in batch 0 and of 2 in batch 1."""
+        value = 1 + (arms != NONE).any(1, keepdim=True) * (1.0 + c) + torch.zeros(40)
+        return {scale: value.double() for scale in ("log_normalised", "per_10k")}
+
+    evaluate.evaluate(three, iwelbo_particles=2, ate_particles=2)  # with its own
+    monkeypatch.setattr(evaluate, "expected_expression", by_batch)
+    monkeypatch.setattr(evaluate, "write_top_genes", lambda *_: None)
+    screen = three.screen
+    for cells in ("all", "test"):
+        evaluate.evaluate(three, iwelbo_particles=2, effects_from=cells)
+        found = layers_of(three, "effects")["model_log_normalised"][:, 0]
+        chosen = (screen.split == "test") | (cells == "all")
+        for effect, name in zip(found, sorted(set(screen.conditions) - {"control"})):
+            batch = screen.c[chosen & (screen.conditions == name), 0]
+            assert effect == pytest.approx(1 + batch.mean())
+
+
+def test_samples_are_a_screen_of_their_own_with_the_labels_of_the_input(one):
+    names = ["control", next(c for c in one.screen.conditions if "+" in c), "P001+P002+P003"]
+    evaluate.main(["runs/sams-vae", "--predict", *names, "--sample", "3000"])
+    screen = data.read_screen("runs/sams-vae/samples.h5ad", covariate=["batch"])
+    assert collections.Counter(screen.conditions) == dict.fromkeys(names, 3000)
+    x, predicted = screen.counts.dense().astype(float), layers_of(one, "predictions")
+    for i, name in enumerate(names):
+        there, here = (s.conditions == name for s in (one.screen, screen))
+        if i < 2:
+            library = one.screen.library[there]
+            assert x[here].sum(1).mean() == pytest.approx(library.mean(), rel=0.05)
+            assert screen.c[here].mean() == pytest.approx(one.screen.c[there].mean(), abs=0.01)
+        y = 1e4 * x[here] / x[here].sum(1, keepdims=True)  # their means are the expected ones
+        difference = np.abs(y.mean(0) - predicted["expected_counts"][i])
+        assert (difference < 5 * y.std(0) / 3000**0.5).all()
+    anndata = pytest.importorskip("anndata")
+    theirs = anndata.read_h5ad("runs/sams-vae/samples.h5ad")
+    assert theirs.shape == (9000, 40) and set(theirs.obs.columns) == {"condition", "batch"}
+
+
+def write_controls(name, x, genes, batch):
+    """A file of unperturbed cells alone."""
+    data.write_h5ad(name, X=x, var={"gene": genes}, obs={
+        "cell": [f"c{i}" for i in range(len(x))], "condition": ["control"] * len(x),
+        "batch": np.full(len(x), batch)})
+
+
+def test_predictions_for_another_file_are_what_its_control_cells_would_become(three, capsys):
+    run, genes = three, three.screen.gene_names
+    x = run.screen.counts.dense()[(run.screen.conditions == "control") & (run.screen.c[:, 0] == 0)]
+    # Those of the run's controls with much of the first gene, genes in another order and one more.
+    x = x[x[:, 0] / x.sum(1) > np.median(x[:, 0] / x.sum(1))]
+    order = np.random.default_rng(0).permutation(40)
+    write_controls("other.h5ad", np.column_stack([x[:, order], np.ones(len(x), int)]),
+                   [*genes[order], "more"], 0)
+    predict = [run.folder, "--predict", "control", "P001", "--sample", "50"]
+    evaluate.main(predict)
+    own = layers_of(run, "predictions")
+    evaluate.main([*predict, "--data", "other.h5ad"])
+    other = layers_of(run, "predictions")
+    assert f"of the {len(x)} control cells of other.h5ad" in capsys.readouterr().out
+    # The decoder sees these cells through q(z_basal | x): nearer to them than the prior's.
+    share, own_share, in_cells = (v[0] / v[0].sum() for v in (
+        other["expected_counts"], own["expected_counts"], x.sum(0, keepdims=True)))
+    assert np.abs(share - in_cells).sum() < np.abs(own_share - in_cells).sum()
+    assert (other["effect_counts"][0] == 0).all() and (other["effect_counts"][1] != 0).any()
+    assert data.read_screen(f"{run.folder}/samples.h5ad").counts.shape == (100, 40)
+    # The order of genes does not matter, and depth and batch are the other file's.
+    write_controls("same.h5ad", x, genes, 0)
+    evaluate.main([*predict, "--data", "same.h5ad"])
+    same = layers_of(run, "predictions")
+    np.testing.assert_allclose(same["expected_counts"], other["expected_counts"], rtol=1e-5)
+    write_controls("thin.h5ad", x // 10, genes, 1)
+    evaluate.main([*predict, "--data", "thin.h5ad"])
+    with h5py.File(f"{run.folder}/predictions.h5ad") as file:
+        assert file["uns/library"][()] == pytest.approx(np.median((x // 10).sum(1)), rel=0.01)
+        assert file["uns/basal_states"].asstr()[()] == "thin.h5ad"
+    samples = data.read_h5ad(f"{run.folder}/samples.h5ad")
+    assert (samples.obs("batch").astype(int) == 1).all()
+    assert samples.counts().dense().sum(1).mean() == pytest.approx((x // 10).sum(1).mean(), rel=0.2)
+    # Basal states are draws from the cells' posterior.
+    controls = evaluate.controls_of_file(run, "other.h5ad")
+    basal, c, library = evaluate.population(run, "P001", 200 * len(x), 0, controls)
+    with torch.no_grad():
+        loc, var = run.model.encode(torch.from_numpy(x[:3].astype("f4")), torch.zeros(1, 3, 4),
+                                    torch.full((3, 1), NONE), c[:3])
+    loc, var = loc.reshape(3, 4), var.reshape(3, 4)
+    for cell in range(3):
+        draws = basal[library == x[cell].sum()]
+        torch.testing.assert_close(draws.mean(0), loc[cell], rtol=0, atol=0.3)
+        torch.testing.assert_close(draws.var(0), var[cell], rtol=0.5, atol=0)
+    for batch, names, words in ((7, genes, "has batch=7, and the run.*batch=0, batch=1"),
+                                (0, ["new", *genes[1:]], "1 of the 40 genes wanted.*G001")):
+        write_controls("other.h5ad", x, names, batch)
+        with pytest.raises(data.DataError, match=words):
+            evaluate.main([*predict, "--data", "other.h5ad"])
+
+
+def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folder):
+    # Twelve perturbations of the names of genes, each of which lowers its own to a tenth.
+    data.simulate("screen.h5ad", perturbations=12, cells=60, pairs=0, n_genes=40)
+    file = data.read_h5ad("screen.h5ad")
+    names, x = file.obs("condition"), file.counts().dense()
+    for g in range(12):
+        x[names == f"P{g + 1:03d}", g] //= 10
+    data.write_h5ad("screen.h5ad", X=x, var={"gene": file.gene_names}, obs={
+        "cell": file.cell_names, "split": file.obs("split"),
+        "condition": [n.replace("P", "G") + "_1" * (n != "control") for n in names]})
+    train_on_screen("run", "--steps", "2")
+    metrics = [evaluation("run", 2, 50, own_targets=counted) for counted in (None, True)]
+    assert [m["options"]["own_targets"] for m in metrics] == [False, True]
+    assert metrics[0]["n_targets"] == 12
+    change = metrics[0]["on_target"]
+    assert change["data"] < -0.7 and change["additive"] < -0.7
+    assert abs(change["model"]) < 0.2  # after two steps
+    without, counted = (evaluate.score(m, "counts", "all", "own_mean") for m in metrics)
+    assert without["r_squared"] < counted["r_squared"]
+
+
+def test_tables_name_the_genes_of_conditions_and_of_latents(folder, monkeypatch, capsys):
+    train_on_screen("run", "--steps", "30", "--lr", "0.01")
+    with open("p.json", "w") as file:
+        json.dump({part: [f"P{i:03d}" for i in range(1 + n, 13, 2)]
+                   for n, part in enumerate(["odd", "even"])}, file)
+    for package in ("sklearn", "sklearn.ensemble"):
+        monkeypatch.setitem(sys.modules, package, None)
+    evaluate.main(["runs/run", *FEW, "--pathways", "p.json"])
+    assert "pip install scikit-learn" in capsys.readouterr().out  # nothing else is missing
+    run, model = evaluate.open_run("runs/run"), evaluate.open_run("runs/run").model
+    rows = list(csv.DictReader(open("runs/run/top_genes.csv")))
+    assert len(rows) == 20 * (22 + 4) and rows[-1]["data_effect_log_normalised"] == ""
+    layers, genes = layers_of(run, "effects"), list(run.screen.gene_names)
+    first = [row for row in rows if row["name"] == "P001"]
+    effect = layers["model_log_normalised"][0]
+    assert [row["gene"] for row in first[:3]] == [genes[g] for g in np.argsort(-np.abs(effect))[:3]]
+    g = genes.index(first[0]["gene"])
+    for column, layer in (("effect_log_normalised", "model_log_normalised"),
+                          ("data_effect_log_normalised", "data_log_normalised"),
+                          ("data_standard_error", "data_se_log_normalised")):
+        assert float(first[0][column]) == pytest.approx(layers[layer][0, g], rel=1e-4)
+    # A latent dimension: what one more standard deviation of the basal state does along it.
+    z, latent = torch.randn(20_000, 4), 2
+    with torch.no_grad():
+        counts = [model.log_rho(b, torch.tensor([NONE]), NOTHING).exp().mean(0)
+                  for b in (z, z + model.axes[:, latent])]
+    fold = (counts[1] / counts[0]).log2()
+    assert not torch.equal(model.axes, torch.eye(4))
+    for row in (row for row in rows if (row["kind"], row["name"]) == ("latent", str(latent))):
+        assert float(row["log2_fold_change"]) == pytest.approx(
+            fold[genes.index(row["gene"])].item(), abs=0.03)
+    masks, probability = list(csv.DictReader(open("runs/run/masks.csv"))), model.mask_probability()
+    assert len(masks) == int((probability > 0.01).sum())
+    t, latent = run.screen.perturbations.index(masks[5]["perturbation"]), int(masks[5]["latent"])
+    assert float(masks[5]["probability"]) == pytest.approx(probability[t, latent].item(), rel=1e-4)
+
+
+def test_latents_are_written_for_every_cell_with_its_name_and_labels(three):
+    run = three
+    evaluate.main([run.folder, "--latents"])
+    with h5py.File(f"{run.folder}/latents.h5ad") as file:
+        z, z_basal = file["obsm/X_z"][()], file["obsm/X_z_basal"][()]
+        uns = {name: file[f"uns/{name}"][()] for name in file["uns"]}
+        condition, split = (data._column(file, "obs", name)[:4] for name in (
+            "condition", "sams_vae_split"))
+    assert condition.tolist() == run.screen.obs("condition")[:4].tolist()
+    assert split.tolist() == run.screen.split[:4].tolist()
+    control = run.screen.conditions == "control"
+    np.testing.assert_allclose(z[control], z_basal[control], atol=1e-5)
+    assert (np.abs(z - z_basal).max() < 1e-6) == (run.config["model"] == "cvae")
+    if run.config["model"] != "cvae":
+        d = run.model_screen.d[~control][0]
+        offset = uns["offset"][d[d != NONE]].sum(0)
+        np.testing.assert_allclose((z - z_basal)[~control][0], offset, atol=1e-5)
+        n = len(run.model_screen.perturbations)
+        assert uns["mask_probability"].shape == uns["effect"].shape == (n, 4)
+    anndata = pytest.importorskip("anndata")
+    theirs = anndata.read_h5ad(f"{run.folder}/latents.h5ad")
+    assert list(theirs.obs_names) == list(run.screen.cell_names)
+    assert list(theirs.var_names) == list(run.screen.gene_names)
 
 
 def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
@@ -3686,7 +4079,7 @@ def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, 
     for key in ("iwelbo_se", "iwelbo_monte_carlo_error", "mask_recall", "mask_f1", "latent_mcc",
                 "label_mcc", "basal_r_squared", "target_f1"):
         assert isinstance(metrics[key], float), key
-    assert metrics["on_target"]["n"] == 0  # P001 targets no gene
+    assert metrics["n_targets"] == 0  # P001 targets no gene
     cells = list(csv.DictReader(open("runs/demo/iwelbo.csv")))
     assert np.mean([float(row["iwelbo"]) for row in cells]) == pytest.approx(metrics["iwelbo"])
     assert 1 <= metrics["iwelbo_joint_effective_sample_size"] <= 100
@@ -3796,509 +4189,6 @@ def test_masks_are_in_the_sparsest_axes_unless_the_paper_or_the_user_says_otherw
     assert chosen("--data", "x", "--axes", "learned", "--correlated-effects") == ("learned", True)
 
 
-FEW = ["--iwelbo-particles", "5", "--ate-particles", "20"]
-
-
-def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
-        folder, capsys, monkeypatch):
-    for seed in "01":
-        train_on_screen(f"sams{seed}", "--steps", "4", "--seed", seed)
-        train_on_screen(f"cvae{seed}", "--steps", "4", "--seed", seed, "--model", "cvae")
-    train_on_screen("svae", "--steps", "4", "--model", "svae+")
-    os.makedirs("runs/other")
-    runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
-    counted, plain = [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda run, **options: (
-        counted.append(run.folder), plain(run, **options))[1])
-    capsys.readouterr()
-    evaluate.main([*runs, *FEW])
-    assert counted == [run for run in runs if run != "runs/other"]
-    out = capsys.readouterr().out
-    assert "runs/other: passed over" in out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
-            if line.startswith(("| sams-vae", "| cvae", "| svae+", "| additive", "| model"))]
-    header, *rows = rows[-5:]
-    table = {row[0].removesuffix(", sparsest axes"): dict(zip(header, row)) for row in rows}
-    assert sum(row[0].endswith("vae, sparsest axes") for row in rows) == 1
-    metrics = [json.load(open(f"runs/sams{seed}/metrics.json")) for seed in "01"]
-    a, b = (m["iwelbo"] for m in metrics)
-    assert table["sams-vae"]["test IWELBO"] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
-    a, b = (evaluate.score(m, "log_normalised", "all", "model")["r_squared"] for m in metrics)
-    assert table["sams-vae"]["R2"] == f"{(a + b) / 2:.3f} ± {abs(a - b) / 2**0.5:.3f}"
-    # Differences of IWELBO, of the mean over seeds, cell by cell from the best row.
-    cells = {name: np.mean([[float(row["iwelbo"]) for row in csv.DictReader(
-        open(f"runs/{run}/iwelbo.csv"))] for run in members], axis=0) for name, members in {
-            "sams-vae": ["sams0", "sams1"], "cvae": ["cvae0", "cvae1"], "svae+": ["svae"]}.items()}
-    best = max(cells, key=lambda name: cells[name].mean())
-    errors = {name: [json.load(open(f"runs/{run}/metrics.json"))["iwelbo_monte_carlo_error"]
-                     for run in members] for name, members in {
-        "sams-vae": ["sams0", "sams1"], "cvae": ["cvae0", "cvae1"], "svae+": ["svae"]}.items()}
-    for name, values in cells.items():
-        difference = values - cells[best]
-        both = sum((np.array(errors[n]) ** 2).sum() / len(errors[n]) ** 2 for n in (name, best))
-        text = (f"{difference.mean():+.2f} ({difference.std(ddof=1) / len(values)**0.5:.2f}, "
-                f"{both**0.5:.2f})")
-        assert table[name]["difference"] == ("reference" if name == best else text)
-    assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
-    agreement, chance = evaluate.mask_agreement([m["mask"] for m in metrics])
-    assert table["sams-vae"]["masks agree"] == f"{agreement:.3f} (chance {chance:.3f})"
-    assert table["cvae"]["mask F1"] == "-" and "±" not in table["svae+"]["test IWELBO"]
-
-    evaluate.main(runs)  # without options: whatever is there
-    assert len(counted) == 5 and capsys.readouterr().out.count("| sams-vae") == 1
-    evaluate.main([*runs, "--ate-particles", "21"])
-    assert len(counted) == 10
-    evaluate.main([runs[0], "--again", *FEW])
-    assert len(counted) == 11
-    train.main(["--resume", "runs/svae", "--steps", "9"])
-    if train.load_checkpoint("runs/svae", "best.pt")["progress"]["step"] == 9:  # another
-        evaluate.main(["runs/svae"])
-        assert len(counted) == 12
-
-
-def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folder, capsys):
-    data.simulate("other.h5ad", 1, perturbations=12, cells=20, pairs=10, n_genes=40)
-    os.makedirs("x")
-    os.replace("other.h5ad", "x/screen.h5ad")  # the same name, other data
-    train_on_screen("a", "--steps", "4")
-    train_on_screen("same", "--steps", "4", "--log-every", "3")  # nothing that matters
-    train_on_screen("settings", "--steps", "4", "--beta", "2")
-    train_on_screen("stopped", "--steps", "4", "--seed", "1")
-    train.main(["--data", "x/screen.h5ad", "--split-column", "split", "--name", "b", *TINY[4:],
-                "--steps", "4"])
-    runs = [f"runs/{name}" for name in ("a", "same", "settings", "stopped", "b")]
-    capsys.readouterr()
-    evaluate.main([*runs, *FEW])
-    out = capsys.readouterr().out
-    # Another file of the same name has a table of its own, other settings a row.
-    assert out.count("| model ") == 2 and "| beta 2.0 " in out and "| beta 1.0 " in out
-    rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()
-            if line.startswith("| sams-vae")]
-    assert sorted(row[4] if row[3].startswith("beta") else row[3] for row in rows) == [
-        "1", "1", "2"]  # a and same are one run
-    assert "runs/same is runs/a once more, with the same data, options and seeds" in out
-    # Neither over runs that were stopped early, nor over other ways to evaluate.
-    metrics = [json.load(open(f"{run}/metrics.json")) | {"folder": run}
-               for run in runs if run != "runs/same"]
-    metrics[2] |= {"last_step": 2, "done": False}
-    tables = evaluate.table_of_runs(metrics)
-    assert tables.count("| model ") == 2 and "stopped at step 2 |" in tables
-    metrics[2]["done"], metrics[0]["options"]["library"] = True, 7
-    tables = evaluate.table_of_runs(metrics)
-    assert tables.count("| model ") == 3 and tables.count("cells of 7 counts") == 1
-    # How a simulated screen was read is in no fingerprint.
-    plain, other = (evaluate.settings(metrics[1] | {"config": metrics[1]["config"] | changed})
-                    for changed in ({}, {"covariate": ["batch"]}))
-    assert plain != other
-
-
-def test_one_damaged_run_does_not_keep_others_from_the_table(folder, capsys):
-    for name in ("a", "b", "c"):
-        train_on_screen(name, "--steps", "2", "--seed", str(ord(name)))
-    with open("runs/b/best.pt", "wb") as file:
-        file.write(b"nonsense")
-    for damaged in ("", "{", '{"format": 2, "step": 2}'):
-        with open("runs/a/metrics.json", "w") as file:
-            file.write(damaged)
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main(["runs/a", "runs/b", "runs/c", *FEW])
-        out, errors = capsys.readouterr()
-        assert stopped.value.code == 2 and "error: runs/b" in errors and "| sams-vae" in out
-    os.remove("screen.h5ad")
-    with pytest.raises(data.DataError, match="the run.s data, .*are not there; --data"):
-        evaluate.main(["runs/a", "--again"])
-
-
-def norman_runs(splits=("0", "1")):
-    """Tiny runs of the norman-ood split: two models and two fractions for each of the splits."""
-    for model, fraction, seed in itertools.product(["sams-vae", "cvae"], ["0", "1"], splits):
-        train.main(["--data", "screen.h5ad", "--preset", "norman-ood", "--layer", "X",
-                    "--gene-column", "", "--perturbation-column", "condition", *TINY[4:],
-                    "--effect-layers", "1", "--steps", "2", "--model", model,
-                    "--train-combinations", fraction, "--split-seed", seed])
-    return sorted(f"runs/{name}" for name in os.listdir("runs"))
-
-
-def test_the_relative_iwelbo_is_that_to_sams_vae_without_combinations_on_the_same_split(
-        folder, capsys):
-    runs = norman_runs()
-    assert "runs/screen-cvae-mean-field-f0-split1-seed0" in runs
-    evaluate.main([*runs, *FEW])
-    out = capsys.readouterr().out
-    value = {}
-    for run in runs:
-        m = json.load(open(f"{run}/metrics.json"))
-        key = (m["config"]["model"], m["config"]["train_combinations"], m["config"]["split_seed"])
-        value[key] = m["iwelbo"]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    header = next(row for row in rows if row[:3] == ["model", "guide", "f"])
-    found = {(row[0], row[2]): dict(zip(header, row)) for row in rows if row[2:3] in (["0"], ["1"])}
-    for model, f in itertools.product(["sams-vae", "cvae"], (0, 1)):
-        a, b = (value[model, f, s] - value["sams-vae", 0, s] for s in (0, 1))
-        if (model, f) != ("sams-vae", 0):
-            assert float(found[model, str(f)]["difference"].split()[0]) == pytest.approx(
-                (a + b) / 2, abs=0.006)
-    assert found["sams-vae", "0"]["difference"] == "reference"
-    assert found["additive", "0"]["ATE-Pearson"] != ""
-
-
-def test_every_figure_is_drawn(folder, capsys):
-    pytest.importorskip("matplotlib")
-    runs = norman_runs(["0"])
-    evaluate.main([*runs, *FEW, "--figures"])
-    for run in runs:
-        figures = ["training.png", "effects.png"] + ["masks.png"] * ("cvae" not in run)
-        assert sorted(figures) == sorted(f for f in os.listdir(run) if f.endswith(".png"))
-        for name in figures:
-            assert open(f"{run}/{name}", "rb").read(4) == b"\x89PNG"
-    assert os.path.getsize("runs/norman-ood.png") > 10_000
-
-
-def test_figures_without_matplotlib_are_refused_in_one_sentence(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(data.DataError, match="pip install matplotlib"):
-        evaluate.main(["runs/any", "--figures"])
-
-
-def test_without_scikit_learn_only_the_pathway_accuracy_is_missing(folder, monkeypatch, capsys):
-    train_on_screen("run", "--steps", "2")
-    with open("p.json", "w") as file:
-        json.dump({"odd": [f"P{i:03d}" for i in range(1, 13, 2)],
-                   "even": [f"P{i:03d}" for i in range(2, 13, 2)]}, file)
-    for package in ("sklearn", "sklearn.ensemble"):
-        monkeypatch.setitem(sys.modules, package, None)
-    evaluate.main(["runs/run", *FEW, "--pathways", "p.json"])
-    assert "pip install scikit-learn" in capsys.readouterr().out
-    assert "mask_pathway_accuracy" not in json.load(open("runs/run/metrics.json"))
-
-
-@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
-def test_predictions_are_the_effects_of_any_set_of_known_perturbations(model, folder, capsys):
-    train_on_screen("run", "--steps", "40", "--lr", "0.02", "--model", model,
-                    *(["--axes", "learned"] if model != "cvae" else []))
-    run = evaluate.open_run("runs/run")
-    seen = next(c for c, part in zip(run.screen.conditions, run.screen.split)
-                if "+" in c and part == "train")
-    names = ["P001", "+".join(reversed(seen.split("+"))), "P001+P002+P003", "control"]
-    capsys.readouterr()
-    evaluate.main(["runs/run", "--predict", *names, "--ate-particles", "20000"])
-    out = capsys.readouterr().out
-    predicted = data.read_layers("runs/run/predictions.h5ad")
-    assert (predicted["effect_counts"][3] == 0).all() and (predicted["effect_counts"][0] != 0).any()
-    assert ("no effect" in out) == (model == "svae+")  # three at once are no label of the data
-    assert (predicted["effect_counts"][2] == 0).all() == (model == "svae+")
-    trusted = average_treatment_effects(run.model, evaluate.dosages_of(run, names)[0], 20_000,
-                                        evaluate.library_of(run))
-    for scale in evaluate.SCALES:
-        effect = predicted[f"effect_{scale}"]
-        assert all(evaluate.pearson(a, b) > 0.98 or (a == 0).all()
-                   for a, b in zip(effect, trusted[scale].numpy()))
-        control = predicted[f"expected_{scale}"][3]  # of other draws
-        assert evaluate.pearson(predicted[f"expected_{scale}"] - effect, [control] * 4) > 0.999
-    np.testing.assert_allclose(predicted["expected_counts"].sum(1), 1e4, rtol=1e-4)
-    expected, effect = predicted["expected_counts"], predicted["effect_counts"]
-    np.testing.assert_allclose(predicted["log2_fold_change"],
-                               np.log2(expected / (expected - effect)), atol=1e-3)
-    with h5py.File("runs/run/predictions.h5ad") as file:
-        n = file["obs/n_training_cells"][()]
-    assert n[1] == ((run.screen.conditions == seen) & (run.screen.split == "train")).sum() > 0
-    assert n[2] == 0 and n[3] > 0
-    # The same whatever else is asked for.
-    evaluate.main(["runs/run", "--predict", *names[1:3], "--ate-particles", "20000"])
-    alone = data.read_layers("runs/run/predictions.h5ad")
-    assert all((alone[name] == values[1:3]).all() for name, values in predicted.items())
-    assert (predicted["effect_counts_low"] <= predicted["effect_counts_high"]).all()
-    inside = (predicted["effect_counts_low"] <= predicted["effect_counts"]) & (
-        predicted["effect_counts"] <= predicted["effect_counts_high"])
-    assert inside.mean() > 0.9
-    with pytest.raises(data.DataError, match="these come near: P0"):
-        evaluate.main(["runs/run", "--predict", "P01"])
-    assert "P001+P002+P003: no training cells of its own" in out
-    assert f"{seen}: {n[1]} training cells" in out
-    assert "THE PRIOR" not in out
-    if model != "svae+":
-        run.model.n_cells[list(run.model_screen.perturbations).index("P001")] = 0
-        lines = evaluate.predict(run, ["P001+P002+P003"], 10)
-        assert ("P001 HAS NO EFFECT IN THE MODEL" if model == "cvae" else
-                "WHAT IS PREDICTED FOR P001 IS THE PRIOR'S, NOT THE DATA'S") in lines
-
-
-NOTHING = torch.zeros(1, 0, dtype=torch.long)  # no covariates
-
-
-def test_an_interval_holds_nine_of_ten_particles():
-    model, d, c = small_model(CPAVAE, n_cells=(5, 3), turned=True), torch.tensor([0, 1]), NOTHING
-    torch.manual_seed(0)
-    low, high = evaluate.spread_of_effect(model, d, torch.randn(4000, 3), c.expand(4000, -1))
-    with torch.no_grad():
-        mask, effect, _, _ = model.sample_globals(torch.arange(2), 4000)
-        z = torch.randn(4000, 1, 3)
-        z_pert = sum_effects(mask, effect, d[None], model.axes)
-        rho, control = (model.log_rho(v, d, c).exp() for v in (z + z_pert, z))
-        difference = 1e4 * (rho - control)[:, 0]
-        difference -= difference.mean(0)
-    share = ((difference > low) & (difference < high)).float().mean(0)
-    assert ((share - 0.9).abs() < 0.03).all()
-
-
-@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
-def test_a_run_with_covariates_trains_evaluates_and_predicts_as_they_are_in_the_screen(
-        model, folder, capsys):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=1.0)
-    train_on_screen("run", "--steps", "4", "--model", model, "--covariate", "batch", "--axes",
-                    "learned")
-    assert "warning" not in capsys.readouterr().out
-    evaluate.main(["runs/run", "--ate-particles", "10", "--iwelbo-particles", "3"])
-    evaluate.main(["runs/run", "--predict", "P001+P002", "control", "--latents"])
-    run = evaluate.open_run("runs/run")
-    assert run.model.n_covariates == 2 and run.screen.covariates == ["batch=0", "batch=1"]
-    layers = data.read_layers("runs/run/predictions.h5ad")
-    assert np.isfinite(layers["effect_counts_low"]).all()
-    assert (layers["effect_counts"][1] == 0).all() and (layers["effect_counts_low"][1] == 0).all()
-    assert evaluate.library_of(run) == pytest.approx(5000, rel=0.1)
-    # The expected counts of controls are a mean over batches, as often as controls have them.
-    share = run.screen.c[run.screen.conditions == "control"].mean()
-    library = evaluate.library_of(run)
-    plain = [expected_expression(run.model, torch.full((1, 2), NONE), torch.tensor([[batch]]),
-                                 2500, library)["per_10k"][0] for batch in (0, 1)]
-    mean = (1 - share) * plain[0] + share * plain[1]
-    np.testing.assert_allclose(layers["expected_counts"][1], mean, rtol=0.1)
-    train.main(["--resume", "runs/run", "--steps", "6"])
-
-
-def test_samples_are_a_screen_of_their_own_with_the_labels_of_the_input(folder):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=1.0)
-    train_on_screen("run", "--steps", "4", "--covariate", "batch")
-    run = evaluate.open_run("runs/run")
-    pair = next(c for c in run.screen.conditions if "+" in c)
-    evaluate.main(["runs/run", "--predict", "control", pair, "P001+P002+P003", "--sample", "3000"])
-    screen = data.read_screen("runs/run/samples.h5ad", covariate=["batch"])
-    assert collections.Counter(screen.conditions) == {"control": 3000, pair: 3000,
-                                                      "P001+P002+P003": 3000}
-    x = screen.counts.dense().astype(float)
-    for condition in ("control", pair):
-        there, here = (s.conditions == condition for s in (run.screen, screen))
-        assert x[here].sum(1).mean() == pytest.approx(run.screen.library[there].mean(), rel=0.05)
-        assert screen.c[here].mean() == pytest.approx(run.screen.c[there].mean(), abs=0.01)
-    # Their means are the expected ones.
-    predicted = data.read_layers("runs/run/predictions.h5ad")["expected_counts"]
-    for i, condition in enumerate(("control", pair, "P001+P002+P003")):
-        here = screen.conditions == condition
-        y = 1e4 * x[here] / x[here].sum(1, keepdims=True)
-        assert (np.abs(y.mean(0) - predicted[i]) < 5 * y.std(0) / 3000**0.5).all()
-    with pytest.raises(SystemExit):
-        evaluate.main(["runs/run", "--sample", "3"])
-    anndata = pytest.importorskip("anndata")
-    theirs = anndata.read_h5ad("runs/run/samples.h5ad")
-    assert theirs.shape == (9000, 40) and set(theirs.obs.columns) == {"condition", "batch"}
-
-
-@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
-def test_predictions_for_another_file_are_what_its_control_cells_would_become(
-        model, folder, capsys):
-    train_on_screen("run", "--steps", "30", "--lr", "0.01", "--model", model)
-    run = evaluate.open_run("runs/run")
-    control = run.screen.conditions == "control"
-    x, genes = run.screen.counts.dense()[control], run.screen.gene_names
-    # Those of the run's controls with much of the first gene, genes in another order and one more.
-    many = x[:, 0] / x.sum(1) > np.median(x[:, 0] / x.sum(1))
-    order = np.random.default_rng(0).permutation(40)
-
-    def write(name, x, genes):
-        """A file of unperturbed cells alone."""
-        data.write_h5ad(name, X=x, obs={"cell": [f"c{i}" for i in range(len(x))],
-                                        "condition": ["control"] * len(x)}, var={"gene": genes})
-
-    write("other.h5ad", np.column_stack([x[many][:, order], np.ones(many.sum(), int)]),
-          [*genes[order], "more"])
-    evaluate.main(["runs/run", "--predict", "control", "P001", "--sample", "50"])
-    own = data.read_layers("runs/run/predictions.h5ad")
-    evaluate.main(["runs/run", "--predict", "control", "P001", "--sample", "50", "--data",
-                   "other.h5ad"])
-    other = data.read_layers("runs/run/predictions.h5ad")
-    assert f"of the {many.sum()} control cells of other.h5ad" in capsys.readouterr().out
-    write("same.h5ad", x[many], genes)  # the order of genes does not matter
-    evaluate.main(["runs/run", "--predict", "control", "P001", "--data", "same.h5ad"])
-    same = data.read_layers("runs/run/predictions.h5ad")
-    np.testing.assert_allclose(same["expected_counts"], other["expected_counts"], rtol=1e-5)
-    share, own_share, in_cells = (v[0] / v[0].sum() for v in (
-        other["expected_counts"], own["expected_counts"], x[many].sum(0, keepdims=True)))
-    np.testing.assert_allclose(share.sum(), 1, rtol=1e-5)
-    # The decoder sees these cells through q(z_basal | x): nearer to them than the prior's.
-    assert np.abs(share - in_cells).sum() < np.abs(own_share - in_cells).sum()
-    assert (other["effect_counts"][0] == 0).all() and (other["effect_counts"][1] != 0).any()
-    assert data.read_screen("runs/run/samples.h5ad").counts.shape == (100, 40)
-    write("few.h5ad", x[:, 1:], genes[1:])
-    with pytest.raises(data.DataError, match="few.h5ad: 1 of the 40 genes wanted.*G001"):
-        evaluate.main(["runs/run", "--predict", "P001", "--data", "few.h5ad"])
-
-
-def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(folder):
-    train_on_screen("run", "--steps", "2")
-    run = evaluate.open_run("runs/run")
-    x = run.screen.counts.dense().astype(float)
-    y = 1e4 * x / x.sum(1, keepdims=True)
-    cells, controls = (y[run.screen.conditions == name] for name in ("P003", "control"))
-    effect, error = evaluate.effect_by_data(run, "P003")
-    np.testing.assert_allclose(effect, cells.mean(0) - controls.mean(0), rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(error, (cells.var(0, ddof=1) / len(cells) + controls.var(
-        0, ddof=1) / len(controls)) ** 0.5, rtol=1e-4, atol=1e-3)
-    assert evaluate.effect_by_data(run, "control") == (None, None)
-
-
-def test_effects_of_the_model_are_averaged_over_covariates_as_the_cells_compared_with_have_them(
-        folder, monkeypatch):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=1.0)
-    train_on_screen("run", "--steps", "2", "--covariate", "batch")
-
-    def by_batch(model, arms, c, n_particles, library):
-        """An effect of 1 in batch 0 and of 2 in batch 1."""
-        value = 1 + (arms != NONE).any(1, keepdim=True) * (1.0 + c) + torch.zeros(40)
-        return {scale: value.double() for scale in evaluate.SCALES.values()}
-
-    monkeypatch.setattr(evaluate, "expected_expression", by_batch)
-    monkeypatch.setattr(evaluate, "write_top_genes",
-                        lambda run, *_: evaluate.write_csv(run, "top_genes.csv", [], []))
-    for cells in ("all", "test"):
-        run = evaluate.open_run("runs/run")
-        evaluate.evaluate(run, effects_from=cells)
-        found = data.read_layers("runs/run/effects.h5ad")["model_log_normalised"][:, 0]
-        screen = run.screen
-        chosen = (screen.split == "test") | (cells == "all")
-        for effect, name in zip(found, sorted(set(screen.conditions) - {"control"})):
-            batch = screen.c[chosen & (screen.conditions == name), 0]
-            assert effect == pytest.approx(1 + batch.mean())
-
-
-def test_basal_states_of_another_file_s_cells_are_draws_from_their_posterior(folder):
-    train_on_screen("run", "--steps", "4")
-    run = evaluate.open_run("runs/run")
-    x = run.screen.counts.dense()[:3]
-    data.write_h5ad("other.h5ad", X=x, obs={"cell": ["a", "b", "c"], "condition": ["control"] * 3},
-                    var={"gene": run.screen.gene_names})
-    other = evaluate.controls_of_file(run, "other.h5ad")
-    basal, c, library = evaluate.population(run, torch.tensor([0]), "P001", 6000, 0, other)
-    with torch.no_grad():
-        loc, var = run.model.encode(torch.from_numpy(x.astype("f4")), torch.zeros(1, 3, 4),
-                                    torch.full((3, 1), NONE), NOTHING.expand(3, -1))
-    for cell in range(3):
-        draws = basal[library == x[cell].sum()]
-        torch.testing.assert_close(draws.mean(0), loc[0, cell], rtol=0, atol=0.1)
-        torch.testing.assert_close(draws.var(0), var[0, cell], rtol=0.15, atol=0)
-
-
-def test_predictions_for_another_file_have_its_depth_and_its_covariates(folder, capsys):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=2.0)
-    train_on_screen("run", "--steps", "60", "--lr", "0.01", "--covariate", "batch")
-    x = data.read_screen("screen.h5ad").counts.dense()[:200] // 10
-    results = {}
-    for batch in (0, 1, 7):
-        data.write_h5ad("other.h5ad", X=x, obs={
-            "cell": [f"c{i}" for i in range(len(x))], "condition": ["control"] * len(x),
-            "batch": np.full(len(x), batch)}, var={"gene": [f"G{g + 1:03d}" for g in range(40)]})
-        command = ["runs/run", "--predict", "P001", "--data", "other.h5ad", "--sample", "200"]
-        if batch == 7:
-            with pytest.raises(data.DataError, match="has batch=7, and the run.*batch=0, batch=1"):
-                evaluate.main(command)
-        else:
-            evaluate.main(command)
-            results[batch] = data.read_layers("runs/run/predictions.h5ad")["expected_counts"][0]
-            with h5py.File("runs/run/predictions.h5ad") as file:
-                assert file["uns/library"][()] == pytest.approx(np.median(x.sum(1)), rel=0.01)
-                assert file["uns/basal_states"].asstr()[()] == "other.h5ad"
-            samples = data.read_h5ad("runs/run/samples.h5ad")
-            assert (samples.obs("batch").astype(int) == batch).all()
-            assert samples.counts().dense().sum(1).mean() == pytest.approx(
-                x.sum(1).mean(), rel=0.2)
-    # The same cells in another batch: the decoder adds what that changes.
-    assert np.abs(results[0] - results[1]).sum() > 0.05 * results[0].sum()
-    with pytest.raises(data.DataError, match="--latents writes those of the run's own data"):
-        evaluate.main([*command, "--latents"])
-
-
-def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folder):
-    # Twelve perturbations of the names of genes, each of which lowers its own to a tenth.
-    data.simulate("screen.h5ad", perturbations=12, cells=60, pairs=0, n_genes=40)
-    with h5py.File("screen.h5ad", "a") as file:
-        names = data.read_h5ad("screen.h5ad").obs("condition")
-        x = file["X"][()]
-        for g in range(12):
-            x[names == f"P{g + 1:03d}", g] //= 10
-        file["X"][...] = x
-        del file["obs/condition"]
-        node = file["obs"].create_dataset("condition", data=[
-            n.replace("P", "G") + "_1" * (n != "control") for n in names],
-            dtype=h5py.string_dtype())
-        node.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
-    train_on_screen("run", "--steps", "2")
-    metrics = [evaluation("run", 2, 50, own_targets=counted) for counted in (None, True)]
-    assert [m["options"]["own_targets"] for m in metrics] == [False, True]
-    assert metrics[0]["on_target"]["n"] == 12
-    assert metrics[0]["on_target"]["data"] < -0.7 and metrics[0]["on_target"]["additive"] < -0.7
-    assert abs(metrics[0]["on_target"]["model"]) < 0.2  # after two steps
-    without, counted = (evaluate.score(m, "counts", "all", "own_mean") for m in metrics)
-    assert without["r_squared"] < counted["r_squared"]
-
-
-def test_tables_name_the_genes_of_conditions_and_of_latents(folder):
-    train_on_screen("run", "--steps", "30", "--lr", "0.01")
-    evaluate.main(["runs/run", *FEW])
-    run, model = evaluate.open_run("runs/run"), evaluate.open_run("runs/run").model
-    rows = list(csv.DictReader(open("runs/run/top_genes.csv")))
-    assert len(rows) == 20 * (22 + 4) and rows[-1]["data_effect_log_normalised"] == ""
-    layers, genes = data.read_layers("runs/run/effects.h5ad"), list(run.screen.gene_names)
-    first = [row for row in rows if row["name"] == "P001"]
-    effect = layers["model_log_normalised"][0]
-    assert [row["gene"] for row in first[:3]] == [genes[g] for g in np.argsort(-np.abs(effect))[:3]]
-    g = genes.index(first[0]["gene"])
-    for column, layer in (("effect_log_normalised", "model_log_normalised"),
-                          ("data_effect_log_normalised", "data_log_normalised"),
-                          ("data_standard_error", "data_se_log_normalised")):
-        assert float(first[0][column]) == pytest.approx(layers[layer][0, g], rel=1e-4)
-    # A latent dimension: what one more standard deviation of the basal state does along it.
-    z, latent = torch.randn(20_000, 4), 2
-    with torch.no_grad():
-        counts = [model.log_rho(b, torch.tensor([NONE]), NOTHING).exp().mean(0)
-                  for b in (z, z + model.axes[:, latent])]
-    fold = (counts[1] / counts[0]).log2()
-    assert not torch.equal(model.axes, torch.eye(4))
-    for row in (row for row in rows if (row["kind"], row["name"]) == ("latent", str(latent))):
-        assert float(row["log2_fold_change"]) == pytest.approx(
-            fold[genes.index(row["gene"])].item(), abs=0.03)
-    masks = list(csv.DictReader(open("runs/run/masks.csv")))
-    probability = model.mask_probability()
-    assert len(masks) == int((probability > 0.01).sum())
-    t, latent = run.screen.perturbations.index(masks[5]["perturbation"]), int(masks[5]["latent"])
-    assert float(masks[5]["probability"]) == pytest.approx(probability[t, latent].item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("model", ["sams-vae", "svae+", "cvae"])
-def test_latents_are_written_for_every_cell_with_its_name_and_labels(model, folder):
-    train_on_screen("run", "--steps", "4", "--model", model)
-    evaluate.main(["runs/run", "--latents"])
-    run = evaluate.open_run("runs/run")
-    with h5py.File("runs/run/latents.h5ad") as file:
-        z, z_basal = file["obsm/X_z"][()], file["obsm/X_z_basal"][()]
-        uns = {name: file[f"uns/{name}"][()] for name in file["uns"]}
-        condition, split = (data._column(file, "obs", name)[:4] for name in (
-            "condition", "sams_vae_split"))
-        assert condition.tolist() == run.screen.obs("condition")[:4].tolist()
-        assert split.tolist() == run.screen.split[:4].tolist()
-    control = run.screen.conditions == "control"
-    np.testing.assert_allclose(z[control], z_basal[control], atol=1e-5)
-    assert (np.abs(z - z_basal).max() < 1e-6) == (model == "cvae")
-    if model != "cvae":
-        d = run.model_screen.d[~control][0]
-        offset = uns["offset"][d[d != NONE]].sum(0)
-        np.testing.assert_allclose((z - z_basal)[~control][0], offset, atol=1e-5)
-        n = len(run.model_screen.perturbations)
-        assert uns["mask_probability"].shape == uns["effect"].shape == (n, 4)
-    anndata = pytest.importorskip("anndata")
-    theirs = anndata.read_h5ad("runs/run/latents.h5ad")
-    assert list(theirs.obs_names) == list(run.screen.cell_names)
-    assert list(theirs.var_names) == list(run.screen.gene_names)
-
-
 def test_mean_mask_probabilities_are_those_of_perturbations_with_training_cells(
         folder, monkeypatch, capsys):
     original = data.split_cells
@@ -4317,13 +4207,6 @@ def test_mean_mask_probabilities_are_those_of_perturbations_with_training_cells(
     capsys.readouterr()
     evaluate.main(["runs/run", *FEW])
     assert "mean probability is 0.500, where training starts at 0.5" in capsys.readouterr().out
-
-
-def test_baselines_count_once_for_a_split_however_many_models_were_trained_on_it():
-    members = [{"config": configuration("--data", "x", "--model", model, "--split-seed", split)}
-               for split in ("0", "1") for model in ("sams-vae", "svae+")]
-    counted = evaluate.one_of_each_split(members, 1.0)
-    assert sorted(m["config"]["split_seed"] for m in counted) == [0, 1]
 
 
 def test_the_likelihood_stays_in_single_precision_where_matrix_products_do_not():

@@ -86,20 +86,20 @@ def _naming(path):
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{path}: {os.strerror(error.errno)}") from None
     except BlockingIOError:
-        raise DataError(f"{path}: another program has it open for writing (a notebook, with "
-                        "backed='r+'?): close it there, or read a copy") from None
+        raise DataError(f"{path}: another program, such as a notebook, has it open for writing: "
+                        "close it there, or read a copy") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         # On a damaged file h5py raises any of these.
-        raise DataError(f"{path}: cannot be read, it may be truncated or damaged; HDF5 says: "
-                        + (" ".join(str(error).split()) or type(error).__name__)) from error
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read, truncated or damaged? HDF5: {words}") from error
 
 
 @contextlib.contextmanager
 def _h5_file(path):
     """Open an .h5ad file to read its tables; failures inside become a DataError that names it.
 
-    HDF5 can loop for ever over damaged text, where no exception reaches it. So a command ends itself
-    after WATCHDOG seconds; in attributes h5py lets no other thread run, and faulthandler does it.
+    HDF5 can loop for ever over damaged text, where no exception reaches it. So a command ends
+    itself after WATCHDOG seconds: in a thread or, where h5py lets none run, by faulthandler.
     """
     def give_up():
         os.write(2, f"error: {path}: HDF5 has not come back for {WATCHDOG} s, as on damaged text: "
@@ -115,8 +115,8 @@ def _h5_file(path):
         with _naming(path):
             _check_signature(path)
             with h5py.File(path, "r") as file:
-                require("obs" in file or "matrix" not in file, "looks like a 10x .h5 matrix, without "
-                        "labels: read it with scanpy.read_10x_h5, add obs columns, save as .h5ad")
+                require("obs" in file or "matrix" not in file, "looks like a 10x .h5 matrix: read "
+                        "it with scanpy.read_10x_h5, add labels to obs, save it as .h5ad")
                 require("mod" not in file or "X" in file, "looks like an .h5mu file of several "
                         "modalities: save the RNA alone, mdata['rna'].write('rna.h5ad')")
                 yield file
@@ -128,8 +128,7 @@ def _h5_file(path):
 
 def _check_signature(path):
     """Refuse what is no HDF5 file. (HDF5 says of all of these "file signature not found".)"""
-    require(os.path.isfile(path) or not os.path.exists(path),
-            "is a folder, a pipe or a device; an .h5ad file was expected")
+    require(os.path.isfile(path) or not os.path.exists(path), "is a folder, a pipe or a device")
     with open(path, "rb") as file:
         head = file.read(8)
     require(not head.startswith(b"\x1f\x8b"), "is compressed as a whole: gunzip it first")
@@ -147,10 +146,9 @@ def _member(file, name, required=True, depth=0):
     for part in filter(None, name.split("/")):
         # getlink asks what kind of link it is and does not follow it; node[part] would.
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
-        if link is None and required:
-            present = _keys(node) if isinstance(node, h5py.Group) else []
-            raise DataError(f"{name} is missing; beside it: {', '.join(present[:20]) or 'nothing'}")
         if link is None:
+            present = ", ".join(_keys(node)[:20]) if isinstance(node, h5py.Group) else ""
+            require(not required, f"{name} is missing; beside it: {present or 'nothing'}")
             return None
         require(isinstance(link, h5py.HardLink | h5py.SoftLink), f"{name} is a link out of the "
                 "file, which is not followed: copy the data into the file")
@@ -182,8 +180,7 @@ def _check_storage(file, name, dataset):
             with contextlib.suppress(ImportError):
                 __import__("hdf5plugin")  # which registers its filters
         require(h5py.h5z.filter_avail(code), f"{name} is compressed by "
-                f"{title.decode('utf-8', 'replace') or code}, which HDF5 lacks on this machine: "
-                "pip install hdf5plugin")
+                f"{title.decode('utf-8', 'replace') or code}: pip install hdf5plugin")
     declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()  # bytes
     stored, offset = dataset.id.get_storage_size(), dataset.id.get_offset()
     if dataset.chunks:  # all must be there; no filter does better than deflate's 1032 : 1
@@ -208,8 +205,7 @@ def _attribute(node, name):
         return None
     _check_type(f"the attribute {name} of {node.name}", node.attrs.get_id(name).dtype)
     value = node.attrs[name]
-    if isinstance(value, h5py.Empty):
-        return None
+    value = None if isinstance(value, h5py.Empty) else value
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
@@ -239,18 +235,31 @@ def _objects(values):
     return np.array([*values, None], dtype=object)[:-1]
 
 
+def _numbered(texts):
+    """The different texts, sorted, and the position of each text among these, an array."""
+    values = sorted(set(texts))
+    place = {value: i for i, value in enumerate(values)}
+    return values, np.array([place[text] for text in texts], int)
+
+
 def _to_numpy(name, raw):
     """What h5py reads -> a 1-D array of str objects, native numbers or bools."""
     raw = np.atleast_1d(raw)  # anndata <= 0.6 writes a single category as a scalar
     require(raw.ndim == 1, f"{name} has {raw.ndim} dimensions; a column has one")
     if raw.dtype.kind in "OS":  # text of variable length comes as bytes in objects, of fixed as S
-        text = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v)
-                for v in raw.tolist()]
+        text = (v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v)
+                for v in raw.tolist())
         # Some control characters would command the terminal, and a NUL could not be written again.
         return _objects(v if v.isprintable() else re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", v)
                         for v in text)
     require(raw.dtype.kind in "biuf", f"{name} holds {raw.dtype}, neither text nor numbers")
     return raw.astype(raw.dtype.newbyteorder("="), copy=False)  # "=": this machine's byte order
+
+
+def _with_missing(values, missing):
+    """Values with None where `missing` is true; unchanged if it is true nowhere."""
+    return _objects(None if m else v for v, m in zip(values.tolist(), missing)) if (
+        missing.any()) else values
 
 
 def _decode(name, codes, categories):
@@ -261,12 +270,6 @@ def _decode(name, codes, categories):
     require(not len(wrong), f"{name} has the category code {wrong[:1]}, but only {n} categories")
     categories = categories if n else _objects([None])  # all are missing
     return _with_missing(categories[np.where(missing, 0, codes).astype(np.int64)], missing)
-
-
-def _with_missing(values, missing):
-    """Values with None where `missing` is true; unchanged if it is true nowhere."""
-    return _objects(None if m else v for v, m in zip(values.tolist(), missing)) if (
-        missing.any()) else values
 
 
 def _read(file, name):
@@ -284,6 +287,25 @@ def _read(file, name):
     return _with_missing(values, mask.astype(bool))
 
 
+def _columns(file, table):
+    """The names of a table's columns, its index first; then the ones that an attribute lists (one
+    that is missing is refused where it is asked for), then others."""
+    frame = _member(file, table)
+    if isinstance(frame, h5py.Dataset):  # anndata <= 0.6
+        require(frame.dtype.names, f"{table} is neither a table nor a group of columns")
+        return list(frame.dtype.names)
+    # Since 0.7 an attribute names the index: _index, index, CellID, ... Some writers leave it out.
+    members = _keys(frame)
+    index = [n for n in (_attribute(frame, "_index"), "_index", "index") if n in members][:1]
+    require(index, f"{table} has no index; it holds: {', '.join(members) or 'nothing'}")
+    order = _attribute(frame, "column-order")
+    listed = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
+              for c in np.ravel([] if order is None else order).tolist()]
+    # The column a/b is a group a with a member b: a is none.
+    groups = {c.split("/")[0] for c in listed if "/" in c} | {"__categories"}
+    return [*dict.fromkeys([*index, *listed, *(c for c in members if c not in groups)])]
+
+
 def _column(file, table, column):
     """A column of the table obs, var, raw/var or raw.var as a 1-D array."""
     frame, name = _member(file, table), f"{table}/{column}"
@@ -292,45 +314,14 @@ def _column(file, table, column):
         values, labels = _to_numpy(name, frame.fields(column)[()]), f"uns/{column}_categories"
     else:
         values, labels = _read(file, name), f"{table}/__categories/{column}"
-    if (values.dtype.kind in "iu" and column != _index_name(file, table)
-            and _member(file, labels, required=False) is not None):
+    if values.dtype.kind in "iu" and _member(file, labels, required=False) is not None:
         return _decode(name, values, _read(file, labels))
     return values
 
 
-def _index_name(file, table):
-    """The name of the column that holds the names of cells or genes."""
-    frame = _member(file, table)
-    if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: the first field
-        require(frame.dtype.names, f"{table} is neither a table nor a group of columns")
-        return frame.dtype.names[0]
-    # Since 0.7 an attribute says it: _index, index, CellID, ... Some writers leave it out.
-    for name in (_attribute(frame, "_index"), "_index", "index"):
-        if name in _keys(frame):
-            return name
-    raise DataError(f"{table} has no index; it holds: {', '.join(_keys(frame)) or 'nothing'}")
-
-
 def _names(file, table):
     """The index of a table: names of cells or genes, as str objects, even if it holds numbers."""
-    return _objects(map(str, _column(file, table, _index_name(file, table))))
-
-
-def _column_names(file, table):
-    """The columns of a table other than its index: first the ones that an attribute lists (one that
-    is missing is refused where it is asked for), then others."""
-    frame, listed = _member(file, table), []
-    if isinstance(frame, h5py.Dataset):
-        members = frame.dtype.names
-    else:
-        order = _attribute(frame, "column-order")
-        listed = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
-                  for c in np.ravel([] if order is None else order).tolist()]
-        # The column a/b is a group a with a member b: a is none.
-        groups = {c.split("/")[0] for c in listed if "/" in c} | {"__categories"}
-        members = [c for c in _keys(frame) if c not in groups]
-    index = _index_name(file, table)
-    return [c for c in dict.fromkeys([*listed, *members]) if c != index]
+    return _objects(map(str, _column(file, table, _columns(file, table)[0])))
 
 
 # ============================================================================================
@@ -355,20 +346,20 @@ class Counts:
     def take(self, cells):
         """The Counts of some cells, given by their positions (n,), in that order."""
         # Each cell's stretch of entries, one after the other: faster than an index of all of them.
-        parts = [slice(*ends) for ends in zip(self.indptr[cells].tolist(),
-                                              self.indptr[np.add(cells, 1)].tolist())]
+        ends = zip(self.indptr[cells].tolist(), self.indptr[np.add(cells, 1)].tolist())
+        parts = [slice(start, end) for start, end in ends]
         values, columns = (np.concatenate([v[:0], *(v[part] for part in parts)])
                            for v in (self.values, self.columns))
         indptr = np.append(0, np.cumsum([part.stop - part.start for part in parts], dtype=np.int64))
         return Counts((len(cells), self.shape[1]), values, columns, indptr)
 
-    def dense(self, cells=None):
-        """The counts of some cells (positions or a mask; all by default), cells x genes, in the
-        narrowest unsigned type: cast before computing, in uint8 200 + 100 is 44."""
-        cells = np.arange(self.shape[0])[slice(None) if cells is None else cells]
+    def dense(self, cells=slice(None)):
+        """The counts of some cells (positions or a mask), cells x genes, in the narrowest unsigned
+        type: cast before computing, in uint8 200 + 100 is 44."""
+        cells = np.arange(self.shape[0])[cells]
         out = np.zeros((len(cells), self.shape[1]), self.values.dtype)
-        for row, start, end in zip(out, self.indptr[cells].tolist(),
-                                   self.indptr[cells + 1].tolist()):
+        ends = zip(self.indptr[cells].tolist(), self.indptr[cells + 1].tolist())
+        for row, (start, end) in zip(out, ends):
             row[self.columns[start:end].astype(np.intp)] = self.values[start:end]
         return out
 
@@ -421,8 +412,8 @@ def _as_counts(name, values, name_of=str):
         # and too large values never do. From 2**53 on a double skips integers.
         for candidate in (np.uint8, np.uint16, np.uint32, np.uint64):
             counts = values.astype(candidate)
-            small = counts.itemsize < 8 or counts.max(initial=0) < 2**53
-            if small and (counts == values).all():
+            if (counts == values).all() and (
+                    counts.itemsize < 8 or counts.max(initial=0) < 2**53):
                 return counts, 0
         values = values.astype(np.float64)
         rounded = np.rint(values)
@@ -448,8 +439,8 @@ def _tidy(counts):
     key, entry = np.unique(row * counts.shape[1] + columns, return_inverse=True)
     sums = np.zeros(len(key), np.uint64)
     np.add.at(sums, entry, values.astype(np.uint64))
-    (row, columns), sums = np.divmod(key[sums > 0], counts.shape[1]), sums[sums > 0]
-    values, _ = _as_counts("a sum of duplicate entries", sums)
+    row, columns = np.divmod(key[sums > 0], counts.shape[1])
+    values, _ = _as_counts("a sum of duplicate entries", sums[sums > 0])
     indptr = np.append(0, np.cumsum(np.bincount(row, minlength=counts.shape[0])))
     return Counts(counts.shape, values, columns.astype(counts.columns.dtype), indptr)
 
@@ -470,9 +461,8 @@ def from_dense(x):
 def _gather(blocks, n_genes):
     """Blocks of successive cells -> one Counts. They are in memory twice while this runs."""
     nothing = Counts((0, n_genes), np.zeros(0, np.uint8), np.zeros(0, _positions(n_genes)), [0])
-    blocks = [nothing, *blocks]
     values, columns, n_entries = (np.concatenate(parts) for parts in zip(*(
-        (block.values, block.columns, np.diff(block.indptr)) for block in blocks)))
+        (block.values, block.columns, np.diff(block.indptr)) for block in [nothing, *blocks])))
     indptr = np.append(0, np.cumsum(n_entries, dtype=np.int64))
     return Counts((len(n_entries), n_genes), values, columns, indptr)
 
@@ -482,9 +472,8 @@ def _transposed(counts):
     n_genes, n_cells = counts.shape
     order = np.argsort(counts.columns, kind="stable")  # genes stay rising within a cell
     genes = np.repeat(np.arange(n_genes, dtype=_positions(n_genes)), np.diff(counts.indptr))
-    per_cell = np.bincount(counts.columns, minlength=n_cells)
-    return Counts((n_cells, n_genes), counts.values[order], genes[order],
-                  np.append(0, np.cumsum(per_cell)))
+    indptr = np.append(0, np.cumsum(np.bincount(counts.columns, minlength=n_cells)))
+    return Counts((n_cells, n_genes), counts.values[order], genes[order], indptr)
 
 
 # ============================================================================================
@@ -497,6 +486,7 @@ class StoredCounts:
 
     form         what it is in words: dense, sparse CSR (by rows) or sparse CSC (by columns)
     rows, genes  (N,), (G,) the positions in the file of the cells and genes that are wanted
+    order        1, or -1 for a matrix by columns, whose blocks are genes x cells
     streams      True if a few cells can be read without reading many others
     n_rounded    how many of the values that were read were within 1e-6 of an integer
     """
@@ -504,13 +494,12 @@ class StoredCounts:
     def __init__(self, path, file, name, cell_names, gene_names):
         """Open the matrix `name` of a file, such as "layers/counts", and check a first block."""
         self.path, self.file, self.name, self.n_rounded = path, file, name, 0
-        self.cell_names, self.gene_names = cell_names, gene_names
-        self.rows, self.genes = np.arange(len(cell_names)), np.arange(len(gene_names))
+        self.names = cell_names, gene_names
+        self.rows, self.genes = map(np.arange, map(len, self.names))
         require(0 not in self.shape, f"{name} has {self.shape[0]} cells and {self.shape[1]} genes")
         node = _member(file, name)
-        self.is_dense = isinstance(node, h5py.Dataset)
-        if self.is_dense:
-            form, declared, self.data, self.form = "", node.shape, node, f"dense {node.dtype}"
+        if isinstance(node, h5py.Dataset):
+            declared, self.form, self.order, self.data = node.shape, f"dense {node.dtype}", 1, node
             self.streams = not node.chunks or node.chunks[0] <= 512
         else:
             # The h5sparse attributes are of anndata <= 0.6.
@@ -519,16 +508,15 @@ class StoredCounts:
                     f"{name} has the unknown encoding {form!r}")
             declared = _attribute(node, "shape" if "shape" in node.attrs else "h5sparse_shape")
             self.form, self.streams = f"sparse {form[:3].upper()}", form.startswith("csr")
+            self.order = 1 if self.streams else -1
         require(declared is None or np.ravel(declared).tolist() == list(self.shape),
                 f"{name} has the shape {declared}, but obs and var say {self.shape}")
-        self.by_row = not form.startswith("csc")
-        if not self.is_dense:
-            self._open_sparse()
+        self.indptr = None if isinstance(node, h5py.Dataset) else self._open_sparse()
         require(self.data.dtype.kind in "biuf",
                 f"{name} holds values of type {self.data.dtype}, not counts", NotCounts)
-        block = next(self._stored_blocks(*self._majors(self.rows)))
-        self.density = 1.1 * (len(block.values) / math.prod(block.shape) if self.is_dense else
-                              len(self.indices) / math.prod(self.shape))
+        block = next(self._stored_blocks(self.rows))
+        self.density = 1.1 * (len(block.values) / math.prod(block.shape) if self.indptr is None
+                              else len(self.indices) / math.prod(self.shape))
         self.value_type, self.n_rounded = block.values.dtype, 0
 
     def _open_sparse(self):
@@ -537,22 +525,22 @@ class StoredCounts:
         In a matrix by rows (CSR) the entries indptr[i] to indptr[i + 1] belong to row i, and their
         indices are columns; in one by columns (CSC), the reverse. No index is used unchecked.
         """
-        name, parts = self.name, []
-        for part in ("data", "indices", "indptr"):
-            node = _member(self.file, f"{name}/{part}")
-            require(isinstance(node, h5py.Dataset) and node.ndim == 1 and (
-                part == "data" or node.dtype.kind in "iu"),
-                    f"{name}/{part} is no one-dimensional data set" + " of integers" * (part != "data"))
+        parts = []
+        for part, kinds in (("data", "biufOSc"), ("indices", "iu"), ("indptr", "iu")):
+            node = _member(self.file, f"{self.name}/{part}")
+            require(isinstance(node, h5py.Dataset) and node.ndim == 1 and node.dtype.kind in kinds,
+                    f"{self.name}/{part} is no one-dimensional data set of numbers")
             parts.append(node)
         self.data, self.indices, indptr = parts
-        n, n_entries = self.shape[0 if self.by_row else 1] + 1, len(self.indices)
-        require(len(indptr) == n and len(self.data) == n_entries, f"{name} is inconsistent: indptr "
-                f"has {len(indptr)} values for {n}, data {len(self.data)} for {n_entries} indices")
-        self.indptr = indptr = indptr[()].astype(np.int64)
+        n, n_entries = self.shape[::self.order][0] + 1, len(self.indices)
+        require(len(indptr) == n and len(self.data) == n_entries, f"{self.name} is inconsistent: "
+                f"indptr has {len(indptr)} values for {n}, data {len(self.data)} for {n_entries}")
+        indptr = indptr[()].astype(np.int64)
         # Seen in real files of more than 2**31 entries, written with 32-bit integers.
         overflow = ": it has overflowed 32 bits" * bool(indptr.min() < 0)
         require(indptr[0] == 0 and indptr[-1] == n_entries and (indptr[1:] >= indptr[:-1]).all(),
-                f"{name}/indptr must rise from 0 to {n_entries}, and does not{overflow}")
+                f"{self.name}/indptr must rise from 0 to {n_entries}, and does not{overflow}")
+        return indptr
 
     @property
     def shape(self):
@@ -578,9 +566,9 @@ class StoredCounts:
         """Read some cells, positions among the N without repetition. -> Counts, or NotCounts."""
         return _gather(ahead(self._blocks(self.rows[cells])), self.shape[1])
 
-    def dense(self, cells=None):
+    def dense(self, cells=slice(None)):
         """As Counts.dense."""
-        cells = np.arange(self.shape[0])[slice(None) if cells is None else cells]
+        cells = np.arange(self.shape[0])[cells]
         rising, place = np.unique(cells, return_inverse=True)
         return self.take(rising).dense(place)
 
@@ -595,29 +583,26 @@ class StoredCounts:
                 "were rounded to it")
 
     def _blocks(self, rows):
-        """Yield the Counts of some rows of the file, a block of whole rows at a time. A matrix by
-        columns is read into memory first."""
+        """Yield the Counts of some rows of the file, a block of whole rows at a time."""
         with _naming(self.path):
             try:
-                blocks = self._stored_blocks(*self._majors(rows))
-                if not self.by_row:
+                blocks = self._stored_blocks(rows)
+                if self.order < 0:  # through memory
                     blocks = [_transposed(_gather(blocks, len(rows)))]
                 yield from blocks
             except NotCounts as error:  # in a later block than the first
-                advice = _advice(self.path, self.file, [self.name], self.cell_names)
+                advice = _advice(self.path, self.file, [self.name], self.names[0])
                 raise NotCounts(f"{error}; {advice}") from None
 
-    def _majors(self, rows):
-        """What the matrix is stored by, rows or genes, and the other of the two."""
-        return (rows, self.genes) if self.by_row else (self.genes, rows)
-
-    def _stored_blocks(self, majors, minors):
-        """Blocks of these rows and genes; of a matrix by columns, genes x rows."""
-        n_minor = len(self.gene_names if self.by_row else self.cell_names)
+    def _stored_blocks(self, rows):
+        """Yield blocks of these rows; of a matrix by columns, genes x rows. Below, `majors` are the
+        rows, or genes, that are stored side by side, and `minors` the others."""
+        majors, minors = (rows, self.genes)[::self.order]
+        n_minor = len(self.names[::self.order][1])
         all_minors = np.array_equal(minors, np.arange(n_minor))
         place = np.full(n_minor, -1)  # of each in the result; -1: not wanted
         place[minors] = np.arange(len(minors))
-        if self.is_dense:  # chunks side by side are read together, so that each is unpacked once
+        if self.indptr is None:  # chunks that are side by side are read together, each once
             height = min(self.data.chunks[0] if self.data.chunks else 1, 2**27 // n_minor + 1)
             start = majors // height * (height * n_minor)
             end = start + height * n_minor
@@ -625,7 +610,7 @@ class StoredCounts:
             start, end = self.indptr[majors], self.indptr[majors + 1]
         for a, b in _runs(majors, start, end):
             part = majors[a:b]
-            block = self._stretch(part[0], part[-1] + 1, n_minor)
+            block = self._read(part[0], part[-1] + 1, n_minor)
             if b - a < block.shape[0]:
                 block = block.take(part - part[0])
             if not all_minors:
@@ -635,16 +620,15 @@ class StoredCounts:
                                kept_before[block.indptr])
             yield self._checked(block, part, minors)
 
-    def _stretch(self, start, stop, n_minor):
+    def _read(self, start, stop, n_minor):
         """The majors from start to stop with all their values, still unchecked, as Counts."""
-        if self.is_dense:
+        if self.indptr is None:
             return from_dense(self.data[start:stop])
         indptr = self.indptr[start:stop + 1]
         minor, values = (v[indptr[0]:indptr[-1]] for v in (self.indices, self.data))
-        if len(minor) and (minor.min() < 0 or minor.max() >= n_minor):  # before it is used
-            wrong = minor[(minor < 0) | (minor >= n_minor)][0]
-            raise DataError(f"{self.name}/indices holds {wrong}; it must be at least 0 and below "
-                            f"{n_minor}")
+        wrong = [v for v in (minor.min(initial=0), minor.max(initial=0)) if not 0 <= v < n_minor]
+        require(not wrong, f"{self.name}/indices holds {wrong[:1]}, not at least 0 and below "
+                f"{n_minor}")  # before it is used
         return Counts((stop - start, n_minor), values, minor.astype(_positions(n_minor)),
                       indptr - indptr[0])
 
@@ -652,10 +636,9 @@ class StoredCounts:
         """The block with its values as counts, tidy."""
         def name_of(i):
             """The cell and gene of value i, for an error."""
-            place = (majors[np.searchsorted(block.indptr, i, "right") - 1],
-                     minors[block.columns[i]])
-            cell, gene = place if self.by_row else place[::-1]
-            return f"cell {self.cell_names[cell]!r}, gene {self.gene_names[gene]!r}"
+            major = majors[np.searchsorted(block.indptr, i, "right") - 1]
+            cell, gene = (major, minors[block.columns[i]])[::self.order]
+            return f"cell {self.names[0][cell]!r}, gene {self.names[1][gene]!r}"
 
         values, n_rounded = _as_counts(self.name, block.values, name_of)
         self.n_rounded += n_rounded
@@ -693,10 +676,10 @@ class H5ad:
     def __init__(self, matrix, var):
         self.path, self.found = matrix.path, f"{matrix.name}, {matrix.form}"
         self.shape, self.streams = matrix.shape, matrix.streams
-        self.cell_names, self.gene_names = matrix.cell_names, matrix.gene_names
+        self.cell_names, self.gene_names = matrix.names
         self._matrix, self._var = matrix.name, var
-        self.obs_columns, self.var_columns = (
-            _column_names(matrix.file, table) for table in ("obs", var))
+        (_, *self.obs_columns), (_, *self.var_columns) = (
+            _columns(matrix.file, table) for table in ("obs", var))
 
     def obs(self, column):
         """The obs column, an array (cells,), a missing label None. DataError where it is none."""
@@ -715,7 +698,7 @@ class H5ad:
             return values
 
     def counts(self, rows=slice(None), genes=slice(None), stored=False):
-        """Counts of some cells and genes: a Counts, all values checked, or, if stored, StoredCounts.
+        """Counts of some cells and genes, all checked: a Counts or, if stored, a StoredCounts.
 
         rows, genes    a boolean mask, (cells,) or (genes,), or positions in any order, each once
         """
@@ -732,15 +715,15 @@ class H5ad:
 def read_h5ad(path, layer=None):
     """Open an .h5ad file (anndata 0.5 to 0.13) and find its counts. Returns an H5ad.
 
-    layer   a layer's name, or "raw"; by default X, or, where X is absent or its first block holds no
-            counts, the counts in layers/counts or raw/X: a line then says so.
+    layer   a layer's name, or "raw"; by default X, or, where X is absent or its first block has no
+            counts, layers/counts or raw/X: a line then says so.
     """
     path = os.fspath(path)
     with _h5_file(path) as file:
         places = _places_of_counts(file)
         asked = [n for n in ("X", "counts", "raw") if n in places] if layer is None else [layer]
-        require(asked, "has neither X nor layers/counts nor raw/X")
-        require(asked[0] in places, f"has no layer {layer!r}; --layer can be: {', '.join(places)}")
+        require(asked and asked[0] in places,
+                f"has no {layer or 'X, counts or raw'}; --layer can be: {', '.join(places)}")
         problem, cell_names = None, _names(file, "obs")
         for name, var in (places[n] for n in asked):
             try:
@@ -787,8 +770,8 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
 
     X             a 2-D array (cells x genes); None; or an iterator of Counts of successive cells,
                   which are written sparse, in the narrowest types
-    obs, var      dicts of columns, numbers or text, None where a value is missing, or functions
-                  without arguments that return one; the first is the index
+    obs, var      dicts of columns, or functions that return one: numbers or text, None where a
+                  value is missing; the first is the index
     layers, obsm  dicts of 2-D arrays (cells x genes; cells x anything)
     uns           dict of arrays, numbers, text, lists of text, and such dicts
     """
@@ -834,39 +817,26 @@ def _write_table(file, name, columns):
             order.append(column)
         except DataError as error:  # of a function: the column is damaged where it comes from
             say(f"{error}: this column is left out")
+    # The order with its type, since an empty list would become floats.
+    order = np.array(order, dtype=h5py.string_dtype())
     table.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
-                        "_index": index})
-    # With its type, since an empty list would become floats.
-    table.attrs.create("column-order", np.array(order, dtype=object), (len(order),),
-                       h5py.string_dtype())
+                        "_index": index, "column-order": order})
 
 
 def _write_column(table, name, values):
     """Add a column. Text that repeats or is missing becomes categorical, as anndata does it."""
     missing = np.array([value is None for value in values.tolist()], bool)
-    present = set(map(type, values[~missing].tolist()))
-    if present == {str}:
-        categories, codes = _numbered(values[~missing].tolist())
+    present = values[~missing].tolist()
+    if present and isinstance(present[0], str):
+        categories, found = _numbered(present)
         if missing.any() or len(categories) <= len(values) / 2:
-            all_codes = np.full(len(values), -1, np.int32)
-            all_codes[~missing] = codes
-            return _write(table, name, {"codes": all_codes, "categories": _objects(categories)},
+            codes = np.full(len(values), -1, np.int32)
+            codes[~missing] = found
+            return _write(table, name, {"codes": codes, "categories": _objects(categories)},
                           "categorical", ordered=False)
-    if not missing.any():
-        return _write(table, name, values)
-    nothing = math.nan if float in present else False if present == {bool} else 0
-    filled = np.array([nothing if value is None else value for value in values.tolist()])
-    if float in present:  # anndata has NaN for these
-        return _write(table, name, filled)
-    kind = "boolean" if filled.dtype == bool else "integer"
-    _write(table, name, {"values": filled, "mask": missing}, f"nullable-{kind}")
-
-
-def _numbered(texts):
-    """The different texts, sorted, and the position of each text among these, an array."""
-    values = sorted(set(texts))
-    place = {value: i for i, value in enumerate(values)}
-    return values, np.array([place[text] for text in texts], int)
+    if missing.any():  # of numbers; anndata has NaN there
+        values = np.array([math.nan if v is None else v for v in values.tolist()], float)
+    _write(table, name, values)
 
 
 def _write_counts(file, parts):
@@ -905,8 +875,8 @@ def free(name, taken):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary name beside `path` that is renamed to it if and only if the block succeeds: in one
-    step, so that `path` is the old file or the new one. DataError where it cannot be written."""
+    """A temporary name beside `path` that is renamed to it, in one step, if and only if the block
+    succeeds. DataError where it cannot be written."""
     require(os.path.isfile(path) or not os.path.exists(path), f"{path}: cannot be written: is a "
             "folder, a pipe or a device")
     target = os.path.realpath(path)  # a link stays, and its file is replaced
@@ -936,12 +906,10 @@ import itertools
 import json
 import typing
 
-# Two settings that make a CPU fast, before torch is imported and for two of our commands alone:
-# GNU OpenMP's threads spin 1,000 turns while they wait (the default is slow beside other programs,
-# none is slow alone); glibc keeps freed arrays (M_MMAP_MAX -4, M_TRIM_THRESHOLD -1).
-_program = os.path.split(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
-if _program[0] == os.path.dirname(os.path.abspath(__file__)) and _program[1] in (
-        "train.py", "evaluate.py"):
+# Two settings that make a CPU fast, for two of our commands alone, before torch is imported: GNU
+# OpenMP's threads spin 1,000 turns while they wait (many are slow beside other programs, none are
+# slow alone), and glibc keeps freed arrays (M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1).
+if os.path.basename(sys.argv[0]) in ("train.py", "evaluate.py"):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
         for _parameter, _value in ((-4, 0), (-1, -1)):
@@ -975,16 +943,14 @@ READING = {
                       "a label: (.+)_g[0-9]+ where a gene has several guides"),
     "exclude": ([], "LABEL", "leave out cells with this label; * as in --control"),
     "keep": ([], "LABEL", "a label such as negative or unknown that does name a perturbation"),
-    "layer": (None, "NAME", "layer that holds the counts, or raw (default: X, else layers/counts, "
-              "else raw/X)"),
+    "layer": (None, "NAME", "layer of the counts, or raw (default: X, layers/counts or raw/X)"),
     "gene_column": (None, "COLUMN[=VALUE]", "var column that is true, or has this value, for genes "
                     "to keep (default: Gene Expression where var has feature_types, else all)"),
     "gene_names": (None, "COLUMN", "var column of the genes' names (default: the index)"),
     "subset": ([], "COLUMN=VALUE", "keep cells with this value in this obs column"),
     "min_cells": (0, "N", "leave out perturbations of fewer cells"),
     "split_column": (None, "COLUMN", "obs column that says train, val or test (default: random)"),
-    "covariate": ([], "COLUMN", "obs column, such as a donor or a batch, that the networks see "
-                  "(ours)")}
+    "covariate": ([], "COLUMN", "obs column, such as a donor, that the networks see (ours)")}
 LABEL_OPTIONS = list(READING)[:7]
 MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
 
@@ -997,14 +963,11 @@ CONTROLS = ["control", "ctrl", "NT", "NTC", "non-targeting*", "non_targeting*", 
 FAMILIES = {
     "sgID_AB": (["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
     "condition": ([*CONTROLS, "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
-    "perturbation": (CONTROLS, None),  # scPerturb
-    "gene": (CONTROLS, None),  # Replogle et al., original; Arc
-    "target_gene": (CONTROLS, None),  # Arc, Virtual Cell Challenge
-    "gene_target": (CONTROLS, None),  # Mixscape
-    "grna_target": (CONTROLS, None),  # sceptre
-    "target_gene_name": (CONTROLS, None)}  # Cell Ranger
-# In a column of no family, any family's names of controls will do.
-ANY_FAMILY = ([*CONTROLS, "DMSO", "Vehicle", "*non-targeting*"], None)
+} | dict.fromkeys([
+    "perturbation",  # scPerturb
+    "gene", "target_gene",  # Replogle et al., original; Arc, Virtual Cell Challenge
+    "gene_target", "grna_target", "target_gene_name"], (CONTROLS, None))  # Mixscape; sceptre; 10x
+ANY_FAMILY = ([*CONTROLS, "DMSO", "Vehicle", "*non-targeting*"], None)  # in any other column
 # What guide callers and demultiplexers write where they have no label. (--keep overrides it.)
 UNASSIGNED = ["", "nan", "none", "<na>", "na", "n/a", "null", "unassigned", "unknown",
               "undetermined", "unmapped", "negative", "ambiguous", "doublet", "doublets",
@@ -1057,8 +1020,7 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     only_controls   keep control cells alone, and do not ask for perturbed ones
     options         see READING; what may be repeated is a list, or one text
 
-    Cells outside of the subset, without a label or with one that is left out, or without any count
-    of the kept genes are dropped; a note says how many.
+    Cells without a label or any count of the kept genes are dropped; a note says how many.
     """
     how = reading(options)
     # First names and labels, which say what cells and genes are wanted.
@@ -1072,9 +1034,8 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     stored = file.counts(wanted, genes, stored=True)
     if stream is None:
         stream = stored.n_bytes > memory() / (2 if file.streams else 1)
-    require(file.streams or not stream, f"{path}: {file.found}, is stored so that cells cannot be "
-            "read one by one, as --stream or its size asks for: write it by rows with python "
-            "data.py prepare IN.h5ad OUT.h5ad")
+    require(file.streams or not stream, f"{path}: {file.found}, is not stored cell by cell, as "
+            "--stream or its size asks for: python data.py prepare IN.h5ad OUT.h5ad")
     counts = stored if stream else stored.take()
     sums = cell_sums(counts)
     stored.say_rounded()
@@ -1086,8 +1047,7 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     is_control = (d == NONE).all(1)
     require(is_control.any() and (only_controls or not is_control.all()), f"{path}: "
             f"{is_control.sum():,} of {len(rows):,} cells with counts and a label in "
-            f"{labels.column} are controls; training needs controls and perturbed cells "
-            f"({'; '.join(cell_notes)})")
+            f"{labels.column} are controls; training needs controls and perturbed cells")
     c, covariates, c_notes = _read_covariates(file, how["covariate"], rows, is_control, conditions)
 
     n_empty, n_pairs = (~has_counts).sum(), len({*conditions[(d != NONE).sum(1) > 1]})
@@ -1126,9 +1086,9 @@ def one_label_per_cell(screen):
 
     Its perturbations are the names of the conditions other than "control", sorted."""
     names = sorted(set(screen.conditions) - {"control"})
-    index = {name: t for t, name in enumerate(names)} | {"control": NONE}
-    d = np.array([[index[name]] for name in screen.conditions])
-    return dataclasses.replace(screen, d=d, perturbations=names)
+    index = {"control": NONE} | {name: t for t, name in enumerate(names)}
+    return dataclasses.replace(screen, perturbations=names,
+                               d=np.array([[index[name]] for name in screen.conditions]))
 
 
 def renumbered(screen, perturbations):
@@ -1195,16 +1155,14 @@ def _read_one_hot(file, how):
     cell's label is the names of its columns, joined."""
     prefix, columns = how["one_hot_prefix"], {}
     require(not how["perturbation_column"] and not how["combination_separator"],
-            "--one-hot-prefix takes the place of --perturbation-column and "
-            "--combination-separator: leave these out")
+            "--one-hot-prefix takes the place of --perturbation-column and its separator")
     for column in file.obs_columns:
         values = file.obs(column).tolist() if column.startswith(prefix) else [""]
         # Columns of text may share the prefix, such as guide_identity in the paper's Norman file.
         if column != prefix and not any(isinstance(v, str) for v in values):
             columns[column.removeprefix(prefix)] = values
             wrong = [v for v in values if v not in (0, 1, None) and v == v]  # but for NaN
-            require(not wrong, f"{file.path}: obs column {column!r} holds {wrong[:1]}, and not 0 "
-                    "and 1 alone")
+            require(not wrong, f"{file.path}: obs column {column!r} holds {wrong[:1]}, not 0 or 1")
     require(columns, f"{file.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
     joiner = _joiner(columns)
     values = [joiner.join(name for name, v in zip(columns, row) if v) if {*row} <= {0, 1} else "nan"
@@ -1225,8 +1183,7 @@ def _parse(source, file, column, values, controls, separator, how):
              else [label] for label in n_cells}
     for label in parts:
         require(label == "" or all(parts[label]), f"{where}: the label {label!r}, split at "
-                f"{separator!r}, has an empty part: another --combination-separator, or '' to "
-                "split nothing")
+                f"{separator!r}, has an empty part: choose another --combination-separator")
     try:
         pattern = re.compile(how["label_pattern"] or "(.*)", re.DOTALL)
         name_of = {part: match[1] for part in itertools.chain(*parts.values())
@@ -1250,9 +1207,8 @@ def _parse(source, file, column, values, controls, separator, how):
 
     parsed = {label: parse(label) for label in n_cells}
     found = [label or "cells without any" for label in parsed if parsed[label] == frozenset()]
-    require(found, f"{where}: no cell has only {', '.join(map(repr, controls))}: say what control "
-            "cells have with --control (may be repeated; * stands for any characters, '' for no "
-            f"label); {listed}", NoControl)
+    require(found, f"{where}: no cell has only {', '.join(map(repr, controls))}: say what controls "
+            f"have with --control (* is any characters, '' no label); {listed}", NoControl)
     notes = [f"{'labels in ' * source.startswith('obs')}{source}; control: {', '.join(found[:3])}"
              + f" and {len(found) - 3} more" * (len(found) > 3)]
     # Whether combinations were taken for what they are decides about everything after: say it.
@@ -1261,18 +1217,15 @@ def _parse(source, file, column, values, controls, separator, how):
         notes[0] += f"; combinations are split at {separator!r}" + (
             ", which is in no label" * all(len(names) == 1 for names in parts.values()))
     elif column in file.obs_columns and joined and not how["label_pattern"]:
-        notes[0] += (f"; some contain {' and '.join(joined)}, nothing was split (where it joins "
-                     "combinations, use --combination-separator; where it numbers guides, "
+        notes[0] += (f"; some contain {' and '.join(joined)}, nothing was split (if it joins "
+                     "combinations, use --combination-separator; if it numbers guides, "
                      "--label-pattern)")
     everything = [*parsed, *itertools.chain(*parts.values()), *name_of.values()]
-    for option in ("control", "exclude", "keep"):  # one that is nowhere is a misspelt one
-        for text in how[option]:
-            if not any(map(_matcher([text]), everything)):
-                problem = (f"no label is {text!r}, of --{option}, where * stands for any "
-                           f"characters; {listed}")
-                # Of several controls one may be missing: in another file of the same kind, say.
-                require(option == "control", f"{where}: {problem}")
-                notes.append(f"warning: {problem}")
+    for option, text in [(o, text) for o in ("control", "exclude", "keep") for text in how[o]]:
+        if not any(map(_matcher([text]), everything)):  # a misspelt one; but controls may be of
+            problem = f"no label is {text!r}, of --{option}; {listed}"  # another file of the kind
+            require(option == "control", f"{where}: {problem}")
+            notes.append(f"warning: {problem}")
     unmatched = [value for value in values if parsed[value] and not all(
         part in name_of or is_control(part) for part in parts[value])]
     if unmatched:
@@ -1299,8 +1252,8 @@ def _dosages(path, sets):
     joiner, has_pairs = _joiner(perturbations), any(len(names) > 1 for names in sets)
     for name in perturbations:  # the names of conditions must tell them apart
         require(name != "control" and not (joiner in name and has_pairs), f"{path}: a perturbation "
-                f"is called {name!r}, which cannot be told from the control or from a combination: "
-                "check --control and --combination-separator, or rename it")
+                f"is called {name!r}, like the control or a combination: check --control and "
+                "--combination-separator, or rename it")
     index = {name: t for t, name in enumerate(perturbations)}
     d = np.full((len(sets), max(map(len, sets), default=0)), NONE)
     for i, names in enumerate(sets):
@@ -1337,18 +1290,16 @@ def _choose_cells(in_subset, labels, how, only_controls=False):
 
 
 def _in_subset(file, how):
-    """Which cells are kept by --subset, (cells,) bool: those with one of the values of a column,
-    for each column."""
-    wanted, chosen = {}, np.ones(file.shape[0], bool)
+    """Which cells --subset keeps, (cells,) bool: of each column, any of the values given for it."""
+    wanted, chosen = collections.defaultdict(set), np.ones(file.shape[0], bool)
     for text in how["subset"]:
         column, equals, value = text.partition("=")
         require(equals, f"--subset needs COLUMN=VALUE, not {text!r}")
-        wanted.setdefault(column, set()).add(value)
+        wanted[column].add(value)
     for column, values in wanted.items():
         found = _texts(file.obs(column))
-        for value in values - set(found):  # a value that is nowhere is a misspelt one
-            raise DataError(f"{file.path}: no cell has {value!r} in obs column {column!r}; its "
-                            f"values are {_commonest(found, 12)}")
+        require(values <= set(found), f"{file.path}: no cell has {values - set(found)} in obs "
+                f"column {column!r}; its values are {_commonest(found, 12)}")
         chosen &= np.array([value in values for value in found])
     require(chosen.any(), f"{file.path}: no cell is in the subset {' '.join(how['subset'])}")
     return chosen
@@ -1392,8 +1343,8 @@ def _choose_genes(file, how, genes_of=None):
             return np.array([place[name] for name in genes_of]), _objects(genes_of), notes
     wrong = min(wrong, key=len)
     raise DataError(f"{file.path}: {len(wrong):,} of the {len(genes_of):,} genes wanted are not "
-                    f"there, or more than once, such as {', '.join(wrong[:5])}; all are needed, by "
-                    f"these names (the file's are {', '.join(names[:3])}, ...)")
+                    f"there, or more than once, such as {', '.join(wrong[:5])} (the file has "
+                    f"{', '.join(names[:3])}, ...)")
 
 
 def _read_covariates(file, columns, rows, is_control, conditions):
@@ -1408,7 +1359,7 @@ def _read_covariates(file, columns, rows, is_control, conditions):
         values, place = _numbered(found[~missing].tolist())
         require(2 <= len(values) <= min(50, max(2, len(rows) / 10)) and column not in columns[:j],
                 f"{file.path}: --covariate {column!r} has {len(values):,} values for {len(rows):,} "
-                "cells: different columns of 2 to 50 values, each with many cells, are needed")
+                "cells: different columns are needed, of 2 to 50 values of many cells each")
         c[~missing, j] = len(names) + place
         names += [f"{column}={value}" for value in values]
     if not columns:
@@ -1420,8 +1371,8 @@ def _read_covariates(file, columns, rows, is_control, conditions):
             f"has the covariates of a control cell: leave out --covariate {', '.join(columns)}")
     return c, names, [f"covariates: {', '.join(names)}", (
         f"warning: {(~compared).sum():,} cells, with all cells of {len(alone):,} conditions, have "
-        "covariates that no control cell has: the model trains on them; the effects measured in "
-        "the data leave them out") * (not compared.all())]
+        "covariates that no control has: effects in the data leave them out")
+        * (not compared.all())]
 
 
 def _doubts(library, hashes):
@@ -1430,38 +1381,41 @@ def _doubts(library, hashes):
     n_twice = int(deep.sum()) - len(np.unique(hashes[deep]))
     if n_twice > 0.01 * len(library):
         notes.append(f"warning: {n_twice:,} cells have exactly the counts of another cell: copies "
-                     "end up in both train and test, and results look better than they are: keep "
-                     "one of each")
+                     "end up in both train and test: keep one of each")
     low, middle, high = np.quantile(library, [0.1, 0.5, 0.9])
     if len(library) >= 20 and middle >= 100 and high - low < 0.02 * middle:
-        notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}: these look "
-                     "like normalised values that were rounded; start from the raw counts")
+        notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}, like "
+                     "normalised values that were rounded: start from the raw counts")
     return notes
 
 
 def unbalanced(screen, given=()):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do. Columns `given`
-    are left out. Unlike: a total variation distance 0.1 above what chance gives."""
+    are left out. Unlike: a total variation distance, within the strata of covariates and among
+    values that controls have, 0.1 above what chance gives."""
     notes, perturbed = [], (screen.d != NONE).any(1).astype(int)
+    stratum = np.unique(np.pad(screen.c, ((0, 0), (1, 0))), axis=0, return_inverse=True)[1].ravel()
     for column in [column for column in screen.file.obs_columns if column not in given]:
+        values = []
         with contextlib.suppress(DataError):  # a damaged column that nobody asked for
             found = screen.obs(column)
             values, v = _numbered([] if found.dtype.kind == "f" else _texts(found))
-            if not 2 <= len(values) <= 50:  # a measurement, a barcode
-                continue
-            n = np.zeros((2, len(values)))  # controls, perturbed cells
-            np.add.at(n, (perturbed, v), 1)
-            n[1] *= n[0] > 0  # a value that no control has describes the perturbation
-            p = n / np.maximum(n.sum(1, keepdims=True), 1)
-            # The mean distance of n cells from their own distribution, were it uniform.
-            chance = 0.4 * math.sqrt((len(values) - 1) / max(1, n.sum(1).min()))
+        if not 2 <= len(values) <= 50:  # a measurement, a barcode
+            continue
+        n = np.zeros((stratum.max() + 1, 2, len(values)))
+        np.add.at(n, (stratum, perturbed, v), 1)  # controls, perturbed cells
+        n[:, 1] *= n[:, 0] > 0
+        p, weight = n / np.maximum(n.sum(2, keepdims=True), 1), n[:, 1].sum(1)
+        distance = np.abs(p[:, 0] - p[:, 1]).sum(1) / 2 @ weight / max(1, weight.sum())
+        # The mean distance of n cells from their own distribution, were it uniform.
+        chance = 0.4 * math.sqrt((len(values) - 1) / max(1, n.sum((0, 2)).min()))
+        if weight.sum() > 0.1 * perturbed.sum() and distance > 0.1 + chance:
+            p = n.sum(0) / n.sum((0, 2))[:, None]
             most = np.argmax(np.abs(p[0] - p[1]))
-            if n[1].sum() > 0.1 * perturbed.sum() and np.abs(p[0] - p[1]).sum() / 2 > 0.1 + chance:
-                notes.append(
-                    f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of the "
-                    f"perturbed cells have {column}={values[most]}: if that is no result of "
-                    f"perturbations, --covariate {column} compares like with like")
+            notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of the "
+                         f"perturbed cells have {column}={values[most]}: if that is no result of "
+                         f"perturbations, --covariate {column} compares like with like")
     return notes
 
 
@@ -1493,12 +1447,11 @@ def _read_split(file, column):
     present = {v.lower() for v in found}
     if {"ood", "test"} <= present and not present & {"val", "valid", "validation"}:
         words["test"] = "validation"
-        notes.append(f"obs column {column!r} has ood and no validation, as CPA writes it: its test "
-                     "cells are for validation, and ood cells for testing")
+        notes.append(f"obs column {column!r} has ood and no validation, as CPA writes it: test is "
+                     "for validation, ood for testing")
     split = _objects(words.get(v.lower()) for v in found)
     require({"train", "test"} <= {*split}, f"{file.path}: obs column {column!r} has no cells for "
-            f"training or none for testing: it says {_commonest(found, 8)}, and its words can be "
-            f"{', '.join(SPLIT_WORDS)}")
+            f"training or testing: it says {_commonest(found, 8)}; words: {', '.join(SPLIT_WORDS)}")
     unknown = [v for v, part in zip(found, split) if part is None]
     if unknown:
         notes.append(f"{len(unknown):,} cells are in no split, obs column {column!r} says "
@@ -1534,8 +1487,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     """
     n_perturbed = (screen.d != NONE).sum(1)  # (N,) perturbations of each cell
     require(split == "random" or screen.split is not None or n_perturbed.max() > 1,
-            f"{screen.path}: --split {split} needs combinations, and no cell has two "
-            "perturbations: check --combination-separator or --one-hot-prefix")
+            f"{screen.path}: --split {split} needs combinations: check --combination-separator")
 
     def of_80_20(cells):
         """80 % and 20 % of the cells, always by the same seed."""
@@ -1629,13 +1581,12 @@ class Piece:
     d (B, P), c (B, C); `cells` (B,) is a tensor of positions among those of the piece."""
 
     def __init__(self, counts, labels, device, pinned=False):
-        self.counts = counts
-        self.labels, self.csr = [_tensor(v, device, pinned) for v in labels], []
+        self.counts, self.csr = counts, []
+        self.labels = [_tensor(v, device, pinned) for v in labels]
         if device.type != "cpu":
-            longest = int(np.diff(counts.indptr).max(initial=0))
-            self.csr = [_tensor(v, device, pinned) for v in (
-                counts.values, counts.columns, counts.indptr)]
-            self.csr.append(torch.arange(longest, device=device))
+            longest = torch.arange(int(np.diff(counts.indptr).max(initial=0)), device=device)
+            self.csr = [*(_tensor(v, device, pinned) for v in (
+                counts.values, counts.columns, counts.indptr)), longest]
 
     def __call__(self, cells):
         if self.csr:
@@ -2120,11 +2071,9 @@ def number_within(kind, least, largest, words):
 
 MACHINE = {  # what a MemoryError or a RuntimeError of torch says, and what it means
     "MemoryError|out of memory|allocate|(multiplic|calcul)ation overflow":
-        "not enough memory: a smaller model or fewer particles, cells in a batch or genes take "
-        "less",
+        "not enough memory: a smaller model, fewer particles, cells in a batch or genes take less",
     "Connection (closed|reset|refused)|Broken pipe|remote process|NCCL":
-        "another process has ended: if the run has begun, --resume goes on from its last "
-        "validation"}
+        "another process has ended: --resume goes on from the last validation, if there was one"}
 
 
 def run(main):

@@ -382,11 +382,11 @@ def cell_sums(counts):
     weights = np.frombuffer(hashlib.shake_128(b"genes").digest(8 * counts.shape[1]), "<i8")
     sums = [np.zeros((2, 0), np.int64)]
     for part in counts.parts():
-        before = np.zeros((2, len(part.values) + 1), np.int64)  # each entry
-        before[:, 1:] = part.values
-        before[1, 1:] *= weights[part.columns]
-        np.cumsum(before, axis=1, out=before)
-        sums.append(np.diff(before[:, part.indptr]))
+        values = np.zeros((2, len(part.values) + 1), np.int64)  # one more, for cells at the end
+        values[:, :-1] = part.values
+        values[1, :-1] *= weights[part.columns]
+        of_cells = np.add.reduceat(values, part.indptr[:-1], axis=1)
+        sums.append(of_cells * (np.diff(part.indptr) > 0))  # else it is the next one's first
     sums = np.concatenate(sums, axis=1)
     require((sums[0] >= 0).all(), "the counts of a cell add up to more than 2^63")
     return sums
@@ -610,20 +610,22 @@ class StoredCounts:
             start, end = self.indptr[majors], self.indptr[majors + 1]
         for a, b in _runs(majors, start, end):
             part = majors[a:b]
-            block = self._read(part[0], part[-1] + 1, n_minor)
-            if b - a < block.shape[0]:
-                block = block.take(part - part[0])
-            if not all_minors:
-                minor = place[block.columns]
-                kept_before = np.append(0, np.cumsum(minor >= 0))
-                block = Counts((b - a, len(minors)), block.values[minor >= 0], minor[minor >= 0],
-                               kept_before[block.indptr])
+            if self.indptr is None:
+                tile = self.data[part[0]:part[-1] + 1]
+                tile = tile[part - part[0]] if b - a < len(tile) else tile
+                block = from_dense(tile if all_minors else tile[:, minors])
+            else:
+                block = self._read(part[0], part[-1] + 1, n_minor)
+                block = block.take(part - part[0]) if b - a < block.shape[0] else block
+                if not all_minors:
+                    minor = place[block.columns]
+                    kept_before = np.append(0, np.cumsum(minor >= 0))
+                    block = Counts((b - a, len(minors)), block.values[minor >= 0],
+                                   minor[minor >= 0], kept_before[block.indptr])
             yield self._checked(block, part, minors)
 
     def _read(self, start, stop, n_minor):
-        """The majors from start to stop with all their values, still unchecked, as Counts."""
-        if self.indptr is None:
-            return from_dense(self.data[start:stop])
+        """The majors from start to stop of a sparse matrix, values unchecked, as Counts."""
         indptr = self.indptr[start:stop + 1]
         minor, values = (v[indptr[0]:indptr[-1]] for v in (self.indices, self.data))
         wrong = [v for v in (minor.min(initial=0), minor.max(initial=0)) if not 0 <= v < n_minor]

@@ -906,7 +906,6 @@ import ctypes
 import inspect
 import itertools
 import json
-import typing
 
 # Two settings that make a CPU fast, for two of our commands alone, before torch is imported: GNU
 # OpenMP's threads spin 1,000 turns while they wait (many are slow beside other programs, none are
@@ -1115,13 +1114,10 @@ def targets(perturbations, gene_names):
     return found
 
 
-class Labels(typing.NamedTuple):
-    """What a file says of the perturbations of its cells."""
-
-    column: str  # the obs column, or the prefix of one-hot columns and *
-    values: np.ndarray  # (cells,) str, "" where a label is missing
-    sets: list  # (cells,) frozensets of perturbations' names: empty for a control, None: no label
-    notes: list  # lines on what was read
+# What a file says of the perturbations of its cells: the obs column, or one-hot columns as PREFIX*;
+# labels (cells,), "" where missing; sets of perturbations' names (cells,), empty for a control, None
+# where there is no label; and lines on what was read.
+Labels = collections.namedtuple("Labels", "column values sets notes")
 
 
 def read_labels(file, how):
@@ -1773,19 +1769,16 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     `batch`: the second, of three in four controls and of half of the perturbed cells, adds
     N(0, batch^2) to the log frequency of each gene.
 
-    sparse_shift is the process of the SVAE+ paper: 1, 2 or 3 latent dimensions of a perturbation
-    are drawn with replacement, and from 2/3 to 4/3 of `cells` as its cells; the decoder has four
-    layers, orthonormal but for a factor, without biases, and logits of standard deviation 1; counts
-    are Poisson. Frequencies are normalised over cells, not over genes, as in its authors' code.
+    sparse_shift is the process of the SVAE+ paper: 1 to 3 latent dimensions of a perturbation,
+    drawn with replacement; 2/3 to 4/3 of `cells`; four orthonormal layers, logits of standard
+    deviation 1; Poisson counts of frequencies normalised over cells, as in its authors' code.
 
-    Written beside the counts: obs `condition` and `split`; obsm `X_true_z`, the latent states z
-    (N, L); uns `simulation` with the perturbations' names, the true `mask` and `effect` (T, L) and
-    the decoder, `weight_1`, `bias_1` and so on (`decode`); uns `pathways`, where a pathway is ten
-    or more perturbations that share a mask.
+    Beside the counts are written: obs `condition` and `split`; obsm `X_true_z`, the latent states
+    z (N, L); uns `simulation`, the true `mask` and `effect` (T, L) and the decoder (`decode`); uns
+    `pathways`, each of ten or more perturbations that share a mask.
 
-    Why many perturbations of few cells? Sparsity of the masks is all that says which latent axes
-    are the true ones (`sparsest_axes` in sams_vae.py): each entry of 1 costs about log(1 / alpha)
-    nats once for each perturbation, however many cells it has.
+    Many perturbations of few cells, as the sparsity of masks says which latent axes are true, and
+    an entry of 1 costs log(1 / alpha) nats for a perturbation, however many cells it has.
     """
     rng = np.random.default_rng(seed)
     # m_t and e_t, (T, L) each.
@@ -1934,14 +1927,12 @@ RECIPE_FILE, EXPECTED = "replogle_filtered.json", "118,641 cells, 1,187 genes, 7
 def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options):
     """Write some cells and genes of an .h5ad file of any size to another, counts sparse by rows.
 
-    path, out   the files; cells and genes stay in their order, as splits depend on it
     genes       a text file with the names of the genes to keep, one a line
     controls    at most so many control cells, drawn by numpy's legacy generator from `seed`
     recipe      one of RECIPES, in place of all other options
     options     as in `read_screen`; labels are read if an option asks for them
 
-    Kept are all columns of obs and var (categories lose their order), and uns/pathways. A matrix by
-    columns is read into memory. Prints what is kept.
+    Cells and genes keep their order and all their columns. A matrix by columns is read into memory.
     """
     lists = {}
     if recipe is not None:
@@ -2001,8 +1992,7 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
     kept = f"{len(rows):,} cells, {len(places):,} genes{kept}"
     print(f"{out}: {kept}")
     if recipe and kept != EXPECTED:
-        print(f"  expected were {EXPECTED}: this is not the file that the recipe is for, or it has "
-              "changed")
+        print(f"  expected were {EXPECTED}: this is another file, or it has changed")
 
 
 # ============================================================================================
@@ -2111,51 +2101,51 @@ def run(main):
     sys.exit(2)
 
 
-def given(parser, arguments):
-    """The options that the arguments give, a dict."""
+def options_of(command, arguments, description, files, add):
+    """The options that the arguments give a command of data.py, a dict, with its files."""
+    parser = argparse.ArgumentParser(prog=f"data.py{command}", allow_abbrev=False,
+                                     description=description)
+    for name, metavar in files.items():
+        parser.add_argument(name, metavar=metavar)
+    add(parser)
     return {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
 
 
 def main_of_prepare(arguments):
     """The command line of `prepare`."""
-    parser = argparse.ArgumentParser(
-        prog="data.py prepare", allow_abbrev=False,
-        description="Write some cells and genes of an .h5ad file of any size to another one: X "
-        "sparse by rows, uncompressed, in the narrowest integer type (cast before computing), all "
-        "columns of obs and var, and uns/pathways. Where an option concerns labels (--controls, "
-        "--min-cells, --exclude, those that say where they are), cells without one are left out.")
-    parser.add_argument("file", metavar="IN.h5ad")
-    parser.add_argument("out", metavar="OUT.h5ad")
-    parser.add_argument("--recipe", choices=list(RECIPES), help="the paper's cells and genes; "
-                        "leave out all that follows")
-    parser.add_argument("--genes", metavar="FILE", help="the genes to keep, a name a line")
-    parser.add_argument("--controls", metavar="N", type=number_within(int, *AT_LEAST_1),
-                        help="keep at most N control cells")
-    parser.add_argument("--seed", type=number_within(int, *AT_LEAST_0), help="which ones [0]")
-    add_screen_options(parser, training=False)
-    options = given(parser, arguments)
-    path, out = options.pop("file"), options.pop("out")
-    require("recipe" not in options or len(options) == 1,
+    def add(parser):
+        parser.add_argument("--recipe", choices=list(RECIPES), help="the paper's cells and genes; "
+                            "leave out all that follows")
+        parser.add_argument("--genes", metavar="FILE", help="the genes to keep, a name a line")
+        parser.add_argument("--controls", metavar="N", type=number_within(int, *AT_LEAST_1),
+                            help="keep at most N control cells")
+        parser.add_argument("--seed", type=number_within(int, *AT_LEAST_0), help="which ones [0]")
+        add_screen_options(parser, training=False)
+
+    options = options_of(
+        " prepare", arguments, "Write some cells and genes of an .h5ad file of any size to another "
+        "one: X sparse by rows, in the narrowest integer type (cast before computing), all columns "
+        "of obs and var, and uns/pathways. Where an option concerns labels (--controls, "
+        "--min-cells, --exclude, those that say where they are), cells without one are left out.",
+        {"path": "IN.h5ad", "out": "OUT.h5ad"}, add)
+    path, out = options["path"], options["out"]
+    require("recipe" not in options or len(options) == 3,
             "--recipe says which cells and genes are kept: leave the other options out")
     require(not os.path.exists(out) or not os.path.exists(path) or not os.path.samefile(path, out),
             f"{out} is the file that is read: choose another name")
-    prepare(path, out, **options)
+    prepare(**options)
 
 
 def main_of_simulate(arguments):
     """The command line of `simulate`."""
-    parser = argparse.ArgumentParser(
-        prog="data.py simulate", allow_abbrev=False,
-        description="Write a simulated screen, and the truth with it: train.py without --data "
-        "makes the same. A file that is there is replaced.")
-    parser.add_argument("out", metavar="OUT.h5ad")
-    add_options(parser, SIMULATION_OPTIONS)
-    options = given(parser, arguments)
-    out = options.pop("out")
-    simulate(out, **(SPARSE_SHIFT if options.get("sparse_shift") else {}) | options)
-    n_cells, n_genes = read_h5ad(out).shape
-    say(f"written: {out}, {n_cells:,} cells x {n_genes:,} genes; their split is obs column split, "
-        "and the truth is in obsm/X_true_z and uns/simulation")
+    options = options_of(
+        " simulate", arguments, "Write a simulated screen, and the truth with it: train.py without "
+        "--data makes the same. A file that is there is replaced.",
+        {"path": "OUT.h5ad"}, lambda parser: add_options(parser, SIMULATION_OPTIONS))
+    simulate(**(SPARSE_SHIFT if options.get("sparse_shift") else {}) | options)
+    file = read_h5ad(options["path"])
+    say(f"written: {file.path}, {file.shape[0]:,} cells x {file.shape[1]:,} genes; their split is "
+        "obs column split, and the truth is in obsm/X_true_z and uns/simulation")
 
 
 def main(arguments=None):
@@ -2164,15 +2154,11 @@ def main(arguments=None):
     commands = {"prepare": main_of_prepare, "simulate": main_of_simulate}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="data.py", allow_abbrev=False,
-        description="Print what the reader makes of an .h5ad file. (python data.py prepare --help: "
-        "write some of its cells and genes to another; python data.py simulate --help: a simulated "
-        "screen.)")
-    parser.add_argument("file")
-    add_screen_options(parser)
-    options = {"min_cells": MIN_CELLS} | given(parser, arguments)
-    screen = read_screen(options.pop("file"), **options)
+    options = {"min_cells": MIN_CELLS} | options_of(
+        "", arguments, "Print what the reader makes of an .h5ad file. (python data.py prepare "
+        "--help: write some of its cells and genes to another; python data.py simulate --help: a "
+        "simulated screen.)", {"path": "FILE.h5ad"}, add_screen_options)
+    screen = read_screen(**options)
     say(screen.path, *screen.notes, *unbalanced(screen, [
         screen.label_column, options.get("split_column"), *options.get("covariate", [])]))
     sizes = {name: len(cells) for name, cells in split_cells(screen).items()}

@@ -956,9 +956,8 @@ LABEL_OPTIONS = list(READING)[:7]
 MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
 
 # Labels in the files of others, tried in this order where no column is named: {obs column: (names
-# of its controls, what joins combinations)}. Only `condition` is known to join any: "_" joins
-# combinations in one family and numbers the guides of a single gene (ZAP70_1) in another. In these
-# lists capitals do not matter; in what the user writes they do.
+# of its controls, what joins combinations)}. Only `condition` is known to join any: "_" joins them
+# in one family, and numbers the guides of a gene (ZAP70_1) in another. Here capitals do not matter.
 CONTROLS = ["control", "ctrl", "NT", "NTC", "non-targeting*", "non_targeting*", "non targeting*",
             "nontargeting*", "negctrl*"]
 FAMILIES = {
@@ -1115,8 +1114,8 @@ def targets(perturbations, gene_names):
 
 
 # What a file says of the perturbations of its cells: the obs column, or one-hot columns as PREFIX*;
-# labels (cells,), "" where missing; sets of perturbations' names (cells,), empty for a control, None
-# where there is no label; and lines on what was read.
+# labels (cells,), "" where missing; sets of perturbations' names (cells,), empty for a control and
+# None where there is no label; and lines on what was read.
 Labels = collections.namedtuple("Labels", "column values sets notes")
 
 
@@ -1574,31 +1573,12 @@ def dense_rows(values, columns, indptr, longest, cells, n_genes):
     return x[:, :-1].contiguous()
 
 
-class Piece:
-    """Cells that lie on the device, with sparse integer counts. piece(cells) -> x (B, G) floats,
-    d (B, P), c (B, C); `cells` (B,) is a tensor of positions among those of the piece."""
-
-    def __init__(self, counts, labels, device, pinned=False):
-        self.counts, self.csr = counts, []
-        self.labels = [_tensor(v, device, pinned) for v in labels]
-        if device.type != "cpu":
-            longest = torch.arange(int(np.diff(counts.indptr).max(initial=0)), device=device)
-            self.csr = [*(_tensor(v, device, pinned) for v in (
-                counts.values, counts.columns, counts.indptr)), longest]
-
-    def __call__(self, cells):
-        if self.csr:
-            x = dense_rows(*self.csr, cells, self.counts.shape[1])
-        else:  # a loop over rows is two to four times as fast on a CPU
-            x = torch.from_numpy(self.counts.dense(cells.numpy()).astype(np.float32))
-        return x, *(v[cells] for v in self.labels)
-
-
 class Batches:
     """Batches x (B, G), d (B, P), c (B, C) of a screen's cells, which are positions 0..N-1.
 
-    Where the screen does not fit on the device, it goes there piece by piece, each made in a thread
-    while the one before it is in use: from memory, or from the file (StoredCounts).
+    Counts lie on the device sparse, as integers, and become dense floats batch by batch. Where they
+    do not fit there, they go there in pieces, from memory or from the file (StoredCounts), each
+    made in a thread while the one before it is in use.
 
     n_piece   cells of a piece, at most PIECE and about 1 GB of counts, a multiple of 512
     where     in words, where the counts lie
@@ -1620,31 +1600,47 @@ class Batches:
             if not piecewise and not self.from_file:
                 self.where = f"on {self.device}"
         self.where += f" ({n_bytes / 1e6:,.1f} MB)"
-        self.whole = None if piecewise or self.from_file else Piece(
-            self.counts, self.labels, self.device)
+        self.whole = None if piecewise or self.from_file else self._piece(self.counts, self.labels)
 
     def __call__(self, cells):
         """The batch of these cells, (B,) positions, a numpy array."""
-        piece, places = self.load(cells)
-        return piece(places)
+        return self._batch(*self.load(cells))
 
     def load(self, cells):
-        """A Piece that has these cells, and a tensor (B,) of where each is in it."""
+        """A piece that has these cells, and a tensor (B,) of where each is in it."""
         if self.whole is not None:
             return self.whole, torch.from_numpy(cells).to(self.device)
         rising, places = np.unique(cells, return_inverse=True)
         counts, labels = self.counts.take(rising), [v[rising] for v in self.labels]
         if self.device.type == "cpu":
-            return Piece(counts, labels, self.device), torch.from_numpy(places)
+            return self._piece(counts, labels), torch.from_numpy(places)
         # Copied beside the computation that is under way, which need not wait for it.
         with torch.cuda.stream(self.copying):
-            piece = Piece(counts, labels, self.device, pinned=True)
+            piece = self._piece(counts, labels, pinned=True)
             places = _tensor(places, self.device, pinned=True)
-            for tensor in (places, *piece.labels, *piece.csr):
+            for tensor in (places, *piece[0], *piece[1:]):
                 # This memory must not be used anew before the batches from it are done.
                 tensor.record_stream(torch.cuda.default_stream(self.device))
             self.copying.synchronize()
         return piece, places
+
+    def _piece(self, counts, labels, pinned=False):
+        """Cells on the device: their counts (on a GPU what `dense_rows` takes), d and c."""
+        labels = [_tensor(v, self.device, pinned) for v in labels]
+        if self.device.type != "cpu":
+            longest = torch.arange(int(np.diff(counts.indptr).max(initial=0)), device=self.device)
+            counts = [*(_tensor(v, self.device, pinned) for v in (
+                counts.values, counts.columns, counts.indptr)), longest]
+        return counts, *labels
+
+    def _batch(self, piece, cells):
+        """x, d, c of some cells of a piece, a tensor (B,) of positions in it."""
+        counts, d, c = piece
+        if self.device.type == "cpu":  # a loop over rows is two to four times as fast there
+            x = torch.from_numpy(counts.dense(cells.numpy()).astype(np.float32))
+        else:
+            x = dense_rows(*counts, cells, self.n_genes)
+        return x, d[cells], c[cells]
 
     def cut(self, order, start=0):
         """order[start:] (an array of cells) in pieces to be loaded: always at the same places."""
@@ -1659,7 +1655,7 @@ class Batches:
         parts, missing = [], size
         for piece, places in loaded if self.whole is not None else ahead(loaded):
             while len(places):
-                parts.append(piece(places[:missing]))
+                parts.append(self._batch(piece, places[:missing]))
                 places, missing = places[missing:], missing - len(parts[-1][0])
                 if not missing:
                     yield parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
@@ -2004,8 +2000,7 @@ AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 _default = {name: p.default for name, p in inspect.signature(simulate).parameters.items()}
 SIMULATION_OPTIONS = [(f"--{name.replace('_', '-')}", _default[name], allowed, text)
                       for name, allowed, text in (
-    ("sparse_shift", bool, "its process is that of Lopez et al. (2023), the paper of SVAE+, and the"
-     " other defaults are theirs: 100 perturbations of 375 cells, effects of 5, no pairs"),
+    ("sparse_shift", bool, "its process and its other defaults are those of Lopez et al. (2023)"),
     ("perturbations", (2, 2**32 - 1, "at least 2 and below 2^32"), "its perturbations"),
     ("cells", AT_LEAST_1, "its cells per perturbation and pair"),
     ("pairs", AT_LEAST_0, "its pairs; half of them are held out of training"),

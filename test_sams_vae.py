@@ -1855,7 +1855,9 @@ def read(tmp_path):
 
 
 def case(sentence, columns, expected, **options):
-    """The file has these columns; what is expected where it is read by these options."""
+    """The file has these columns ("name: value, value" is one); what is expected of reading it."""
+    if isinstance(columns, str):
+        columns = {columns.split(": ")[0]: columns.split(": ")[1].split(", ")}
     return pytest.param(columns, expected, options, id=sentence)
 
 
@@ -1865,83 +1867,75 @@ HOT = dict(g_A=[1, 0, 1, 0, 0, np.nan], g_N1=[0, 1, 1, 1, 0, 0],
 FLAGS = dict(guide_detected=[1, 0, 1], guide_confident=[True, False, False])
 SEVERAL = dict(condition=["stimulated", "rest", "rest"], perturbation=["A", "control", "B"],
                gene=["NT", "C", "NT"])
-UNNAMED = dict(condition=["control", "Multiplet", "unassigned", "A", "negative", "A+negative",
-                          "A+B", "B", "B2"])
-GUIDES_OF_A_GENE = dict(condition=["ctrl_g1", "A_g1", "A_g23+B_g2", "A_g2+ctrl_g3", "B", "A_g1+C"])
-RARE = dict(condition=["ctrl", "A", "A+B", "C", "B", "A+C", "C+D", "C", "C"])
+UNNAMED = "condition: control, Multiplet, unassigned, A, negative, A+negative, A+B, B, B2"
+GUIDES_OF_A_GENE = "condition: ctrl_g1, A_g1, A_g23+B_g2, A_g2+ctrl_g3, B, A_g1+C"
+RARE = "condition: ctrl, A, A+B, C, B, A+C, C+D, C, C"
+EMPTY, NUMBERS = dict(gene=["A", None, "NT", "", "B"]), dict(mine=[0.0, np.nan, 1.0])
+MINE = dict(perturbation_column="mine")
 
 
 @pytest.mark.parametrize("columns, expected, options", [
     case("order and a control in a combination do not matter",
-         dict(condition=["ctrl", "B+A", "A+B", "A+ctrl", "ctrl+B", "B"]),
-         ["control", "A+B", "A+B", "A", "B", "B"]),
-    case("nothing is split that nobody asked to split", dict(gene=["NT", "ZAP70_1", "ZAP70+B"]),
-         ["control", "ZAP70_1", "ZAP70+B"]),
-    case("what is asked for is split", dict(gene=["NT", "ZAP70_B"]), ["control", "B+ZAP70"],
+         "condition: ctrl, B+A, A+B, A+ctrl, ctrl+B, B", "control, A+B, A+B, A, B, B"),
+    case("nothing is split that nobody asked to split", "gene: NT, ZAP70_1, ZAP70+B",
+         "control, ZAP70_1, ZAP70+B"),
+    case("what is asked for is split", "gene: NT, ZAP70_B", "control, B+ZAP70",
          combination_separator="_"),
-    case("an empty separator splits nothing", dict(condition=["ctrl", "B+A"]), ["control", "B+A"],
+    case("an empty separator splits nothing", "condition: ctrl, B+A", "control, B+A",
          combination_separator=""),
-    case("names with a + are joined by one between spaces", dict(gene=["NT", "CD4+", "CD4+|B"]),
-         ["control", "CD4+", "B + CD4+"], combination_separator="|"),
+    case("names with a + are joined by one between spaces", "gene: NT, CD4+, CD4+|B",
+         "control, CD4+, B + CD4+", combination_separator="|"),
     case("a wildcard of the control does not reach beyond a part of a combination",
-         dict(gene=["nt_1", "nt_1|nt_2", "nt_1|A", "B|nt_2", "A|B"]),
-         ["control", "control", "A", "B", "A+B"], control="nt_*", combination_separator="|"),
+         "gene: nt_1, nt_1|nt_2, nt_1|A, B|nt_2, A|B", "control, control, A, B, A+B",
+         control="nt_*", combination_separator="|"),
     case("a control that contains the separator is meant as it stands",
-         dict(condition=["neg+ctrl", "A+ctrl", "A+neg+ctrl"]),
-         ["control", "A+ctrl", "A+ctrl+neg"], control="neg+ctrl"),
+         "condition: neg+ctrl, A+ctrl, A+neg+ctrl", "control, A+ctrl, A+ctrl+neg",
+         control="neg+ctrl"),
     case("several labels can be controls, and capitals matter in what the user writes",
-         dict(gene=["NT-1", "safe", "NT-2", "A", "nt-3"]),
-         ["control", "control", "control", "A", "nt-3"], control=["NT*", "safe"]),
-    case("an empty control is a missing or empty label", dict(gene=["A", None, "", "B", " "]),
-         ["A", "control", "control", "B", "control"], control=""),
-    case("which is otherwise none", dict(gene=["A", None, "NT", "", "B"]), ["A", "control", "B"]),
-    case("labels can be numbers", dict(mine=[0.0, np.nan, 1.0]), ["control", "1.0"],
-         perturbation_column="mine", control="0.0"),
-    case("of which NaN is a missing label", dict(mine=[0.0, np.nan, 1.0]),
-         ["0.0", "control", "1.0"], perturbation_column="mine", control=[""]),
-    case("cells whose label names no perturbation are left out", UNNAMED,
-         ["control", "A", "A+B", "B", "B2"]),
+         "gene: NT-1, safe, A, nt-3", "control, control, A, nt-3", control=["NT*", "safe"]),
+    case("a missing or empty label is none", EMPTY, "A, control, B"),
+    case("or, where that is said, a control", EMPTY, "A, control, NT, control, B", control=""),
+    case("labels can be numbers", NUMBERS, "control, 1.0", control="0.0", **MINE),
+    case("of which NaN is a missing label", NUMBERS, "0.0, control, 1.0", control=[""], **MINE),
+    case("cells whose label names no perturbation are left out", UNNAMED, "control, A, A+B, B, B2"),
     case("unless the label is kept, and others can be left out", UNNAMED,
-         ["control", "A", "negative", "A+negative"], keep=["negative"], exclude=["B*"]),
-    case("also from among the controls", dict(gene=["NT_1", "NT_bad", "A"]), ["control", "A"],
-         control="NT*", exclude="NT_bad"),
-    case("and of combinations that have them", dict(condition=["ctrl", "NT+A", "NT", "A+B", "B"]),
-         ["control", "B"], control=["ctrl", "NT"], exclude=["NT", "A"]),
-    case("a word for no label is one whatever joins combinations", dict(
-        gene=["NT", "no_guide", "non-targeting", "A_B"]), ["control", "control", "A+B"],
+         "control, A, negative, A+negative", keep=["negative"], exclude=["B*"]),
+    case("also from among the controls", "gene: NT_1, NT_bad, A", "control, A", control="NT*",
+         exclude="NT_bad"),
+    case("and of combinations that have them", "condition: ctrl, NT+A, NT, A+B, B", "control, B",
+         control=["ctrl", "NT"], exclude=["NT", "A"]),
+    case("a word for no label is one whatever joins combinations",
+         "gene: NT, no_guide, non-targeting, A_B", "control, control, A+B",
          combination_separator="_"),
-    case("controls can be called None", dict(gene=["None", "A", "nan"]), ["control", "A"],
-         control="None"),
-    case("once the cells of B and D are gone, A has too few cells, too", RARE,
-         ["control", "C", "C", "C"], min_cells=3),
+    case("controls can be called None", "gene: None, A, nan", "control, A", control="None"),
+    case("once the cells of B and D are gone, A has too few cells, too", RARE, "control, C, C, C",
+         min_cells=3),
     case("the first group of a label pattern names the perturbation in each part of a label",
-         GUIDES_OF_A_GENE, ["control", "A", "A+B", "A", "B", "A+C"], label_pattern="(.+)_g[0-9]+"),
-    case("and what is left out is called so, too", GUIDES_OF_A_GENE, ["control", "B"],
+         GUIDES_OF_A_GENE, "control, A, A+B, A, B, A+C", label_pattern="(.+)_g[0-9]+"),
+    case("and what is left out is called so, too", GUIDES_OF_A_GENE, "control, B",
          label_pattern="(.+)_g[0-9]+", exclude="A"),
     case("cells that have none of the one-hot columns are controls, a missing value is no label",
-         HOT, ["A", "N1", "A+N1+N2", "N1+N2", "control"], one_hot_prefix="g_"),
+         HOT, "A, N1, A+N1+N2, N1+N2, control", one_hot_prefix="g_"),
     case("or those that have the columns named as controls alone, and the first have no label",
-         HOT, ["A", "control", "A", "control"], one_hot_prefix="g_", control="N*"),
-    case("or both", HOT, ["A", "control", "A", "control", "control"], one_hot_prefix="g_",
+         HOT, "A, control, A, control", one_hot_prefix="g_", control="N*"),
+    case("or both", HOT, "A, control, A, control, control", one_hot_prefix="g_",
          control=["N1", "N2", ""]),
     case("one-hot columns can have a + in their names", {
         "g_A": [1, 0, 1, 0], "g_B": [0, 0, 1, 0], "g_A+B": [0, 1, 0, 0]},
-         ["A", "A+B", "A + B", "control"], one_hot_prefix="g_"),
-    case("one-hot columns are never guessed", FLAGS | dict(gene=["NT", "A", "B"]),
-         ["control", "A", "B"]),
-    *(case(f"{column} is a well-known column", {column: [control, "A_x|A_y"]},
-           ["control", "A_x|A_y"]) for column, control in (
-        ("sgID_AB", "non-targeting_1|non-targeting_2"), ("condition", "Vehicle"),
-        ("perturbation", "CONTROL"), ("gene", "NonTargetingControlGuideForHuman_1"),
-        ("target_gene", "non-targeting"), ("gene_target", "NT"), ("grna_target", "negCtrl10"),
-        ("target_gene_name", "Non-Targeting"))),
+         "A, A+B, A + B, control", one_hot_prefix="g_"),
+    case("one-hot columns are never guessed", FLAGS | dict(gene=["NT", "A", "B"]), "control, A, B"),
+    *(case(f"labels are found in {column}", column, "control, A_x|A_y") for column in (
+        "sgID_AB: non-targeting_1|non-targeting_2, A_x|A_y", "condition: Vehicle, A_x|A_y",
+        "perturbation: CONTROL, A_x|A_y", "gene: NonTargetingControl_1, A_x|A_y",
+        "target_gene: non-targeting, A_x|A_y", "gene_target: NT, A_x|A_y",
+        "grna_target: negCtrl10, A_x|A_y", "target_gene_name: Non-Targeting, A_x|A_y")),
     *(case(f"the first of these with the control {control} holds the labels", SEVERAL, expected,
            control=control) for control, expected in (
-        (None, ["A", "control", "B"]), ("NT", ["control", "C", "control"]),
-        ("rest", ["stimulated", "control", "control"]))),
-    case("controls can be read alone", dict(gene=["A", "NT"]), ["control"], only_controls=True)])
+        (None, "A, control, B"), ("NT", "control, C, control"),
+        ("rest", "stimulated, control, control"))),
+    case("controls can be read alone", "gene: A, NT", "control", only_controls=True)])
 def test_the_conditions_that_labels_mean(columns, expected, options, read):
-    assert read(columns, **options).conditions.tolist() == expected
+    assert ", ".join(read(columns, **options).conditions) == expected
 
 
 def test_conditions_are_rows_of_dosages_and_perturbations_are_sorted(read):
@@ -1959,24 +1953,22 @@ def test_conditions_are_rows_of_dosages_and_perturbations_are_sorted(read):
 
 MISSING = dict(gene=["A", None, "A", "", "A", "A"], mine=["A", None, "NT", "B", "A", "B"],
                s=["train", "train", "train", "test", None, "test"])
-BATCH = dict(condition=["control", "A", "B", "A", "control", "B"], batch=[1, 1, 2, 3, 3, 1],
-             line=["k", "k", "k", "k", "j", "j"])
+BATCH = dict(condition=["control", "A", "B", "A", "control", "B"], batch=[1, 1, 2, 3, 3, 1])
 DAYS = dict(condition=["ctrl", "A", "B", "A"] * 10, day=[1, 1, 2, 1] * 10,
             other=[1, 2, 2, 2] * 10, barcode=range(40))
-MINE = dict(perturbation_column="mine")
 TYPES = {"feature_types": ["Gene Expression", "CRISPR Guide Capture", "Gene Expression"]}
 SYMBOLS = {"id": ["E1", "E2", "E3"], "symbol": ["x", None, ""]}
+TWO = dict(gene=["NT", "A"])
 
 
 @pytest.mark.parametrize("columns, expected, options", [
-    case("an empty part", dict(condition=["ctrl", "A+"]), "'A+', split at '+', has an empty part"),
-    case("a perturbation called like the controls", dict(gene=["NT", "control"]),
+    case("an empty part", "condition: ctrl, A+", "'A+', split at '+', has an empty part"),
+    case("a perturbation called like the controls", "gene: NT, control",
          "a perturbation is called 'control'", control="NT"),
-    case("or like a combination", dict(gene=["NT", "A + B", "A_B"]),
-         "a perturbation is called 'A + B'", combination_separator="_"),
-    *(case(f"a label of --{option} that is nowhere", dict(gene=["NT", "A"]),
-           f"no label is {label!r}, of --{option}", **{option: ["A", label]})
-      for option, label in (("exclude", "C"), ("keep", "C"))),
+    case("or like a combination", "gene: NT, A + B, A_B", "a perturbation is called 'A + B'",
+         combination_separator="_"),
+    *(case(f"a label of --{option} that is nowhere", TWO, f"no label is 'C', of --{option}",
+           **{option: ["A", "C"]}) for option in ("exclude", "keep")),
     *(case(f"a label pattern that is {what}", GUIDES_OF_A_GENE, f"--label-pattern {pattern!r}: ",
            label_pattern=pattern) for what, pattern in (("none", "(.+"), ("without group", ".+"),
                                                    ("too large", "(a{99999999999})"))),
@@ -1986,24 +1978,23 @@ SYMBOLS = {"id": ["E1", "E2", "E3"], "symbol": ["x", None, ""]}
          one_hot_prefix="x_"),
     case("one-hot columns beside labels", HOT, "takes the place of", one_hot_prefix="g_", **MINE),
     case("flags", FLAGS, "no obs column has a well-known name"),
-    case("a column without a control", dict(mine=["A", "B", "B"]), "its labels are B (2), A (1)",
-         **MINE),
+    case("a column without a control", "mine: A, B, B", "its labels are B (2), A (1)", **MINE),
     case("columns without a control", dict(mine=["A", "B", "B"], n_umi=[0.1, 0.2, 0.3]),
          "obs has the columns mine, n_umi"),
     case("and without those asked for", SEVERAL, "'condition': no cell has only 'x', 'y'",
          control=["x", "y"]),
-    case("nothing but controls", dict(gene=["NT", "NT"]), "2 of 2 cells"),
+    case("or with none but missing ones", MISSING, "its labels are A (4), '' (2)"),
+    case("nothing but controls", "gene: NT, NT", "2 of 2 cells"),
     *(case(f"the subset {subset}", BATCH, words, subset=subset) for subset, words in (
         ("batch", "COLUMN=VALUE"), ("batch=9", "its values are 1 (3)"), ("day=1", "no column"))),
     case("a missing value called None", MISSING, "no cell has {'None'} in obs column 's'",
          subset="s=None", **MINE),
-    *(case(f"the genes {column}", dict(gene=["NT", "A"], var={"v": ["no"] * 3}), words,
-           gene_column=column) for column, words in (
-        ("v", "--gene-column v keeps no gene; its values are no (3)"), ("w", "no column 'w'"),
-        ("v=x", "--gene-column v=x keeps no gene"))),
-    case("genes that are not there", dict(gene=["NT", "A"], var=SYMBOLS),
+    *(case(f"the genes {column}", TWO | dict(var={"v": ["no"] * 3}), words, gene_column=column)
+      for column, words in (("v", "--gene-column v keeps no gene; its values are no (3)"),
+                            ("w", "no column 'w'"), ("v=x", "--gene-column v=x keeps no gene"))),
+    case("genes that are not there", TWO | dict(var=SYMBOLS),
          "1 of the 2 genes wanted are not there", genes_of=["c", "q"]),
-    case("genes that are there twice", dict(gene=["NT", "A"], var={"symbol": ["x", "x", "z"]}),
+    case("genes that are there twice", TWO | dict(var={"symbol": ["x", "x", "z"]}),
          "or more than once", genes_of=["z", "x"]),
     case("a covariate of each cell", DAYS, "has 40 values for 40 cells", covariate="barcode"),
     case("a covariate twice", DAYS, "different columns are needed", covariate=["day", "day"]),
@@ -2019,19 +2010,19 @@ def test_what_cannot_be_meant_is_refused_with_a_sentence(columns, expected, opti
 
 
 @pytest.mark.parametrize("columns, expected, options", [
-    case("where labels might have been split", dict(gene=["NT", "ZAP70_1"]),
+    case("where labels might have been split", "gene: NT, ZAP70_1",
          "some contain '_', nothing was split"),
     case("which labels were left out", UNNAMED, "dropped 4 cells whose label in condition is "
          "missing or left out: A+negative (1), Multiplet (1), negative (1), unassigned (1)"),
     case("among them an empty one", MISSING, "is missing or left out: '' (1)", **MINE),
-    case("a control that is nowhere, beside one that is there", dict(gene=["NT", "A"]),
+    case("a control that is nowhere, beside one that is there", TWO,
          "warning: no label is 'safe', of --control", control=["NT", "safe"]),
     case("rare perturbations", RARE, "dropped 5 cells of 3 perturbations that have fewer than 3 "
          "(--min-cells)", min_cells=3),
     case("labels that a pattern does not match", GUIDES_OF_A_GENE, "2 cells have labels that "
          "--label-pattern does not match, which stay as they are: A_g1+C (1), B (1)",
          label_pattern="(.+)_g[0-9]+"),
-    case("features that are no genes", dict(gene=["NT", "A"], var=TYPES),
+    case("features that are no genes", TWO | dict(var=TYPES),
          "left out 1 features that are no Gene Expression"),
     case("covariates without controls", DAYS, "warning: 10 cells, with all cells of 1 conditions, "
          "have covariates that no control", covariate="day"),
@@ -2072,15 +2063,12 @@ def test_the_genes_of_a_screen_are_those(columns, expected, options, read):
     assert " ".join(map("{}:{}".format, screen.gene_names, screen.counts.dense()[1])) == expected
 
 
-def test_a_damaged_or_missing_label_column_is_not_passed_over_for_another(tmp_path):
+def test_a_damaged_label_column_is_not_passed_over_for_another(tmp_path):
     path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "A"] * 2, gene=["NT", "A"] * 2)
-    for change, words in ((lambda obs: obs["condition/codes"].write_direct(np.full(4, 7, "i4")),
-                           r"has the category code \[7\]"),
-                          (lambda obs: obs.pop("condition"), "is missing")):
-        with h5py.File(path, "a") as file:
-            change(file["obs"])
-        with pytest.raises(data.DataError, match=f"obs/condition {words}"):
-            data.read_screen(path)
+    with h5py.File(path, "a") as file:
+        file["obs/condition/codes"].write_direct(np.full(4, 7, "i4"))
+    with pytest.raises(data.DataError, match=r"obs/condition has the category code \[7\]"):
+        data.read_screen(path)
 
 
 @pytest.mark.parametrize("write", [dense("f4"), lambda f: write_sparse(f, "X", scramble=True)])
@@ -2226,10 +2214,10 @@ def test_a_column_can_say_the_split_in_the_words_that_are_in_use(words, parts, r
 def test_validation_cells_are_taken_from_training_cells_where_the_column_has_none(read):
     screen = read(dict(condition=["ctrl", "A"] * 40, s=["train", "train", "test", "test"] * 20),
                   split_column="s")
-    train, test = (np.flatnonzero(screen.split == part) for part in ("train", "test"))
-    expected = [*(train[i] for i in data.train_test_split(40, 0.8, seed=3)), test]
-    for cells, those in zip(data.split_cells(screen, seed=3).values(), expected, strict=True):
-        assert cells.tolist() == those.tolist()
+    train = np.flatnonzero(screen.split == "train")
+    parts = data.split_cells(screen, seed=3)
+    for name, places in zip(parts, data.train_test_split(40, 0.8, seed=3)):
+        assert parts[name].tolist() == train[places].tolist()
 
 
 def test_a_split_without_combinations_or_training_controls_is_refused(read):
@@ -2600,8 +2588,7 @@ def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch, cap
     for target, options, words in (
             (tmp_path / "no/y.h5ad", [], "cannot be written: No such file"),
             (tmp_path, [], "cannot be written: is a folder, a pipe"),
-            (source, [], "is the file that is read"),
-            (out, [], "0.5 for cell '150', gene 'b'"),
+            (source, [], "is the file that is read"), (out, [], "0.5 for cell '150', gene 'b'"),
             (out, ["--genes", genes], "no gene is left"),
             (out, ["--control", "0"], "no obs column has a well-known name"),
             (out, [*recipe, "--min-cells", 3], "leave the other"),
@@ -2610,9 +2597,8 @@ def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch, cap
             prepare(source, target, *options)
     with pytest.raises(OSError, match="no.txt"):  # which the command makes a sentence
         prepare(source, out, "--genes", tmp_path / "no.txt")
-    for wrong in (("--controls", 0), ("--seed", -1), ("--split-column", "s"), ("--seed", "x")):
-        with pytest.raises(SystemExit):
-            prepare(source, out, *wrong)
+    with pytest.raises(SystemExit):
+        prepare(source, out, "--controls", 0)
     assert "must be at least 1 and below 2^32, not 0" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["none.txt", "x.h5ad"]
 

@@ -28,11 +28,13 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import errno
 import faulthandler
 import hashlib
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 
@@ -799,6 +801,7 @@ def _write(group, name, value, kind="dict", **attributes):
     else:
         value = np.asarray(value)
         text = value.dtype.kind in "OU"  # HDF5 has no numpy text: strings of variable length
+        _check_room(group, sum(16 + 4 * len(str(v)) for v in value.flat) if text else value.nbytes)
         node = group.create_dataset(name, data=value.astype(object) if text else value,
                                     dtype=h5py.string_dtype() if text else None)
         kind = ("numeric-scalar", "array", "string", "string-array")[2 * text + (value.ndim > 0)]
@@ -851,6 +854,7 @@ def _write_counts(file, parts):
 
     values, indices = create("data", np.uint8), create("indices", np.int32)
     for counts in parts:
+        _check_room(group, 2 * counts.n_bytes)
         start, end = indptr[-1][-1], indptr[-1][-1] + counts.indptr[-1]
         if counts.values.dtype.itemsize > values.dtype.itemsize:  # mostly in a first part
             narrow = values
@@ -866,6 +870,13 @@ def _write_counts(file, parts):
     group["indptr"] = indptr.astype(np.int32 if indptr[-1] < 2**31 else np.int64)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0",
                         "shape": (len(indptr) - 1, counts.shape[1])})
+
+
+def _check_room(group, n_bytes):
+    """Raise OSError if the disk may be too full: HDF5, where it notices, can crash."""
+    folder = os.path.dirname(os.path.abspath(group.file.filename))
+    if shutil.disk_usage(folder).free < n_bytes + 2**24:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def free(name, taken):
@@ -1210,12 +1221,12 @@ def _parse(source, file, column, values, controls, separator, how):
              + f" and {len(found) - 3} more" * (len(found) > 3)]
     # Whether combinations were taken for what they are decides about everything after: say it.
     joined = [repr(c) for c in "+_|;" if any(c in label for label in parts)]
-    if column in file.obs_columns and separator:
+    if separator and column in file.obs_columns:
         notes[0] += f"; combinations are split at {separator!r}" + (
             ", which is in no label" * all(len(names) == 1 for names in parts.values()))
-    elif column in file.obs_columns and joined and not how["label_pattern"]:
+    elif joined and not separator and not how["label_pattern"]:
         notes[0] += (f"; some contain {' and '.join(joined)}, nothing was split (if it joins "
-                     "combinations, use --combination-separator; if it numbers guides, "
+                     "combinations, --combination-separator; if it numbers guides, "
                      "--label-pattern)")
     everything = [*parsed, *itertools.chain(*parts.values()), *name_of.values()]
     for option, text in [(o, text) for o in ("control", "exclude", "keep") for text in how[o]]:
@@ -1479,8 +1490,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     norman-data-efficiency   tests on cells of all combinations, split as in `random`, and trains on
                  the first train_combinations (a fraction) of their training cells.
 
-    In the Norman splits all other cells are split 80 / 20 into train / validation, and so are the
-    training cells of a file's own split that has no validation.
+    All other cells, and training cells without validation, are split 80 / 20 into these two.
     """
     n_perturbed = (screen.d != NONE).sum(1)  # (N,) perturbations of each cell
     require(split == "random" or screen.split is not None or n_perturbed.max() > 1,
@@ -1672,8 +1682,7 @@ class Shuffle:
     """Endless random batches of the given cells: every epoch visits each once, in a new order.
 
     cells (n,) positions. All batches have the same size; one that reaches the end of an epoch goes
-    on in the next. The state is two numbers, epoch and position, so that training can be resumed
-    anywhere. Of several processes, each gets its share of every batch.
+    on in the next. Epoch and position say where it is. Of several processes, each gets its share.
 
     From a file, an epoch takes strips of 64 neighbours (cells must rise) in random order, and
     shuffles the cells of each piece. In a file sorted by perturbation, the number of a

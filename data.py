@@ -839,9 +839,13 @@ def _write_column(table, name, values):
             codes[~missing] = found
             return _write(table, name, {"codes": codes, "categories": _objects(categories)},
                           "categorical", ordered=False)
-    if missing.any():  # of numbers; anndata has NaN there
-        values = np.array([math.nan if v is None else v for v in values.tolist()], float)
-    _write(table, name, values)
+    if not missing.any():
+        return _write(table, name, values)
+    # Of numbers, which anndata writes with a mask, or for floats NaN.
+    kind = {bool: "boolean", int: "integer"}.get(type(present[0]) if present else None)
+    filled = [(0 if kind else math.nan) if value is None else value for value in values.tolist()]
+    filled = np.array(filled, bool if kind == "boolean" else None)
+    _write(table, name, {"values": filled, "mask": missing} if kind else filled, f"nullable-{kind}")
 
 
 def _write_counts(file, parts):

@@ -1436,8 +1436,7 @@ def test_cells_have_the_same_hash_where_they_have_the_same_counts():
 
 
 @three_forms
-def test_what_is_not_wanted_is_not_read_where_it_can_be_skipped_and_streaming_keeps_one_block(
-        write, tmp_path, monkeypatch):
+def test_what_is_not_wanted_is_not_read_where_it_can_be_skipped(write, tmp_path, monkeypatch):
     def get(dataset, key):
         sizes.append(np.size(values := original(dataset, key)))
         return values
@@ -1448,18 +1447,12 @@ def test_what_is_not_wanted_is_not_read_where_it_can_be_skipped_and_streaming_ke
         monkeypatch.setattr(name, new)
     read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", lambda file: write(file, x), None,
                                        cells=names, genes=names[:200]))
-    stored, whole = read.counts(stored=True), read.counts().n_bytes
-    assert 0.9 * whole < stored.n_bytes < 1.3 * whole
+    assert 0.9 < read.counts(stored=True).n_bytes / read.counts().n_bytes < 1.3
     some, few = np.arange(2000) // 100 % 10 == 3, np.arange(200) // 10 % 10 == 5
     for rows, genes, n in ((slice(200), slice(20), 200), (some, few, 200)):
         sizes.clear()
         read.counts(*([rows] if read.streams else [slice(None), genes]))
         assert 0 <= sum(sizes) / (1 if "dense" in read.found else 2) - 200 * n < 8000
-    tracemalloc.start()
-    assert not read.streams or sum(len(part.values) for part in stored.parts()) == x.size
-    # A few arrays of 8 bytes a value, and a cell.
-    assert tracemalloc.get_traced_memory()[1] < 16 * 8 * 2**11 + 10 * 8 * 2000 < whole
-    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("sparse", [None, True, False])
@@ -1759,8 +1752,9 @@ data.run(data.main)""", bad, good], cwd=HERE, capture_output=True, text=True, ti
 WRITTEN = [  # a column's name, its name in the file, its values, their type in anndata
     ("label", "label", ["a", None, "a", "b", "b"], "category"),
     ("a/b", "a_b", list("xyxyx"), "category"), ("a_b", "a_b_", list("pqrsp"), "object"),
-    (".", "_", [1.5, 2, 3, 4, 5], "float64"),
-    ("cell/", "cell_", [True, False, True, False, True], "bool")]
+    (".", "_", [1.5, 2, 3, 4, 5], "float64"), ("", "__", [1, None, 3, 2**53 + 1, 5], "Int64"),
+    ("cell/", "cell_", [True, False, True, False, True], "bool"),
+    ("or not", "or not", [True, None, False, None, True], "boolean")]
 
 
 @pytest.mark.parametrize("form", ["asarray", "csr_matrix", "csc_matrix"])
@@ -1816,8 +1810,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
                 raise error
             yield data.from_dense(np.ones((1, 2), np.uint8))
 
-        data.write_h5ad(tmp_path / name, parts(), {"cell": ["a", "b"], "n": [1, None]},
-                        {"gene": ["g", "h"]})
+        data.write_h5ad(tmp_path / name, parts(), {"cell": ["a", "b"]}, {"gene": ["g", "h"]})
 
     (tmp_path / "x.h5ad").write_text("old")
     for error, sentence in ((data.NotCounts("in.h5ad: X holds 0.5"), "^in.h5ad: X holds 0.5$"),
@@ -1829,9 +1822,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
     assert (tmp_path / "x.h5ad").read_text() == "old" and os.listdir(tmp_path) == ["x.h5ad"]
     (tmp_path / "x.h5ad.writing").write_text("of a run that was killed")
     write("x.h5ad")
-    read = data.read_h5ad(tmp_path / "x.h5ad")
-    assert read.shape == (2, 2) and os.listdir(tmp_path) == ["x.h5ad"]
-    assert read.obs("n")[0] == 1 and np.isnan(read.obs("n")[1])  # as anndata has it
+    assert data.read_h5ad(tmp_path / "x.h5ad").shape == (2, 2)
+    assert os.listdir(tmp_path) == ["x.h5ad"]
 
 
 # ============================================================================================

@@ -20,13 +20,13 @@ In reading order:
     prepare          a file of any size -> one of the cells and genes that are wanted: `prepare`
 
 Files of anndata 0.5 to 0.13 are read, without anndata. Every count is checked, no link out of the
-file is followed, nothing is unpickled. What is wrong with a file or an option is a DataError, one
-sentence for the user.
+file is followed, nothing is unpickled. What is wrong with a file or an option is a DataError.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import errno
 import faulthandler
@@ -85,96 +85,82 @@ def _naming(path):
         yield
     except DataError as error:  # raised below, where the path is not known
         raise type(error)(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except PermissionError:
-        raise DataError(f"{path}: you have no permission to read it") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{path}: {os.strerror(error.errno)}") from None
     except BlockingIOError:
-        raise DataError(f"{path}: another program has it open for writing (a notebook, with "
-                        "backed='r+'?): close it there, or read a copy") from None
-    except MemoryError as error:
-        raise DataError(f"{path}: not enough memory to read it ({error})") from None
+        raise DataError(f"{path}: another program, such as a notebook, has it open for writing: "
+                        "close it there, or read a copy") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        # On a damaged file h5py raises any of these. The cause stays attached.
-        raise DataError(f"{path}: cannot be read, it may be truncated or damaged; HDF5 says: "
-                        + (" ".join(str(error).split()) or type(error).__name__)) from error
+        # On a damaged file h5py raises any of these.
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read, truncated or damaged? HDF5: {words}") from error
 
 
 @contextlib.contextmanager
 def _h5_file(path):
     """Open an .h5ad file to read its tables; failures inside become a DataError that names it.
 
-    HDF5 can loop for ever over damaged text, where no exception and no Ctrl-C reaches it. So a
-    command ends itself after WATCHDOG seconds; where h5py lets no other thread run, as in
-    attributes, faulthandler ends it, with a traceback.
+    HDF5 can loop for ever over damaged text, where no exception reaches it. So a command ends
+    itself after WATCHDOG seconds: in a thread or, where h5py lets none run, by faulthandler.
     """
     def give_up():
         os.write(2, f"error: {path}: HDF5 has not come back for {WATCHDOG} s, as on damaged text: "
                  "copy or download the file anew\n".encode("utf-8", "replace"))
         os._exit(2)
 
-    timer = WATCHDOG and threading.Timer(WATCHDOG, give_up)
-    if timer:
-        timer.daemon = True
-        timer.start()
+    timer = threading.Timer(WATCHDOG or threading.TIMEOUT_MAX, give_up)
+    timer.daemon = True
+    timer.start()
+    if WATCHDOG:
         faulthandler.dump_traceback_later(WATCHDOG + 5, exit=True, file=2)
     try:
         with _naming(path):
             _check_signature(path)
             with h5py.File(path, "r") as file:
-                # Two other formats of single cells that are HDF5 too.
-                require("obs" in file or "matrix" not in file, "looks like a 10x .h5 matrix, which "
-                        "has no labels: read it with scanpy.read_10x_h5, add labels to obs, save "
-                        "it as .h5ad")
+                require("obs" in file or "matrix" not in file, "looks like a 10x .h5 matrix: read "
+                        "it with scanpy.read_10x_h5, add labels to obs, save it as .h5ad")
                 require("mod" not in file or "X" in file, "looks like an .h5mu file of several "
-                        "modalities: save the RNA on its own, mdata['rna'].write('rna.h5ad')")
+                        "modalities: save the RNA alone, mdata['rna'].write('rna.h5ad')")
                 yield file
     finally:
-        if timer:
-            timer.cancel()
+        timer.cancel()
+        if WATCHDOG:
             faulthandler.cancel_dump_traceback_later()
 
 
 def _check_signature(path):
     """Refuse what is no HDF5 file. (HDF5 says of all of these "file signature not found".)"""
-    # Reading a pipe would wait for ever.
-    require(os.path.isfile(path) or not os.path.exists(path),
-            "is a folder, a pipe or a device; an .h5ad file was expected")
+    require(os.path.isfile(path) or not os.path.exists(path), "is a folder, a pipe or a device")
     with open(path, "rb") as file:
         head = file.read(8)
-    require(head, "is empty")
-    require(not head.startswith(b"\x1f\x8b"),  # as it comes from GEO
-            "is compressed as a whole; unpack it first: gunzip FILE.gz")
+    require(not head.startswith(b"\x1f\x8b"), "is compressed as a whole: gunzip it first")
     # The signature stands at 0 or, behind a block of the user's own, at 512, 1024, ...
     require(head == b"\x89HDF\r\n\x1a\n" or h5py.is_hdf5(path),
-            f"is not an HDF5 file, it starts with {head!r}")
+            f"is not an HDF5 file, it starts with {head!r}" if head else "is empty")
 
 
 def _member(file, name, required=True, depth=0):
     """The group or data set `name`; None if it is absent and not required.
 
-    Links are followed one by one: an external link, external storage or a virtual data set could
-    make a file read any other file of this machine.
+    Links are followed one by one: one out of the file could make it read any file of this machine.
     """
     node = file
     for part in filter(None, name.split("/")):
         # getlink asks what kind of link it is and does not follow it; node[part] would.
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+        if link is None:
+            present = ", ".join(_keys(node)[:20]) if isinstance(node, h5py.Group) else ""
+            require(not required, f"{name} is missing; beside it: {present or 'nothing'}")
+            return None
+        require(isinstance(link, h5py.HardLink | h5py.SoftLink), f"{name} is a link out of the "
+                "file, which is not followed: copy the data into the file")
         if isinstance(link, h5py.HardLink):  # the object itself
             node = node[part]
-        elif isinstance(link, h5py.SoftLink):  # a path, from the root or from here
+        else:  # a path, from the root or from here
             require(depth < 30, f"{name} is a loop of soft links")
             target = link.path if link.path.startswith("/") else f"{node.name}/{link.path}"
             node = _member(file, target, False, depth + 1)
             require(node, f"{name} is a soft link to something that is not in the file")
-        elif link is not None:
-            raise DataError(f"{name} is a link out of the file, which is not followed: "
-                            "copy the data into the file")
-        elif required:
-            present = _keys(node) if isinstance(node, h5py.Group) else []
-            raise DataError(f"{name} is missing; beside it: {', '.join(present[:20]) or 'nothing'}")
-        else:
-            return None
     if isinstance(node, h5py.Dataset):
         _check_storage(file, name, node)
     return node
@@ -190,30 +176,24 @@ def _check_storage(file, name, dataset):
             f"{name} keeps its values in other files: copy the data into the file")
     require(dataset.shape is not None, f"{name} is a data set without values")
     creation = dataset.id.get_create_plist()
-    filters = [creation.get_filter(i) for i in range(creation.get_nfilters())]
-    for code, _, _, title in filters:
+    for i in range(creation.get_nfilters()):
+        code, _, _, title = creation.get_filter(i)
         if not h5py.h5z.filter_avail(code):
             with contextlib.suppress(ImportError):
                 __import__("hdf5plugin")  # which registers its filters
         require(h5py.h5z.filter_avail(code), f"{name} is compressed by "
-                f"{title.decode('utf-8', 'replace') or code}, which HDF5 lacks on this machine: "
-                "pip install hdf5plugin")
+                f"{title.decode('utf-8', 'replace') or code}: pip install hdf5plugin")
     declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()  # bytes
-    stored = dataset.id.get_storage_size()
-    if dataset.chunks:
-        # Every chunk must be there. No filter of HDF5 does better than deflate's 1032 : 1.
+    stored, offset = dataset.id.get_storage_size(), dataset.id.get_offset()
+    if dataset.chunks:  # all must be there; no filter does better than deflate's 1032 : 1
         grid = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
-        least = declared / 1100 if filters else declared
-        complete = stored >= least and dataset.id.get_num_chunks() >= grid
-    elif creation.get_layout() == h5py.h5d.CONTIGUOUS:
-        # One stretch of the file; the storage size is only what is declared, so look where it ends.
-        offset = dataset.id.get_offset()  # None: never allocated
+        complete = dataset.id.get_num_chunks() >= grid and stored >= declared / 1100
+    elif creation.get_layout() == h5py.h5d.CONTIGUOUS:  # one stretch; None: never allocated
         complete = offset is not None and offset + declared <= file.id.get_filesize()
     else:  # compact: inside of the object's header
         complete = stored >= declared
     require(complete or not declared, f"{name} declares {dataset.shape} values of {dataset.dtype}, "
-            f"{declared:,} bytes, and the file does not hold them: it is truncated or was never "
-            "finished")
+            f"{declared:,} bytes, and the file does not hold them: it is truncated or unfinished")
 
 
 def _keys(group):
@@ -227,10 +207,7 @@ def _attribute(node, name):
         return None
     _check_type(f"the attribute {name} of {node.name}", node.attrs.get_id(name).dtype)
     value = node.attrs[name]
-    require(not np.ndim(value) or name in ("column-order", "shape", "h5sparse_shape"),
-            f"the attribute {name} of {node.name} holds several values")
-    if isinstance(value, h5py.Empty):
-        return None
+    value = None if isinstance(value, h5py.Empty) else value
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
@@ -260,61 +237,75 @@ def _objects(values):
     return np.array([*values, None], dtype=object)[:-1]
 
 
+def _numbered(texts):
+    """The different texts, sorted, and the position of each text among these, an array."""
+    values = sorted(set(texts))
+    place = {value: i for i, value in enumerate(values)}
+    return values, np.array([place[text] for text in texts], int)
+
+
 def _to_numpy(name, raw):
     """What h5py reads -> a 1-D array of str objects, native numbers or bools."""
     raw = np.atleast_1d(raw)  # anndata <= 0.6 writes a single category as a scalar
     require(raw.ndim == 1, f"{name} has {raw.ndim} dimensions; a column has one")
     if raw.dtype.kind in "OS":  # text of variable length comes as bytes in objects, of fixed as S
-        require(all(isinstance(v, (bytes, str)) for v in raw),
-                f"{name} holds values that are neither text nor numbers")
-        text = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in raw.tolist()]
+        text = (v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v)
+                for v in raw.tolist())
         # Some control characters would command the terminal, and a NUL could not be written again.
         return _objects(v if v.isprintable() else re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", v)
                         for v in text)
-    require(raw.dtype.kind in "biuf",
-            f"{name} holds values of type {raw.dtype}, neither text nor numbers")
+    require(raw.dtype.kind in "biuf", f"{name} holds {raw.dtype}, neither text nor numbers")
     return raw.astype(raw.dtype.newbyteorder("="), copy=False)  # "=": this machine's byte order
 
 
 def _with_missing(values, missing):
     """Values with None where `missing` is true; unchanged if it is true nowhere."""
-    if missing.any():
-        values = values.astype(object)  # numbers have no None
-        values[missing] = None
-    return values
+    return _objects(None if m else v for v, m in zip(values.tolist(), missing)) if (
+        missing.any()) else values
 
 
 def _decode(name, codes, categories):
     """A categorical column: categories[codes], None where the code is -1 (from R: -2^31)."""
-    require(codes.dtype.kind in "iu",
-            f"{name} has category codes of type {codes.dtype}; integers were expected")
-    missing = (codes == -1) | (codes == -2**31)
-    wrong = np.flatnonzero(~missing & ((codes < 0) | (codes >= len(categories))))
-    if len(wrong):
-        raise DataError(f"{name} has the category code {codes[wrong[0]]} in row {wrong[0]}, but "
-                        f"only {len(categories)} categories")
-    if not len(categories):  # all are missing, and categories[-1] would be an IndexError
-        return np.full(len(codes), None, dtype=object)
+    require(codes.dtype.kind in "iu", f"{name} has codes of type {codes.dtype}, no integers")
+    missing, n = (codes == -1) | (codes == -2**31), len(categories)
+    wrong = codes[~missing & ((codes < 0) | (codes >= n))]
+    require(not len(wrong), f"{name} has the category code {wrong[:1]}, but only {n} categories")
+    categories = categories if n else _objects([None])  # all are missing
     return _with_missing(categories[np.where(missing, 0, codes).astype(np.int64)], missing)
 
 
 def _read(file, name):
     """The element `name`, in whichever of these encodings, as a 1-D array."""
     node = _member(file, name)
-    encoding = _attribute(node, "encoding-type")  # there is none until 0.7
     if isinstance(node, h5py.Dataset):
-        if encoding in (None, "array", "string-array", "string"):
-            _check_type(name, node.dtype)
-            return _to_numpy(name, node[()])
-    elif encoding in (None, "categorical") and "codes" in node and "categories" in node:
+        _check_type(name, node.dtype)
+        return _to_numpy(name, node[()])
+    if "codes" in node and "categories" in node:
         return _decode(name, _read(file, f"{name}/codes"), _read(file, f"{name}/categories"))
-    elif encoding in (None, "nullable-integer", "nullable-boolean", "nullable-string-array") and (
-            "values" in node and "mask" in node):
-        values, mask = _read(file, f"{name}/values"), _read(file, f"{name}/mask")
-        require(len(mask) == len(values),
-                f"{name} has {len(values)} values and a mask of {len(mask)}")
-        return _with_missing(values, mask.astype(bool))
-    raise DataError(f"{name} has the unknown encoding {encoding!r}")
+    require("values" in node and "mask" in node,
+            f"{name} has the unknown encoding {_attribute(node, 'encoding-type')!r}")
+    values, mask = _read(file, f"{name}/values"), _read(file, f"{name}/mask")
+    require(len(mask) == len(values), f"{name} has {len(values)} values and a mask of {len(mask)}")
+    return _with_missing(values, mask.astype(bool))
+
+
+def _columns(file, table):
+    """The names of a table's columns, its index first; then the ones that an attribute lists (one
+    that is missing is refused where it is asked for), then others."""
+    frame = _member(file, table)
+    if isinstance(frame, h5py.Dataset):  # anndata <= 0.6
+        require(frame.dtype.names, f"{table} is neither a table nor a group of columns")
+        return list(frame.dtype.names)
+    # Since 0.7 an attribute names the index: _index, index, CellID, ... Some writers leave it out.
+    members = _keys(frame)
+    index = [n for n in (_attribute(frame, "_index"), "_index", "index") if n in members][:1]
+    require(index, f"{table} has no index; it holds: {', '.join(members) or 'nothing'}")
+    order = _attribute(frame, "column-order")
+    listed = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
+              for c in np.ravel([] if order is None else order).tolist()]
+    # The column a/b is a group a with a member b: a is none.
+    groups = {c.split("/")[0] for c in listed if "/" in c} | {"__categories"}
+    return [*dict.fromkeys([*index, *listed, *(c for c in members if c not in groups)])]
 
 
 def _column(file, table, column):
@@ -325,51 +316,14 @@ def _column(file, table, column):
         values, labels = _to_numpy(name, frame.fields(column)[()]), f"uns/{column}_categories"
     else:
         values, labels = _read(file, name), f"{table}/__categories/{column}"
-    if (values.dtype.kind in "iu" and column != _index_name(file, table)
-            and _member(file, labels, required=False) is not None):
+    if values.dtype.kind in "iu" and _member(file, labels, required=False) is not None:
         return _decode(name, values, _read(file, labels))
     return values
 
 
-def _numbered(texts):
-    """The different texts, sorted, and the position of each text among these, an array."""
-    values = sorted(set(texts))
-    place = {value: i for i, value in enumerate(values)}
-    return values, np.array([place[text] for text in texts], int)
-
-
-def _index_name(file, table):
-    """The name of the column that holds the names of cells or genes."""
-    frame = _member(file, table)
-    if isinstance(frame, h5py.Dataset):  # anndata <= 0.6: the first field
-        require(frame.dtype.names, f"{table} is neither a table nor a group of columns")
-        return frame.dtype.names[0]
-    # Since 0.7 an attribute says it: _index, index, CellID, ... Some writers leave it out.
-    for name in (_attribute(frame, "_index"), "_index", "index"):
-        if name in _keys(frame):
-            return name
-    raise DataError(f"{table} has no index; it holds: {', '.join(_keys(frame)) or 'nothing'}")
-
-
 def _names(file, table):
     """The index of a table: names of cells or genes, as str objects, even if it holds numbers."""
-    return _objects(map(str, _column(file, table, _index_name(file, table))))
-
-
-def _column_names(file, table):
-    """The columns of a table other than its index, in the table's order."""
-    frame, index = _member(file, table), _index_name(file, table)
-    if isinstance(frame, h5py.Dataset):
-        return [name for name in frame.dtype.names if name != index]
-    # Members of a group have no order: an attribute lists them. One that is listed and not there
-    # stays in the list, so that whoever needs it says so.
-    listed = _attribute(frame, "column-order")
-    order = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
-             for c in np.ravel([] if listed is None else listed).tolist()]
-    # The column a/b is a group a with a member b: a is none.
-    others = {index, "__categories"} | {c.split("/")[0] for c in order if "/" in c}
-    return [*dict.fromkeys([*(c for c in order if c != index),
-                            *(c for c in _keys(frame) if c not in others)])]
+    return _objects(map(str, _column(file, table, _columns(file, table)[0])))
 
 
 # ============================================================================================
@@ -394,22 +348,20 @@ class Counts:
     def take(self, cells):
         """The Counts of some cells, given by their positions (n,), in that order."""
         # Each cell's stretch of entries, one after the other: faster than an index of all of them.
-        parts = [slice(*ends) for ends in zip(self.indptr[cells].tolist(),
-                                              self.indptr[np.add(cells, 1)].tolist())]
+        ends = zip(self.indptr[cells].tolist(), self.indptr[np.add(cells, 1)].tolist())
+        parts = [slice(start, end) for start, end in ends]
         values, columns = (np.concatenate([v[:0], *(v[part] for part in parts)])
                            for v in (self.values, self.columns))
         indptr = np.append(0, np.cumsum([part.stop - part.start for part in parts], dtype=np.int64))
         return Counts((len(cells), self.shape[1]), values, columns, indptr)
 
-    def dense(self, cells=None):
-        """The counts of some cells (positions or a boolean mask; all by default), cells x genes.
-
-        Exact, in the narrowest unsigned type: cast before computing, in uint8 200 + 100 is 44.
-        """
-        cells = np.arange(self.shape[0])[slice(None) if cells is None else cells]
+    def dense(self, cells=slice(None)):
+        """The counts of some cells (positions or a mask), cells x genes, in the narrowest unsigned
+        type: cast before computing, in uint8 200 + 100 is 44."""
+        cells = np.arange(self.shape[0])[cells]
         out = np.zeros((len(cells), self.shape[1]), self.values.dtype)
-        for row, start, end in zip(out, self.indptr[cells].tolist(),
-                                   self.indptr[cells + 1].tolist()):
+        ends = zip(self.indptr[cells].tolist(), self.indptr[cells + 1].tolist())
+        for row, (start, end) in zip(out, ends):
             row[self.columns[start:end].astype(np.intp)] = self.values[start:end]
         return out
 
@@ -432,12 +384,11 @@ def cell_sums(counts):
     weights = np.frombuffer(hashlib.shake_128(b"genes").digest(8 * counts.shape[1]), "<i8")
     sums = [np.zeros((2, 0), np.int64)]
     for part in counts.parts():
-        sums.append(np.zeros((2, part.shape[0]), np.int64))
-        # Of a cell without entries reduceat would take the next one's first.
-        some, values = np.diff(part.indptr) > 0, part.values.astype(np.int64)
-        if some.any():
-            sums[-1][:, some] = np.add.reduceat(np.stack([values, values * weights[part.columns]]),
-                                                part.indptr[:-1][some], axis=1)
+        values = np.zeros((2, len(part.values) + 1), np.int64)  # one more, for cells at the end
+        values[:, :-1] = part.values
+        values[1, :-1] *= weights[part.columns]
+        of_cells = np.add.reduceat(values, part.indptr[:-1], axis=1)
+        sums.append(of_cells * (np.diff(part.indptr) > 0))  # else it is the next one's first
     sums = np.concatenate(sums, axis=1)
     require((sums[0] >= 0).all(), "the counts of a cell add up to more than 2^63")
     return sums
@@ -452,34 +403,30 @@ def _runs(rows, start, end):
     return list(zip(cuts, cuts[1:])) if len(rows) else []
 
 
-def _as_counts(name, values, name_of):
+def _as_counts(name, values, name_of=str):
     """Values in the narrowest unsigned type that holds them exactly, and how many were rounded:
-    those within 1e-6 of an integer, which were normalised and multiplied back.
-
-    Raises NotCounts for the first value that is no count; name_of(i) names its cell and gene.
+    those within 1e-6 of an integer. Raises NotCounts for the first that is no count, at name_of(i).
     """
     if values.dtype == np.uint8:
         return values, 0
     with np.errstate(invalid="ignore"):  # casting NaN or 1e30 to an integer warns
-        # A cast is exact if and only if its result compares equal. NaN, inf, fractions, negative
-        # and too large values never do: one cast and one comparison check every value. From 2**53
-        # on a double cannot tell neighbouring integers apart, and what was counted may be lost.
+        # A cast is exact if and only if its result compares equal: NaN, inf, fractions, negative
+        # and too large values never do. From 2**53 on a double skips integers.
         for candidate in (np.uint8, np.uint16, np.uint32, np.uint64):
             counts = values.astype(candidate)
-            small = counts.itemsize < 8 or counts.max(initial=0) < 2**53
-            if small and (counts == values).all():
+            if (counts == values).all() and (
+                    counts.itemsize < 8 or counts.max(initial=0) < 2**53):
                 return counts, 0
         values = values.astype(np.float64)
         rounded = np.rint(values)
         near = (np.abs(values - rounded) <= 1e-6) & (rounded >= 0) & (rounded < 2**53)
     if near.all():
-        return _as_counts(name, rounded, name_of)[0], int((rounded != values).sum())
-    first = int(np.argmin(near.ravel()))  # the first False
-    value = values.ravel()[first]
-    what = ("not finite" if not np.isfinite(value) else "negative" if value < 0 else "too large"
-            if value >= 2**53 else "not a whole number (such values are normalised, or estimated by"
-            " a tool that gives fractions)")
-    raise NotCounts(f"{name} holds {value:g} for {name_of(first)}, which is no count: {what}")
+        return _as_counts(name, rounded)[0], int((rounded != values).sum())
+    first = int(np.argmin(near))  # the first False
+    value = values[first]
+    why = ("not finite" if not np.isfinite(value) else "negative" if value < 0 else "too large"
+           if value >= 2**53 else "not a whole number, as if normalised or estimated")
+    raise NotCounts(f"{name} holds {value:g} for {name_of(first)}, which is no count: {why}")
 
 
 def _tidy(counts):
@@ -491,14 +438,13 @@ def _tidy(counts):
     if rises.all() and values.all():  # as nearly always
         return counts
     row = np.repeat(np.arange(counts.shape[0]), np.diff(indptr))
-    key = row * counts.shape[1] + columns  # rises by cell, then by gene
-    order = np.argsort(key, kind="stable")
-    first = np.flatnonzero(np.diff(key[order], prepend=-1) > 0)  # of each run of equals
-    sums = np.add.reduceat(values[order], first, dtype=np.uint64)
-    row, columns = row[order[first]][sums > 0], columns[order[first]][sums > 0]
-    values, _ = _as_counts("a sum of duplicate entries", sums[sums > 0], str)
+    key, entry = np.unique(row * counts.shape[1] + columns, return_inverse=True)
+    sums = np.zeros(len(key), np.uint64)
+    np.add.at(sums, entry, values.astype(np.uint64))
+    row, columns = np.divmod(key[sums > 0], counts.shape[1])
+    values, _ = _as_counts("a sum of duplicate entries", sums[sums > 0])
     indptr = np.append(0, np.cumsum(np.bincount(row, minlength=counts.shape[0])))
-    return Counts(counts.shape, values, columns, indptr)
+    return Counts(counts.shape, values, columns.astype(counts.columns.dtype), indptr)
 
 
 def _positions(n):
@@ -507,55 +453,29 @@ def _positions(n):
 
 
 def from_dense(x):
-    """Counts of a dense array of unsigned integers, cells x genes."""
+    """Counts of a dense array, cells x genes."""
     some, genes = x != 0, np.arange(x.shape[1], dtype=_positions(x.shape[1]))
     entries = np.flatnonzero(some)  # `take` by these is four times as fast as x[some]
     indptr = np.append(0, np.cumsum(np.count_nonzero(some, axis=1)))
     return Counts(x.shape, x.ravel().take(entries), np.tile(genes, len(x)).take(entries), indptr)
 
 
-def _gather(blocks, n_genes, n_entries):
-    """Blocks of successive cells -> one Counts of about n_entries entries.
-
-    The arrays are allocated first; the system gives them memory only as they are filled. So counts
-    are in memory once, and twice only while their type is widened.
-    """
-    values, columns = np.empty(n_entries, np.uint8), np.empty(n_entries, _positions(n_genes))
-    indptr, n = [np.zeros(1, np.int64)], 0
-    for block in blocks:
-        end = n + len(block.values)
-        if block.values.dtype.itemsize > values.dtype.itemsize:  # mostly in a first block
-            narrow, values = values, np.empty(len(values), block.values.dtype)
-            values[:n] = narrow[:n]
-        if end > len(values):  # there are more entries than was thought
-            for array in (values, columns):
-                array.resize(end + end // 8, refcheck=False)
-        values[n:end], columns[n:end] = block.values, block.columns
-        indptr.append(n + block.indptr[1:])
-        n = end
-    for array in (values, columns):
-        array.resize(n, refcheck=False)
-    indptr = np.concatenate(indptr)
-    return Counts((len(indptr) - 1, n_genes), values, columns, indptr)
+def _gather(blocks, n_genes):
+    """Blocks of successive cells -> one Counts. They are in memory twice while this runs."""
+    nothing = Counts((0, n_genes), np.zeros(0, np.uint8), np.zeros(0, _positions(n_genes)), [0])
+    values, columns, n_entries = (np.concatenate(parts) for parts in zip(*(
+        (block.values, block.columns, np.diff(block.indptr)) for block in [nothing, *blocks])))
+    indptr = np.append(0, np.cumsum(n_entries, dtype=np.int64))
+    return Counts((len(n_entries), n_genes), values, columns, indptr)
 
 
 def _transposed(counts):
-    """Counts of genes x cells -> of cells x genes, part by part."""
-    (n_genes, n_cells), gene = counts.shape, 0
-    per_cell = sum((np.bincount(part.columns, minlength=n_cells) for part in counts.parts()),
-                   np.zeros(n_cells, np.int64))
-    indptr = np.append(0, np.cumsum(per_cell))
-    values = np.empty_like(counts.values)
-    columns = np.empty(len(values), _positions(n_genes))
-    free_place = indptr[:-1].copy()  # the next one of each cell
-    for part in counts.parts():
-        order = np.argsort(part.columns, kind="stable")  # genes stay rising within a cell
-        n = np.bincount(part.columns, minlength=n_cells)
-        where = np.arange(len(order)) + np.repeat(free_place - (np.cumsum(n) - n), n)
-        genes = np.repeat(np.arange(gene, gene + part.shape[0]), np.diff(part.indptr))
-        values[where], columns[where] = part.values[order], genes[order]
-        free_place, gene = free_place + n, gene + part.shape[0]
-    return Counts((n_cells, n_genes), values, columns, indptr)
+    """Counts of genes x cells -> of cells x genes."""
+    n_genes, n_cells = counts.shape
+    order = np.argsort(counts.columns, kind="stable")  # genes stay rising within a cell
+    genes = np.repeat(np.arange(n_genes, dtype=_positions(n_genes)), np.diff(counts.indptr))
+    indptr = np.append(0, np.cumsum(np.bincount(counts.columns, minlength=n_cells)))
+    return Counts((n_cells, n_genes), counts.values[order], genes[order], indptr)
 
 
 # ============================================================================================
@@ -563,184 +483,94 @@ def _transposed(counts):
 # ============================================================================================
 
 
-class Matrix:
-    """A matrix of an open file: dense, or sparse by rows (CSR) or by columns (CSC).
+class StoredCounts:
+    """A matrix of counts that stays in its file: does what a Counts does, and reads each time.
 
-    name         its path in the file, such as "layers/counts"
-    form         what it is in words, such as "sparse CSR"
-    shape        (cells, genes), as obs and var say; DataError where the matrix says something else
-    by_row       False if it is read by columns: CSC, or dense in very tall chunks
+    form         what it is in words: dense, sparse CSR (by rows) or sparse CSC (by columns)
+    rows, genes  (N,), (G,) the positions in the file of the cells and genes that are wanted
+    order        1, or -1 for a matrix by columns, whose blocks are genes x cells
     streams      True if a few cells can be read without reading many others
     n_rounded    how many of the values that were read were within 1e-6 of an integer
     """
 
-    def __init__(self, file, name, cell_names, gene_names):
-        self.file, self.name, self.n_rounded = file, name, 0
-        self.cell_names, self.gene_names = cell_names, gene_names
-        self.shape = len(cell_names), len(gene_names)
+    def __init__(self, path, file, name, cell_names, gene_names):
+        """Open the matrix `name` of a file, such as "layers/counts", and check a first block."""
+        self.path, self.file, self.name, self.n_rounded = path, file, name, 0
+        self.names = cell_names, gene_names
+        self.rows, self.genes = map(np.arange, map(len, self.names))
         require(0 not in self.shape, f"{name} has {self.shape[0]} cells and {self.shape[1]} genes")
         node = _member(file, name)
-        self.dense = isinstance(node, h5py.Dataset)
-        if self.dense:
-            declared, self.data, self.form = node.shape, node, f"dense {node.dtype}"
+        if isinstance(node, h5py.Dataset):
+            declared, self.form, self.order, self.data = node.shape, f"dense {node.dtype}", 1, node
+            self.streams = not node.chunks or node.chunks[0] <= 512
         else:
             # The h5sparse attributes are of anndata <= 0.6.
             form = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
             require(form in ("csr_matrix", "csr", "csc_matrix", "csc"),
                     f"{name} has the unknown encoding {form!r}")
-            declared = _attribute(node, "shape")
-            declared = _attribute(node, "h5sparse_shape") if declared is None else declared
-            self.form = f"sparse {form[:3].upper()}"
-            self.by_row = self.streams = form.startswith("csr")
+            declared = _attribute(node, "shape" if "shape" in node.attrs else "h5sparse_shape")
+            self.form, self.streams = f"sparse {form[:3].upper()}", form.startswith("csr")
+            self.order = 1 if self.streams else -1
         require(declared is None or np.ravel(declared).tolist() == list(self.shape),
                 f"{name} has the shape {declared}, but obs and var say {self.shape}")
-        if self.dense:
-            height, width = node.chunks or (1, self.shape[1])
-            self.by_row, self.streams = height * self.shape[1] <= 16 * BLOCK, height <= 512
-            self.step = height if self.by_row else width  # rows, or columns, stored together
-        else:
-            self._open_sparse()
+        self.indptr = None if isinstance(node, h5py.Dataset) else self._open_sparse()
         require(self.data.dtype.kind in "biuf",
                 f"{name} holds values of type {self.data.dtype}, not counts", NotCounts)
+        block = next(self._stored_blocks(self.rows))
+        self.density = 1.1 * (len(block.values) / math.prod(block.shape) if self.indptr is None
+                              else len(self.indices) / math.prod(self.shape))
+        self.value_type, self.n_rounded = block.values.dtype, 0
 
     def _open_sparse(self):
         """Open data and indices; read and check indptr, which says which entries are whose.
 
         In a matrix by rows (CSR) the entries indptr[i] to indptr[i + 1] belong to row i, and their
-        indices are columns; in one by columns (CSC), the reverse. Below, `major` is what indptr
-        counts and `minor` what indices hold.
+        indices are columns; in one by columns (CSC), the reverse. No index is used unchecked.
         """
-        name, parts = self.name, []
-        for part in ("data", "indices", "indptr"):
-            node = _member(self.file, f"{name}/{part}")
-            require(isinstance(node, h5py.Dataset) and node.ndim == 1,
-                    f"{name}/{part} is not a one-dimensional data set")
-            require(part == "data" or node.dtype.kind in "iu",
-                    f"{name}/{part} holds values of type {node.dtype}; integers were expected")
+        parts = []
+        for part, kinds in (("data", "biufOSc"), ("indices", "iu"), ("indptr", "iu")):
+            node = _member(self.file, f"{self.name}/{part}")
+            require(isinstance(node, h5py.Dataset) and node.ndim == 1 and node.dtype.kind in kinds,
+                    f"{self.name}/{part} is no one-dimensional data set of numbers")
             parts.append(node)
         self.data, self.indices, indptr = parts
-        # No index is used before it was checked.
-        n, n_entries = self.shape[0 if self.by_row else 1] + 1, len(self.indices)
-        require(len(indptr) == n, f"{name}/indptr has {len(indptr)} values; a matrix of shape "
-                f"{self.shape} needs {n}")
-        self.indptr = indptr = indptr[()].astype(np.int64)
-        i = int(np.argmax(np.append(False, indptr[1:] < indptr[:-1])))  # the first fall, else 0
+        n, n_entries = self.shape[::self.order][0] + 1, len(self.indices)
+        require(len(indptr) == n and len(self.data) == n_entries, f"{self.name} is inconsistent: "
+                f"indptr has {len(indptr)} values for {n}, data {len(self.data)} for {n_entries}")
+        indptr = indptr[()].astype(np.int64)
         # Seen in real files of more than 2**31 entries, written with 32-bit integers.
-        overflow = ": it has overflowed 32 bits" * bool(indptr[i] < 0)
-        require(i == 0 and indptr[0] == 0, f"{name}/indptr must rise from 0, and is {indptr[i]} at "
-                f"position {i}{overflow}")
-        require(indptr[-1] == n_entries == len(self.data), f"{name} is inconsistent: data has "
-                f"{len(self.data)} values, indices {n_entries}, and indptr ends at {indptr[-1]}")
+        overflow = ": it has overflowed 32 bits" * bool(indptr.min() < 0)
+        require(indptr[0] == 0 and indptr[-1] == n_entries and (indptr[1:] >= indptr[:-1]).all(),
+                f"{self.name}/indptr must rise from 0 to {n_entries}, and does not{overflow}")
+        return indptr
 
-    def blocks(self, rows, genes):
-        """Counts of some rows and genes, positions in any order, a block of whole rows at a time.
+    @property
+    def shape(self):
+        return len(self.rows), len(self.genes)
 
-        A matrix by columns is read into memory first, as one by rows with cells for genes."""
-        read = self._dense_blocks if self.dense else self._sparse_blocks
-        if self.by_row:
-            return read(rows, genes)
-        n_entries = 0 if self.dense else int((self.indptr[genes + 1] - self.indptr[genes]).sum())
-        return iter([_transposed(_gather(read(genes, rows), len(rows), n_entries))])
+    @property
+    def n_bytes(self):
+        """What these counts would take in memory, about: dense ones are judged by a first block."""
+        return int(self.density * math.prod(self.shape) * (
+            self.value_type.itemsize + _positions(len(self.genes)).itemsize) + 8 * len(self.rows))
 
-    def first_block(self):
-        """Counts of about a BLOCK of values, cells x genes, or by columns genes x cells."""
-        majors, minors = map(np.arange, self.shape if self.by_row else self.shape[::-1])
-        if self.dense:
-            return next(self._dense_blocks(majors[:max(1, BLOCK // len(minors))], minors))
-        return next(self._sparse_blocks(majors, minors))
+    def wanted(self, rows, genes):
+        """The same matrix, of these of its rows and genes alone: positions or boolean masks."""
+        some = copy.copy(self)
+        some.rows, some.genes = self.rows[rows], self.genes[genes]
+        return some
 
-    def _dense_blocks(self, majors, minors):
-        """Blocks of a dense matrix: some rows or, by columns, columns. Chunks that are stored side
-        by side are read together, so that each is unpacked once."""
-        n_minor = self.shape[1 if self.by_row else 0]
-        first = majors // self.step * (self.step * n_minor)
-        for a, b in _runs(majors, first, first + self.step * n_minor):
-            part = majors[a:b]
-            stretch = slice(part[0], part[-1] + 1)
-            tile = self.data[stretch] if self.by_row else self.data[:, stretch].T
-            if b - a < len(tile):
-                tile = tile[part - part[0]]
-            if not np.array_equal(minors, np.arange(n_minor)):
-                tile = tile[:, minors]
-            yield from_dense(self._checked(tile, lambda i, part=part: (
-                part[i // len(minors)], minors[i % len(minors)])))
-
-    def _sparse_blocks(self, majors, minors):
-        """Blocks of a sparse matrix: some majors, with all minors that are wanted."""
-        n_minor = self.shape[1 if self.by_row else 0]
-        everything = np.array_equal(minors, np.arange(n_minor))
-        place = np.full(n_minor, -1)  # of each in the result; -1: not wanted
-        place[minors] = np.arange(len(minors))
-        for a, b in _runs(majors, self.indptr[majors], self.indptr[majors + 1]):
-            part = majors[a:b]
-            indptr = self.indptr[part[0]:part[-1] + 2]  # of all majors that are read
-            start, indptr = indptr[0], indptr - indptr[0]
-            minor, values = (v[start:start + indptr[-1]] for v in (self.indices, self.data))
-            if len(minor) and (minor.min() < 0 or minor.max() >= n_minor):  # before it is used
-                i = np.flatnonzero((minor < 0) | (minor >= n_minor))[0]
-                raise DataError(f"{self.name}/indices holds {minor[i]} at position {start + i}; it "
-                                f"must be at least 0 and below {n_minor}")
-            if not (everything and b - a == len(indptr) - 1):
-                is_wanted = np.isin(np.arange(part[0], part[-1] + 1), part)
-                minor = place[minor.astype(np.intp)]
-                keep = (minor >= 0) & np.repeat(is_wanted, np.diff(indptr))
-                minor, values = minor[keep], values[keep]
-                kept_before = np.append(0, np.cumsum(keep))
-                indptr = np.append(0, kept_before[indptr[1:]][is_wanted])
-            values = self._checked(values, lambda i, part=part, minor=minor, indptr=indptr: (
-                part[np.searchsorted(indptr, i, side="right") - 1], minors[minor[i]]))
-            yield _tidy(Counts((b - a, len(minors)), values, minor.astype(_positions(len(minors))),
-                               indptr))
-
-    def _checked(self, values, place_of):
-        """Values of a block as counts; place_of(i) is the place of value i in the file: its cell
-        and gene, or by columns its gene and cell."""
-        def name_of(i):
-            """The cell and gene of value i, for an error."""
-            cell, gene = place_of(i) if self.by_row else place_of(i)[::-1]
-            return f"cell {self.cell_names[cell]!r}, gene {self.gene_names[gene]!r}"
-
-        counts, n_rounded = _as_counts(self.name, values, name_of)
-        self.n_rounded += n_rounded
-        return counts
-
-
-class StoredCounts:
-    """Counts that stay in their file: does what a Counts does, but reads the file each time.
-
-    shape      (N, G), of the cells and genes that are wanted
-    rows       (N,) positions of these cells in the file
-    n_bytes    what they would take in memory, about: dense ones are judged by a first block
-    """
-
-    def __init__(self, path, matrix, rows, genes):
-        self.path, self.matrix, self.rows, self.genes = path, matrix, rows, genes
-        self.shape, block, matrix.n_rounded = (len(rows), len(genes)), matrix.first_block(), 0
-        self.density = 1.1 * (len(block.values) / math.prod(block.shape) if matrix.dense else
-                              len(matrix.indices) / math.prod(matrix.shape))
-        self.n_bytes = int(self.density * math.prod(self.shape) * (
-            block.values.itemsize + _positions(len(genes)).itemsize) + 8 * len(rows))
-
-    def _blocks(self, rows):
-        """Yield the blocks of some rows of the file."""
-        with _naming(self.path):
-            try:
-                yield from self.matrix.blocks(rows, self.genes)
-            except NotCounts as error:  # in a later block than the one that read_h5ad looked at
-                advice = _advice(self.matrix.file, [self.matrix.name], self.matrix.cell_names)
-                raise NotCounts(f"{error}; {advice}") from None
+    def without_empty(self, has_counts):
+        """As Counts.without_empty."""
+        return self.wanted(has_counts, slice(None))
 
     def take(self, cells=slice(None)):
-        """Read some cells, positions among the N without repetition; all by default. -> Counts.
+        """Read some cells, positions among the N without repetition. -> Counts, or NotCounts."""
+        return _gather(ahead(self._blocks(self.rows[cells])), self.shape[1])
 
-        Raises NotCounts, a DataError, with the cell and gene of a value that is no count."""
-        rows = self.rows[cells]
-        n_entries = int(self.density * len(rows) * self.shape[1]) + 1
-        return _gather(ahead(self._blocks(rows)), self.shape[1], n_entries)
-
-    def dense(self, cells=None):
+    def dense(self, cells=slice(None)):
         """As Counts.dense."""
-        cells = np.arange(self.shape[0])[slice(None) if cells is None else cells]
+        cells = np.arange(self.shape[0])[cells]
         rising, place = np.unique(cells, return_inverse=True)
         return self.take(rising).dense(place)
 
@@ -748,15 +578,76 @@ class StoredCounts:
         """Yield all cells in order, as Counts of a block each. The next one is read in a thread."""
         return ahead(self._blocks(self.rows))
 
-    def without_empty(self, has_counts):
-        """As Counts.without_empty."""
-        return StoredCounts(self.path, self.matrix, self.rows[has_counts], self.genes)
-
     def say_rounded(self):
         """Print how many of the values read so far were rounded, if any were."""
-        if self.matrix.n_rounded:
-            say(f"{self.path}: {self.matrix.n_rounded:,} values of {self.matrix.name} within 1e-6 "
-                "of an integer were rounded to it")
+        if self.n_rounded:
+            say(f"{self.path}: {self.n_rounded:,} values of {self.name} within 1e-6 of an integer "
+                "were rounded to it")
+
+    def _blocks(self, rows):
+        """Yield the Counts of some rows of the file, a block of whole rows at a time."""
+        with _naming(self.path):
+            try:
+                blocks = self._stored_blocks(rows)
+                if self.order < 0:  # through memory
+                    blocks = [_transposed(_gather(blocks, len(rows)))]
+                yield from blocks
+            except NotCounts as error:  # in a later block than the first
+                advice = _advice(self.path, self.file, [self.name], self.names[0])
+                raise NotCounts(f"{error}; {advice}") from None
+
+    def _stored_blocks(self, rows):
+        """Yield blocks of these rows; of a matrix by columns, genes x rows. Below, `majors` are the
+        rows, or genes, that are stored side by side, and `minors` the others."""
+        majors, minors = (rows, self.genes)[::self.order]
+        n_minor = len(self.names[::self.order][1])
+        all_minors = np.array_equal(minors, np.arange(n_minor))
+        place = np.full(n_minor, -1)  # of each in the result; -1: not wanted
+        place[minors] = np.arange(len(minors))
+        if self.indptr is None:  # chunks that are side by side are read together, each once
+            height = min(self.data.chunks[0] if self.data.chunks else 1, 2**27 // n_minor + 1)
+            start = majors // height * (height * n_minor)
+            end = start + height * n_minor
+        else:
+            start, end = self.indptr[majors], self.indptr[majors + 1]
+        for a, b in _runs(majors, start, end):
+            part = majors[a:b]
+            if self.indptr is None:
+                tile = self.data[part[0]:part[-1] + 1]
+                tile = tile[part - part[0]] if b - a < len(tile) else tile
+                block = from_dense(tile if all_minors else tile[:, minors])
+            else:
+                block = self._read(part[0], part[-1] + 1, n_minor)
+                block = block.take(part - part[0]) if b - a < block.shape[0] else block
+                if not all_minors:
+                    minor = place[block.columns]
+                    kept_before = np.append(0, np.cumsum(minor >= 0))
+                    block = Counts((b - a, len(minors)), block.values[minor >= 0],
+                                   minor[minor >= 0], kept_before[block.indptr])
+            yield self._checked(block, part, minors)
+
+    def _read(self, start, stop, n_minor):
+        """The majors from start to stop of a sparse matrix, values unchecked, as Counts."""
+        indptr = self.indptr[start:stop + 1]
+        minor, values = (v[indptr[0]:indptr[-1]] for v in (self.indices, self.data))
+        wrong = [v for v in (minor.min(initial=0), minor.max(initial=0)) if not 0 <= v < n_minor]
+        require(not wrong, f"{self.name}/indices holds {wrong[:1]}, not at least 0 and below "
+                f"{n_minor}")  # before it is used
+        return Counts((stop - start, n_minor), values, minor.astype(_positions(n_minor)),
+                      indptr - indptr[0])
+
+    def _checked(self, block, majors, minors):
+        """The block with its values as counts, tidy."""
+        def name_of(i):
+            """The cell and gene of value i, for an error."""
+            major = majors[np.searchsorted(block.indptr, i, "right") - 1]
+            cell, gene = (major, minors[block.columns[i]])[::self.order]
+            return f"cell {self.names[0][cell]!r}, gene {self.names[1][gene]!r}"
+
+        values, n_rounded = _as_counts(self.name, block.values, name_of)
+        self.n_rounded += n_rounded
+        columns = block.columns.astype(_positions(len(minors)), copy=False)
+        return _tidy(Counts(block.shape, values, columns, block.indptr))
 
 
 def ahead(items):
@@ -783,50 +674,41 @@ class H5ad:
     shape                     (cells, genes)
     cell_names, gene_names    (cells,), (genes,) arrays of str; they may repeat
     obs_columns, var_columns  lists of the columns of obs and var other than the index
-    streams                   see Matrix
+    streams                   see StoredCounts
     """
 
-    def __init__(self, path, matrix, var):
-        self.path, self.found, self.shape = path, f"{matrix.name}, {matrix.form}", matrix.shape
-        self.cell_names, self.gene_names = matrix.cell_names, matrix.gene_names
-        self.streams, self._matrix, self._var = matrix.streams, matrix.name, var
-        self.obs_columns, self.var_columns = (
-            _column_names(matrix.file, table) for table in ("obs", var))
+    def __init__(self, matrix, var):
+        self.path, self.found = matrix.path, f"{matrix.name}, {matrix.form}"
+        self.shape, self.streams = matrix.shape, matrix.streams
+        self.cell_names, self.gene_names = matrix.names
+        self._matrix, self._var = matrix.name, var
+        (_, *self.obs_columns), (_, *self.var_columns) = (
+            _columns(matrix.file, table) for table in ("obs", var))
 
     def obs(self, column):
-        """The obs column as a numpy array (cells,); a missing label is None.
-
-        Raises DataError where there is no such column or it is damaged."""
-        return self._column("obs", column, self.obs_columns, self.shape[0], "cells")
+        """The obs column, an array (cells,), a missing label None. DataError where it is none."""
+        return self._column("obs", column, self.obs_columns, len(self.cell_names))
 
     def var(self, column):
         """The column of the table that describes the genes of the counts, (genes,), likewise."""
-        return self._column(self._var, column, self.var_columns, self.shape[1], "genes")
+        return self._column(self._var, column, self.var_columns, len(self.gene_names))
 
-    def _column(self, table, column, columns, n, what):
+    def _column(self, table, column, columns, n):
         with _h5_file(self.path) as file:
             require(column in columns, f"{table} has no column {column!r}; its columns are: "
                     + (", ".join(columns) or "none"))
             values = _column(file, table, column)
-            require(len(values) == n, f"{table}/{column} has {len(values)} values for {n} {what}")
+            require(len(values) == n, f"{table}/{column} has {len(values)} values for {n} rows")
             return values
 
-    def counts(self, rows=None, genes=None, stored=False):
-        """Counts of some cells and genes, by default all: a Counts or, if stored, a StoredCounts.
+    def counts(self, rows=slice(None), genes=slice(None), stored=False):
+        """Counts of some cells and genes, all checked: a Counts or, if stored, a StoredCounts.
 
         rows, genes    a boolean mask, (cells,) or (genes,), or positions in any order, each once
-
-        Every value that is kept is checked: raises NotCounts, a DataError, with the cell and gene
-        of one that is no count. What is not wanted is never kept, nor read where it can be skipped.
         """
-        places = [np.arange(n)[slice(None) if chosen is None else chosen]
-                  for chosen, n in zip((rows, genes), self.shape)]
-        require(all(len(np.unique(chosen)) == len(chosen) for chosen in places),
-                f"{self.path}: a position is given twice")
         with _naming(self.path):
-            matrix = Matrix(h5py.File(self.path, "r"), self._matrix, self.cell_names,
-                            self.gene_names)
-            counts = StoredCounts(self.path, matrix, *places)
+            counts = StoredCounts(self.path, h5py.File(self.path, "r"), self._matrix,
+                                  self.cell_names, self.gene_names).wanted(rows, genes)
         if stored:
             return counts
         in_memory = counts.take()
@@ -837,30 +719,27 @@ class H5ad:
 def read_h5ad(path, layer=None):
     """Open an .h5ad file (anndata 0.5 to 0.13) and find its counts. Returns an H5ad.
 
-    layer   a layer's name, or "raw"; by default X, or, where X is absent or holds no counts, the
-            counts in layers/counts or raw/X: a line then says so.
-
-    Whether a matrix holds counts is decided by a first block of it; H5ad.counts checks the rest.
-    Raises DataError, one sentence, for all that is wrong with the file.
+    layer   a layer's name, or "raw"; by default X, or, where X is absent or its first block has no
+            counts, layers/counts or raw/X: a line then says so.
     """
     path = os.fspath(path)
     with _h5_file(path) as file:
         places = _places_of_counts(file)
         asked = [n for n in ("X", "counts", "raw") if n in places] if layer is None else [layer]
-        require(asked, "has neither X nor layers/counts nor raw/X")
-        require(asked[0] in places, f"has no layer {layer!r}; --layer can be: {', '.join(places)}")
+        require(asked and asked[0] in places,
+                f"has no {layer or 'X, counts or raw'}; --layer can be: {', '.join(places)}")
         problem, cell_names = None, _names(file, "obs")
         for name, var in (places[n] for n in asked):
             try:
-                matrix = Matrix(file, name, cell_names, _names(file, var))
-                matrix.first_block()
+                matrix = StoredCounts(path, file, name, cell_names, _names(file, var))
             except NotCounts as error:
                 problem = problem or error  # of X, if there is one: users care most about that
                 continue
             if layer is None and name != "X":
                 say(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
-            return H5ad(path, matrix, var)
-        raise NotCounts(f"{problem}; {_advice(file, [places[n][0] for n in asked], cell_names)}")
+            return H5ad(matrix, var)
+        tried = [places[n][0] for n in asked]
+        raise NotCounts(f"{problem}; {_advice(path, file, tried, cell_names)}")
 
 
 def _places_of_counts(file):
@@ -873,13 +752,13 @@ def _places_of_counts(file):
     return places | ({"raw": raw} if _member(file, raw[0], required=False) is not None else {})
 
 
-def _advice(file, tried, cell_names):
+def _advice(path, file, tried, cell_names):
     """What to do where the matrices `tried` (paths) hold no counts: the layers that do, or none."""
     places, found = _places_of_counts(file), []
     for layer, (name, var) in places.items():
         with contextlib.suppress(DataError, OSError, RuntimeError):  # a damaged matrix is no advice
             if name not in tried:
-                Matrix(file, name, cell_names, _names(file, var)).first_block()
+                StoredCounts(path, file, name, cell_names, _names(file, var))
                 found.append(layer)
     return f"use --layer {' or '.join(found)}" if found else (
         f"there are no counts in {', '.join(places)}: start from the file with the raw counts")
@@ -895,12 +774,10 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
 
     X             a 2-D array (cells x genes); None; or an iterator of Counts of successive cells,
                   which are written sparse, in the narrowest types
-    obs, var      dicts of columns, numbers or text, None where a value is missing, or functions
-                  without arguments that return one; the first is the index
+    obs, var      dicts of columns, or functions that return one: numbers or text, None where a
+                  value is missing; the first is the index
     layers, obsm  dicts of 2-D arrays (cells x genes; cells x anything)
     uns           dict of arrays, numbers, text, lists of text, and such dicts
-
-    Raises DataError where the file cannot be written.
     """
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -915,13 +792,12 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
             _write(file, name, members or {})
 
 
-def _write(group, name, value, kind=None, **attributes):
+def _write(group, name, value, kind="dict", **attributes):
     """Add an element, with the attributes by which anndata tells what it is."""
     if isinstance(value, dict):
         node, version = group.create_group(name), "0.2.0" if kind == "categorical" else "0.1.0"
         for key, item in value.items():
             _write(node, key, item)
-        attributes |= {"encoding-type": kind or "dict", "encoding-version": version}
     else:
         value = np.asarray(value)
         text = value.dtype.kind in "OU"  # HDF5 has no numpy text: strings of variable length
@@ -929,14 +805,14 @@ def _write(group, name, value, kind=None, **attributes):
         node = group.create_dataset(name, data=value.astype(object) if text else value,
                                     dtype=h5py.string_dtype() if text else None)
         kind = ("numeric-scalar", "array", "string", "string-array")[2 * text + (value.ndim > 0)]
-        attributes |= {"encoding-type": kind, "encoding-version": "0.2.0"}
-    node.attrs.update(attributes)
+        version = "0.2.0"
+    node.attrs.update(attributes | {"encoding-type": kind, "encoding-version": version})
 
 
 def _write_table(file, name, columns):
     """Add obs or var: a group of columns, whose attributes name the index and the order."""
     (index, names), *columns = columns.items()
-    _write(file, name, {index: names() if callable(names) else names})
+    _write(file, name, {index: names})
     table, order = file[name], []
     for column, values in columns:
         # HDF5 takes a name for a path.
@@ -946,54 +822,53 @@ def _write_table(file, name, columns):
             order.append(column)
         except DataError as error:  # of a function: the column is damaged where it comes from
             say(f"{error}: this column is left out")
+    # The order with its type, since an empty list would become floats.
+    order = np.array(order, dtype=h5py.string_dtype())
     table.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
-                        "_index": index})
-    # With its type, since an empty list would become floats.
-    table.attrs.create("column-order", np.array(order, dtype=object), (len(order),),
-                       h5py.string_dtype())
+                        "_index": index, "column-order": order})
 
 
 def _write_column(table, name, values):
     """Add a column. Text that repeats or is missing becomes categorical, as anndata does it."""
     missing = np.array([value is None for value in values.tolist()], bool)
-    present = set(map(type, values[~missing].tolist()))
-    if present == {str}:
-        categories, codes = _numbered(values[~missing].tolist())
+    present = values[~missing].tolist()
+    if present and isinstance(present[0], str):
+        categories, found = _numbered(present)
         if missing.any() or len(categories) <= len(values) / 2:
-            all_codes = np.full(len(values), -1, np.int32)
-            all_codes[~missing] = codes
-            return _write(table, name, {"codes": all_codes, "categories": _objects(categories)},
+            codes = np.full(len(values), -1, np.int32)
+            codes[~missing] = found
+            return _write(table, name, {"codes": codes, "categories": _objects(categories)},
                           "categorical", ordered=False)
     if not missing.any():
         return _write(table, name, values)
-    nothing = math.nan if float in present else False if present == {bool} else 0
-    filled = np.array([nothing if value is None else value for value in values.tolist()])
-    if float in present:  # anndata has NaN for these
-        return _write(table, name, filled)
-    kind = "boolean" if filled.dtype == bool else "integer"
-    _write(table, name, {"values": filled, "mask": missing}, f"nullable-{kind}")
+    # Of numbers, which anndata writes with a mask, or for floats NaN.
+    kind = {bool: "boolean", int: "integer"}.get(type(present[0]) if present else None)
+    filled = [(0 if kind else math.nan) if value is None else value for value in values.tolist()]
+    filled = np.array(filled, bool if kind == "boolean" else None)
+    _write(table, name, {"values": filled, "mask": missing} if kind else filled, f"nullable-{kind}")
 
 
 def _write_counts(file, parts):
-    """Add X, sparse by rows, from Counts of successive cells. Indices are int32, as scipy has them.
-    (From 2^31 entries on it wants int64, twice the size: anndata then opens it with backed="r".)"""
-    group, indptr, sets = file.create_group("X"), [np.zeros(1, np.int64)], None
+    """Add X, sparse by rows, from Counts of successive cells. Indices are int32, as scipy has them
+    (from 2^31 entries on it wants int64: anndata then opens the file with backed="r")."""
+    group, indptr = file.create_group("X"), [np.zeros(1, np.int64)]
+
+    def create(name, dtype, n=0):
+        return group.create_dataset(name, (n,), dtype, maxshape=(None,), chunks=(2**16,))
+
+    values, indices = create("data", np.uint8), create("indices", np.int32)
     for counts in parts:
         _check_room(group, 2 * counts.n_bytes)
         start, end = indptr[-1][-1], indptr[-1][-1] + counts.indptr[-1]
-        if sets is None:  # chunks that suit a small file, too
-            options = dict(maxshape=(None,), chunks=(int(min(2**16, end + 1)),), fill_time="never")
-            sets = {name: group.create_dataset(name, (0,), dtype, **options)
-                    for name, dtype in (("data", np.uint8), ("indices", np.int32))}
-        if counts.values.dtype.itemsize > sets["data"].dtype.itemsize:  # mostly in a first part
-            narrow = sets["data"]
+        if counts.values.dtype.itemsize > values.dtype.itemsize:  # mostly in a first part
+            narrow = values
             del group["data"]
-            sets["data"] = group.create_dataset("data", (start,), counts.values.dtype, **options)
+            values = create("data", counts.values.dtype, start)
             for i in range(0, start, BLOCK):
-                sets["data"][i:min(i + BLOCK, start)] = narrow[i:i + BLOCK]
-        for name, part in (("data", counts.values), ("indices", counts.columns)):
-            sets[name].resize((end,))
-            sets[name][start:end] = part
+                values[i:i + BLOCK] = narrow[i:i + BLOCK]
+        for stored, part in ((values, counts.values), (indices, counts.columns)):
+            stored.resize((end,))
+            stored[start:end] = part
         indptr.append(counts.indptr[1:] + start)
     indptr = np.concatenate(indptr)
     group["indptr"] = indptr.astype(np.int32 if indptr[-1] < 2**31 else np.int64)
@@ -1002,8 +877,7 @@ def _write_counts(file, parts):
 
 
 def _check_room(group, n_bytes):
-    """Raise OSError if the disk may be too full. HDF5 must not be the one to notice: while it
-    closes the file it would fail again and again, with tracebacks or a crash."""
+    """Raise OSError if the disk may be too full: HDF5, where it notices, can crash."""
     folder = os.path.dirname(os.path.abspath(group.file.filename))
     if shutil.disk_usage(folder).free < n_bytes + 2**24:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -1018,11 +892,8 @@ def free(name, taken):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary name beside `path` that is renamed to it if and only if the block succeeds.
-
-    Renaming is one step within a file system: `path` is the old file or the new one, never a part,
-    also where the power fails. Raises DataError where it cannot be written: a full disk, say.
-    """
+    """A temporary name beside `path` that is renamed to it, in one step, if and only if the block
+    succeeds. DataError where it cannot be written."""
     require(os.path.isfile(path) or not os.path.exists(path), f"{path}: cannot be written: is a "
             "folder, a pipe or a device")
     target = os.path.realpath(path)  # a link stays, and its file is replaced
@@ -1050,15 +921,11 @@ import ctypes
 import inspect
 import itertools
 import json
-import typing
 
-# Two settings that make a CPU fast, before torch is imported and for two of our commands alone:
-# imported by others, this file changes nothing. GNU OpenMP's threads spin 1,000 turns while they
-# wait for each other (the default is slow beside another program, no turns are slow alone); glibc
-# keeps freed arrays, M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1), as new pages are filled with zeros.
-_program = os.path.split(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
-if _program[0] == os.path.dirname(os.path.abspath(__file__)) and _program[1] in (
-        "train.py", "evaluate.py"):
+# Two settings that make a CPU fast, for two of our commands alone, before torch is imported: GNU
+# OpenMP's threads spin 1,000 turns while they wait (many are slow beside other programs, none are
+# slow alone), and glibc keeps freed arrays (M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1).
+if os.path.basename(sys.argv[0]) in ("train.py", "evaluate.py"):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
         for _parameter, _value in ((-4, 0), (-1, -1)):
@@ -1092,38 +959,34 @@ READING = {
                       "a label: (.+)_g[0-9]+ where a gene has several guides"),
     "exclude": ([], "LABEL", "leave out cells with this label; * as in --control"),
     "keep": ([], "LABEL", "a label such as negative or unknown that does name a perturbation"),
-    "layer": (None, "NAME", "layer that holds the counts, or raw (default: X, else layers/counts, "
-              "else raw/X)"),
+    "layer": (None, "NAME", "layer of the counts, or raw (default: X, layers/counts or raw/X)"),
     "gene_column": (None, "COLUMN[=VALUE]", "var column that is true, or has this value, for genes "
                     "to keep (default: Gene Expression where var has feature_types, else all)"),
     "gene_names": (None, "COLUMN", "var column of the genes' names (default: the index)"),
     "subset": ([], "COLUMN=VALUE", "keep cells with this value in this obs column"),
     "min_cells": (0, "N", "leave out perturbations of fewer cells"),
     "split_column": (None, "COLUMN", "obs column that says train, val or test (default: random)"),
-    "covariate": ([], "COLUMN", "obs column, such as a donor or a batch, that the networks see "
-                  "(ours)")}
+    "covariate": ([], "COLUMN", "obs column, such as a donor, that the networks see (ours)")}
 LABEL_OPTIONS = list(READING)[:7]
 MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
 
 # Labels in the files of others, tried in this order where no column is named: {obs column: (names
-# of its controls, what joins combinations)}. Only `condition` is known to join any: "_" joins
-# combinations in one family and numbers the guides of a single gene (ZAP70_1) in another. In these
-# lists capitals do not matter; in what the user writes they do.
+# of its controls, what joins combinations)}. Only `condition` is known to join any: "_" joins them
+# in one family, and numbers the guides of a gene (ZAP70_1) in another. Here capitals do not matter.
 CONTROLS = ["control", "ctrl", "NT", "NTC", "non-targeting*", "non_targeting*", "non targeting*",
             "nontargeting*", "negctrl*"]
 FAMILIES = {
     "sgID_AB": (["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
     "condition": ([*CONTROLS, "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
-    "perturbation": (CONTROLS, None),  # scPerturb
-    "gene": (CONTROLS, None),  # Replogle et al., original; Arc
-    "target_gene": (CONTROLS, None),  # Arc, Virtual Cell Challenge
-    "gene_target": (CONTROLS, None),  # Mixscape
-    "grna_target": (CONTROLS, None),  # sceptre
-    "target_gene_name": (CONTROLS, None)}  # Cell Ranger
+} | dict.fromkeys([
+    "perturbation",  # scPerturb
+    "gene", "target_gene",  # Replogle et al., original; Arc, Virtual Cell Challenge
+    "gene_target", "grna_target", "target_gene_name"], (CONTROLS, None))  # Mixscape; sceptre; 10x
+ANY_FAMILY = ([*CONTROLS, "DMSO", "Vehicle", "*non-targeting*"], None)  # in any other column
 # What guide callers and demultiplexers write where they have no label. (--keep overrides it.)
-UNASSIGNED = ["nan", "none", "<na>", "na", "n/a", "null", "unassigned", "unknown", "undetermined",
-              "unmapped", "negative", "ambiguous", "doublet", "doublets", "multiplet", "multiplets",
-              "multiple", "multi", "no guide", "no_guide", "noguide"]
+UNASSIGNED = ["", "nan", "none", "<na>", "na", "n/a", "null", "unassigned", "unknown",
+              "undetermined", "unmapped", "negative", "ambiguous", "doublet", "doublets",
+              "multiplet", "multiplets", "multiple", "multi", "no guide", "no_guide", "noguide"]
 
 
 @dataclasses.dataclass
@@ -1172,41 +1035,39 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     only_controls   keep control cells alone, and do not ask for perturbed ones
     options         see READING; what may be repeated is a list, or one text
 
-    Cells outside of the subset, without a label or with one that is left out, or without any count
-    of the kept genes are dropped; a note says how many. Raises DataError where the file, or the
-    choice of column and control, is wrong.
+    Cells without a label or any count of the kept genes are dropped; a note says how many.
     """
     how = reading(options)
     # First names and labels, which say what cells and genes are wanted.
     file = read_h5ad(path, how["layer"])
     genes, gene_names, gene_notes = _choose_genes(file, how, genes_of)
     labels = read_labels(file, how)
-    in_subset = _in_subset(file, how["subset"])
-    wanted, cell_notes = _choose_cells(in_subset, labels, how, only_controls)
+    wanted, cell_notes = _choose_cells(_in_subset(file, how), labels, how, only_controls)
     split, split_notes = _read_split(file, how["split_column"])
 
     # Then their counts. A cell without any says nothing of frequencies; its l_i would be 0.
     stored = file.counts(wanted, genes, stored=True)
     if stream is None:
         stream = stored.n_bytes > memory() / (2 if file.streams else 1)
-    require(file.streams or not stream, f"{path}: {file.found}, is stored so that cells cannot be "
-            "read one by one, as --stream or its size asks for: write it by rows with python "
-            "data.py prepare IN.h5ad OUT.h5ad")
+    require(file.streams or not stream, f"{path}: {file.found}, is not stored cell by cell, as "
+            "--stream or its size asks for: python data.py prepare IN.h5ad OUT.h5ad")
     counts = stored if stream else stored.take()
     sums = cell_sums(counts)
     stored.say_rounded()
     has_counts = sums[0] > 0
     rows, counts = np.flatnonzero(wanted)[has_counts], counts.without_empty(has_counts)
+    library, hashes = sums[:, has_counts]
 
     d, perturbations, conditions, joiner = _dosages(path, [labels.sets[i] for i in rows])
     is_control = (d == NONE).all(1)
-    if not is_control.any() or (is_control.all() and not only_controls):
-        raise DataError(f"{path}: {is_control.sum():,} of {len(rows):,} cells with counts and a "
-                        f"label in {labels.column} are controls; training needs controls and "
-                        f"perturbed cells ({'; '.join(cell_notes)})")
+    require(is_control.any() and (only_controls or not is_control.all()), f"{path}: "
+            f"{is_control.sum():,} of {len(rows):,} cells with counts and a label in "
+            f"{labels.column} are controls; training needs controls and perturbed cells")
     c, covariates, c_notes = _read_covariates(file, how["covariate"], rows, is_control, conditions)
+
     n_empty, n_pairs = (~has_counts).sum(), len({*conditions[(d != NONE).sum(1) > 1]})
     n_few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
+    named = any(gene is not None for gene in targets(perturbations, gene_names))
     notes = [
         f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes",
         *labels.notes, *gene_notes, *cell_notes, *split_notes,
@@ -1216,22 +1077,21 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
         f"{n_few:,} conditions have fewer than 10 cells; they are kept" * bool(n_few),
         "no perturbation is named like a gene: what it does to its own gene is not reported "
         "(--gene-names, if var has a column of symbols; --label-pattern, if labels are guides)" * (
-            bool(perturbations) and not any(
-                gene is not None for gene in targets(perturbations, gene_names))),
-        *c_notes, *_doubts(*sums[:, has_counts])]
+            bool(perturbations) and not named),
+        *c_notes, *_doubts(library, hashes)]
     return Screen(file, file.path, counts, rows, file.cell_names[rows], gene_names, d,
                   perturbations, conditions, joiner, c, covariates,
                   labels.column if labels.column in file.obs_columns else None,
-                  None if split is None else split[rows], *sums[:, has_counts],
+                  None if split is None else split[rows], library, hashes,
                   list(filter(None, notes)))
 
 
 def reading(options):
     """All of READING: what is given, else the default."""
-    if options.keys() - READING.keys():
-        raise TypeError(f"{options.keys() - READING.keys()}: options are {', '.join(READING)}")
     how = {name: default for name, (default, *_) in READING.items()}
     how |= {name: value for name, value in options.items() if value is not None}
+    if how.keys() != READING.keys():
+        raise TypeError(f"the options are {', '.join(READING)}")
     return {name: [value] if READING[name][0] == [] and isinstance(value, str) else value
             for name, value in how.items()}
 
@@ -1241,9 +1101,9 @@ def one_label_per_cell(screen):
 
     Its perturbations are the names of the conditions other than "control", sorted."""
     names = sorted(set(screen.conditions) - {"control"})
-    index = {name: t for t, name in enumerate(names)} | {"control": NONE}
-    d = np.array([[index[name]] for name in screen.conditions])
-    return dataclasses.replace(screen, d=d, perturbations=names)
+    index = {"control": NONE} | {name: t for t, name in enumerate(names)}
+    return dataclasses.replace(screen, perturbations=names,
+                               d=np.array([[index[name]] for name in screen.conditions]))
 
 
 def renumbered(screen, perturbations):
@@ -1261,46 +1121,39 @@ def targets(perturbations, gene_names):
     place = {}
     for g, name in enumerate(gene_names):
         place.setdefault(str(name).upper(), g)
-    return [next((place[part] for part in (
-        name, re.split(r"[^A-Z0-9-]", name)[0], re.split(r"[^A-Z0-9]", name)[0])
-        if part in place), None) for name in (str(name).upper() for name in perturbations)]
+    found = []
+    for name in (str(name).upper() for name in perturbations):
+        parts = name, re.split(r"[^A-Z0-9-]", name)[0], re.split(r"[^A-Z0-9]", name)[0]
+        found.append(next((place[part] for part in parts if part in place), None))
+    return found
 
 
-class Labels(typing.NamedTuple):
-    """What a file says of the perturbations of its cells."""
-
-    column: str  # the obs column, or the prefix of one-hot columns and *
-    values: np.ndarray  # (cells,) str, "" where a label is missing
-    sets: list  # (cells,) frozensets of perturbations' names: empty for a control, None: no label
-    notes: list  # lines on what was read
+# What a file says of the perturbations of its cells: the obs column, or one-hot columns as PREFIX*;
+# labels (cells,), "" where missing; sets of perturbations' names (cells,), empty for a control and
+# None where there is no label; and lines on what was read.
+Labels = collections.namedtuple("Labels", "column values sets notes")
 
 
 def read_labels(file, how):
     """The Labels of an H5ad by the options `how`, all of READING."""
     if how["one_hot_prefix"] is not None:
         return _read_one_hot(file, how)
-    if how["perturbation_column"] is not None:
-        return _read_column(file, how["perturbation_column"], how)
+    columns = [how["perturbation_column"]] if how["perturbation_column"] is not None else [
+        column for column in FAMILIES if column in file.obs_columns]
+    require(columns, f"{file.path}: no obs column has a well-known name: name one with "
+            "--perturbation-column and --control, or 0/1 columns with --one-hot-prefix; obs has "
+            f"the columns {', '.join(file.obs_columns[:50])}")
     problem = None
-    for column in FAMILIES:
-        if column in file.obs_columns:
-            try:
-                return _read_column(file, column, how)
-            except NoControl as error:  # another meaning of the name, say `gene`; or not
-                problem = problem or error
-    if problem:
-        raise problem
-    # Labels repeat: of a column of barcodes or of measurements the values are not listed.
-    described = []
-    for column in file.obs_columns[:30]:
-        described.append(column)
-        with contextlib.suppress(DataError):  # a damaged column
-            values = file.obs(column)
-            if values.dtype.kind != "f" and len({*values.tolist()}) <= max(20, len(values) / 2):
-                described[-1] += f": {_commonest(_texts(values), 3)}"
-    raise DataError(f"{file.path}: no obs column has a well-known name: name one with "
-                    "--perturbation-column and --control, or 0/1 columns with --one-hot-prefix; "
-                    f"obs has the columns {'; '.join(described)}")
+    for column in columns:
+        try:
+            controls, separator = FAMILIES.get(column, ANY_FAMILY)
+            if how["combination_separator"] is not None:  # "" splits nothing
+                separator = how["combination_separator"]
+            return _parse(f"obs column {column!r}", file, column, _texts(file.obs(column)),
+                          controls, separator, how)
+        except NoControl as error:  # another meaning of the name, say `gene`; or not
+            problem = problem or error
+    raise problem
 
 
 def _texts(values):
@@ -1309,73 +1162,40 @@ def _texts(values):
     return ["" if v is None or v != v else str(v).strip() for v in values.tolist()]
 
 
-def _read_column(file, column, how):
-    """The Labels of an obs column. Raises NoControl where none of them is a control."""
-    values = _texts(file.obs(column))
-    # What is not said is as in the column's family; in a column of no family, any family's names
-    # of controls will do.
-    everyone = list(dict.fromkeys(c for controls, _ in FAMILIES.values() for c in controls))
-    controls, separator = FAMILIES.get(column, (everyone, None))
-    separator = how["combination_separator"] if how["combination_separator"] is not None else (
-        separator)  # "" splits nothing
-    parts = {label: [part.strip() for part in label.split(separator)] if separator else [label]
-             for label in dict.fromkeys(values)}
-    for label, names in parts.items():
-        if label and not all(names):
-            raise DataError(f"{file.path}: the label {label!r}, split at {separator!r}, has an "
-                            "empty part: another --combination-separator, or '' to split nothing")
-    sets, notes = _parse(f"{file.path}: obs column {column!r}", values, parts, controls, how,
-                         f"its labels are {_commonest(values, 12)}")
-    # Whether combinations were taken for what they are decides about everything after: say it.
-    joined = [repr(c) for c in "+_|;" if any(c in label for label in parts)]
-    notes[0] = f"labels in obs column {column!r}; {notes[0]}"
-    if separator:
-        notes[0] += f"; combinations are split at {separator!r}" + (
-            ", which is in no label" * all(len(names) == 1 for names in parts.values()))
-    elif joined and not how["label_pattern"]:
-        notes[0] += (f"; some contain {' and '.join(joined)}, nothing was split (where it joins "
-                     "combinations, use --combination-separator; where it numbers guides, "
-                     "--label-pattern)")
-    return Labels(column, _objects(values), sets, notes)
-
-
 def _read_one_hot(file, how):
-    """The Labels of 0/1 columns of obs, one per perturbation or, by --control, per control."""
+    """The Labels of 0/1 columns of obs, one per perturbation or, by --control, per control: a
+    cell's label is the names of its columns, joined."""
     prefix, columns = how["one_hot_prefix"], {}
     require(not how["perturbation_column"] and not how["combination_separator"],
-            "--one-hot-prefix takes the place of --perturbation-column and "
-            "--combination-separator: leave these out")
+            "--one-hot-prefix takes the place of --perturbation-column and its separator")
     for column in file.obs_columns:
         values = file.obs(column).tolist() if column.startswith(prefix) else [""]
         # Columns of text may share the prefix, such as guide_identity in the paper's Norman file.
         if column != prefix and not any(isinstance(v, str) for v in values):
             columns[column.removeprefix(prefix)] = values
             wrong = [v for v in values if v not in (0, 1, None) and v == v]  # but for NaN
-            require(not wrong, f"{file.path}: obs column {column!r} holds {wrong[:1]}, and not 0 "
-                    "and 1 alone")
+            require(not wrong, f"{file.path}: obs column {column!r} holds {wrong[:1]}, not 0 or 1")
     require(columns, f"{file.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
-    values, parts = [], {"nan": ["nan"]}
-    joiner = " + " if any("+" in name for name in columns) else "+"
-    for row in zip(*columns.values()):
-        names = [name for name, v in zip(columns, row) if v == 1]
-        values.append(joiner.join(names) if {*row} <= {0, 1} else "nan")
-        parts.setdefault(values[-1], names)
-    sets, notes = _parse(f"{file.path}: one-hot columns {prefix}*", values, parts, [""], how,
-                         f"without the prefix, columns are {', '.join(list(columns)[:12])}")
-    notes[0] = f"{len(columns)} one-hot columns {prefix}*; {notes[0]}"
-    return Labels(f"{prefix}*", _objects(values), sets, notes)
+    joiner = _joiner(columns)
+    values = [joiner.join(name for name, v in zip(columns, row) if v) if {*row} <= {0, 1} else "nan"
+              for row in zip(*columns.values())]
+    return _parse(f"{len(columns)} one-hot columns {prefix}*", file, f"{prefix}*", values, [""],
+                  joiner, how)
 
 
-def _parse(where, values, parts, controls, how, listed):
-    """Labels, each with its parts -> the set of perturbations of every cell, and notes.
-
-    values (cells,) labels; parts {label: the names it joins}; controls: if --control says nothing;
-    where, listed: in words, for errors."""
+def _parse(source, file, column, values, controls, separator, how):
+    """Labels (cells,) -> Labels. source: where they are, in words; controls: if --control says
+    nothing; separator: what joins perturbations in a label, or nothing."""
+    where, listed = f"{file.path}: {source}", f"its labels are {_commonest(values, 12)}"
     controls, flags = (how["control"], 0) if how["control"] else (controls, re.IGNORECASE)
-    # In a combination * must not reach beyond a part: with nt_*, nt_1|CCNE2_2 is perturbed.
-    is_control, is_plain_control = (_matcher(patterns, flags) for patterns in (
-        controls, [c.rstrip("*") for c in controls if "*" not in c.rstrip("*")]))
-    excluded, kept = _matcher(how["exclude"]), _matcher(how["keep"])
+    is_control, excluded, kept = (_matcher(controls, flags), _matcher(how["exclude"]),
+                                  _matcher(how["keep"]))
+    n_cells = collections.Counter(values)  # far fewer labels than cells
+    parts = {label: [part.strip() for part in label.split(separator)] if separator and label
+             else [label] for label in n_cells}
+    for label in parts:
+        require(label == "" or all(parts[label]), f"{where}: the label {label!r}, split at "
+                f"{separator!r}, has an empty part: choose another --combination-separator")
     try:
         pattern = re.compile(how["label_pattern"] or "(.*)", re.DOTALL)
         name_of = {part: match[1] for part in itertools.chain(*parts.values())
@@ -1386,41 +1206,44 @@ def _parse(where, values, parts, controls, how, listed):
 
     def parse(label):
         """The perturbations of a label: None if it is none, empty if it is a control."""
-        if (is_control if len(parts[label]) < 2 else is_plain_control)(label):
-            return None if excluded(label) else frozenset()
-        names, left_out = set(), label == ""
-        for part in [label, *parts[label]]:
-            name, of_control = name_of.get(part, part), is_control(part)
-            left_out = left_out or excluded(part) or excluded(name) or (
-                part.lower() in UNASSIGNED and not kept(part) and not of_control)
-            if part != label or len(parts[label]) == 1:
-                names |= {name} - {name if of_control or is_control(name) else None}
-        return None if left_out else frozenset(names)  # GENE+ctrl is GENE
+        own = {part: name_of.get(part, part) for part in parts[label]}
+        # In a combination * must not reach beyond a part: with nt_*, nt_1|CCNE2_2 is perturbed.
+        if is_control(label) if len(own) < 2 else label in controls:
+            own = {}
+        words = {label, *own, *own.values()}
+        if any(excluded(word) or (word.lower() in UNASSIGNED and not kept(word)
+                                  and not is_control(word)) for word in words):
+            return None
+        return frozenset(name for part, name in own.items()  # GENE+ctrl is GENE
+                         if not is_control(part) and not is_control(name))
 
-    n_cells = collections.Counter(values)
-    parsed = {label: parse(label) for label in n_cells}  # far fewer labels than cells
-    found = [label or "cells without any" for label, names in parsed.items()
-             if names == frozenset()]
-    require(found, f"{where}: no cell has only {', '.join(map(repr, controls))}: say what control "
-            "cells have with --control (may be repeated; * stands for any characters, '' for no "
-            f"label); {listed}", NoControl)
-    everything = [*parsed, *itertools.chain(*parts.values()), *name_of.values()]
-    notes = [f"control: {', '.join(found[:3])}"
+    parsed = {label: parse(label) for label in n_cells}
+    found = [label or "cells without any" for label in parsed if parsed[label] == frozenset()]
+    require(found, f"{where}: no cell has only {', '.join(map(repr, controls))}: say what controls "
+            f"have with --control (* is any characters, '' no label); {listed}", NoControl)
+    notes = [f"{'labels in ' * source.startswith('obs')}{source}; control: {', '.join(found[:3])}"
              + f" and {len(found) - 3} more" * (len(found) > 3)]
-    for option in ("control", "exclude", "keep"):  # one that is nowhere is a misspelt one
-        for text in how[option]:
-            if not any(map(_matcher([text]), everything)):
-                problem = (f"no label is {text!r}, of --{option}, where * stands for any "
-                           f"characters; {listed}")
-                # Of several controls one may be missing: in another file of the same kind, say.
-                require(option == "control", f"{where}: {problem}")
-                notes.append(f"warning: {problem}")
+    # Whether combinations were taken for what they are decides about everything after: say it.
+    joined = [repr(c) for c in "+_|;" if any(c in label for label in parts)]
+    if separator and column in file.obs_columns:
+        notes[0] += f"; combinations are split at {separator!r}" + (
+            ", which is in no label" * all(len(names) == 1 for names in parts.values()))
+    elif joined and not separator and not how["label_pattern"]:
+        notes[0] += (f"; some contain {' and '.join(joined)}, nothing was split (if it joins "
+                     "combinations, --combination-separator; if it numbers guides, "
+                     "--label-pattern)")
+    everything = [*parsed, *itertools.chain(*parts.values()), *name_of.values()]
+    for option, text in [(o, text) for o in ("control", "exclude", "keep") for text in how[o]]:
+        if not any(map(_matcher([text]), everything)):  # a misspelt one; but controls may be of
+            problem = f"no label is {text!r}, of --{option}; {listed}"  # another file of the kind
+            require(option == "control", f"{where}: {problem}")
+            notes.append(f"warning: {problem}")
     unmatched = [value for value in values if parsed[value] and not all(
         part in name_of or is_control(part) for part in parts[value])]
     if unmatched:
         notes.append(f"{len(unmatched):,} cells have labels that --label-pattern does not match, "
                      f"which stay as they are: {_commonest(unmatched, 3)}")
-    return [parsed[value] for value in values], notes
+    return Labels(column, _objects(values), [parsed[value] for value in values], notes)
 
 
 def _matcher(patterns, flags=0):
@@ -1429,16 +1252,20 @@ def _matcher(patterns, flags=0):
     return re.compile("|".join(f"(?:{word})" for word in words) or "(?!)", flags).fullmatch
 
 
+def _joiner(names):
+    """What joins these names of perturbations in the name of a combination."""
+    return " + " if any("+" in name for name in names) else "+"
+
+
 def _dosages(path, sets):
     """Each cell's set of perturbations -> d (N, P), the names it refers to, the names of the cells'
     conditions (N,), and what joins names in these."""
     perturbations = sorted(set().union(*sets))
-    joiner = " + " if any("+" in name for name in perturbations) else "+"
+    joiner, has_pairs = _joiner(perturbations), any(len(names) > 1 for names in sets)
     for name in perturbations:  # the names of conditions must tell them apart
-        if name == "control" or (joiner in name and any(len(names) > 1 for names in sets)):
-            raise DataError(f"{path}: a perturbation is called {name!r}, which cannot be told from "
-                            "the control or from a combination: check --control and "
-                            "--combination-separator, or rename it")
+        require(name != "control" and not (joiner in name and has_pairs), f"{path}: a perturbation "
+                f"is called {name!r}, like the control or a combination: check --control and "
+                "--combination-separator, or rename it")
     index = {name: t for t, name in enumerate(perturbations)}
     d = np.full((len(sets), max(map(len, sets), default=0)), NONE)
     for i, names in enumerate(sets):
@@ -1449,39 +1276,44 @@ def _dosages(path, sets):
 
 def _choose_cells(in_subset, labels, how, only_controls=False):
     """Which cells of in_subset (cells,) are wanted, (cells,) bool; lines on what is dropped."""
-    has_label = np.array([names is not None for names in labels.sets])
-    wanted, rare, few = in_subset & has_label, set(), True
+    wanted, notes = np.ones(len(in_subset), bool), []
+
+    def drop(cells, why):
+        """Leave out these cells (cells,) bool, and note it."""
+        n = (wanted & cells).sum()
+        notes.extend([f"dropped {n:,} cells {why}"] * bool(n))
+        wanted[cells] = False
+
+    drop(~in_subset, "outside of the subset")
+    missing = np.array([names is None for names in labels.sets])
+    drop(missing, f"whose label in {labels.column} is missing or left out: "
+         + _commonest(labels.values[wanted & missing], 8))
     if only_controls:
         wanted &= np.array([names == frozenset() for names in labels.sets])
+    rare, few, left = set(), True, wanted.copy()
     while few:  # the cells of a rare perturbation may leave another one with too few
-        n_cells = collections.Counter(t for i in np.flatnonzero(wanted) for t in labels.sets[i])
+        n_cells = collections.Counter(t for i in np.flatnonzero(left) for t in labels.sets[i])
         few = {name for name, n in n_cells.items() if n < how["min_cells"]}
         rare |= few
-        wanted &= np.array([not (names and names & few) for names in labels.sets])
-    without = in_subset & ~has_label
-    dropped = {
-        "outside of the subset": ~in_subset,
-        f"whose label in {labels.column} is missing or left out: "
-        + _commonest(labels.values[without], 8): without,
-        f"of {len(rare):,} perturbations that have fewer than {how['min_cells']} (--min-cells)":
-            in_subset & has_label & ~wanted & (not only_controls)}
-    return wanted, [f"dropped {n.sum():,} cells {why}" for why, n in dropped.items() if n.any()]
+        left &= np.array([not (names and names & few) for names in labels.sets])
+    drop(~left, f"of {len(rare):,} perturbations that have fewer than {how['min_cells']} "
+         "(--min-cells)")
+    return wanted, notes
 
 
-def _in_subset(file, subset):
-    """Which cells are kept, (cells,) bool: those of every column, with any of its values."""
-    wanted, chosen = {}, np.ones(file.shape[0], bool)
-    for text in subset:
+def _in_subset(file, how):
+    """Which cells --subset keeps, (cells,) bool: of each column, any of the values given for it."""
+    wanted, chosen = collections.defaultdict(set), np.ones(file.shape[0], bool)
+    for text in how["subset"]:
         column, equals, value = text.partition("=")
         require(equals, f"--subset needs COLUMN=VALUE, not {text!r}")
-        wanted.setdefault(column, set()).add(value)
+        wanted[column].add(value)
     for column, values in wanted.items():
         found = _texts(file.obs(column))
-        for value in values - set(found):  # a value that is nowhere is a misspelt one
-            raise DataError(f"{file.path}: no cell has {value!r} in obs column {column!r}; its "
-                            f"values are {_commonest(found, 12)}")
+        require(values <= set(found), f"{file.path}: no cell has {values - set(found)} in obs "
+                f"column {column!r}; its values are {_commonest(found, 12)}")
         chosen &= np.array([value in values for value in found])
-    require(chosen.any(), f"{file.path}: no cell is in the subset {' '.join(subset)}")
+    require(chosen.any(), f"{file.path}: no cell is in the subset {' '.join(how['subset'])}")
     return chosen
 
 
@@ -1490,43 +1322,41 @@ def _choose_genes(file, how, genes_of=None):
 
     With genes_of these names, in this order, by the names asked for, the index of var, or one of
     its columns. Raises DataError where one of them is missing, or there twice."""
-    column, notes, kept = how["gene_column"], [], np.ones(file.shape[1], bool)
-    if not column and "feature_types" in file.var_columns:
-        is_gene = file.var("feature_types") == "Gene Expression"
-        if is_gene.any() and not is_gene.all():
-            kept, notes = is_gene, [f"left out {(~is_gene).sum():,} features that are no Gene "
-                                    "Expression in var/feature_types, such as guides"]
-    elif column:
-        column, equals, value = column.partition("=")
+    column, equals, value = (how["gene_column"] or "").partition("=")
+    notes, kept = [], np.ones(file.shape[1], bool)
+    if column:
         found = _texts(file.var(column))
         # Booleans, 0 and 1, or, from a table that once was a .csv file, the words.
         kept = np.array([v == value if equals else v.lower() in ("true", "1", "1.0")
                          for v in found])
-        if not kept.any():
-            raise DataError(f"{file.path}: --gene-column {how['gene_column']} keeps no gene; its "
-                            f"values are {_commonest(found, 5)}")
+        require(kept.any(), f"{file.path}: --gene-column {how['gene_column']} keeps no gene; its "
+                f"values are {_commonest(found, 5)}")
         notes = [f"{kept.sum():,} genes kept by --gene-column {how['gene_column']}"]
+    elif "feature_types" in file.var_columns:
+        is_gene = file.var("feature_types") == "Gene Expression"
+        if is_gene.any() and not is_gene.all():
+            kept, notes = is_gene, [f"left out {(~is_gene).sum():,} features that are no Gene "
+                                    "Expression in var/feature_types, such as guides"]
     genes = np.flatnonzero(kept)
 
     def names_by(column):
         """Names of these genes by a column of var; by the index where it is missing, or None."""
         names = file.gene_names if column is None else file.var(column)
-        return _objects(name or own for name, own in zip(
-            _texts(names[genes]), file.gene_names[genes]))
+        return [name or own for name, own in zip(_texts(names[genes]), file.gene_names[genes])]
 
     names, wrong = names_by(how["gene_names"]), []
-    if genes_of is None or names.tolist() == list(genes_of):
-        return genes, names, notes
+    if genes_of is None or names == list(genes_of):
+        return genes, _objects(names), notes
     for column in [how["gene_names"], None, *file.var_columns]:
-        found = names_by(column).tolist()
+        found = names_by(column)
         n, place = collections.Counter(found), dict(zip(found, genes))
-        missing = [name for name in genes_of if n[name] != 1]
-        if not missing:
+        wrong.append([name for name in genes_of if n[name] != 1])
+        if not wrong[-1]:
             return np.array([place[name] for name in genes_of]), _objects(genes_of), notes
-        wrong = min(wrong, missing, key=len) if wrong else missing
+    wrong = min(wrong, key=len)
     raise DataError(f"{file.path}: {len(wrong):,} of the {len(genes_of):,} genes wanted are not "
-                    f"there, or more than once, such as {', '.join(wrong[:5])}; all are needed, by "
-                    f"these names (the file's are {', '.join(names[:3])}, ...)")
+                    f"there, or more than once, such as {', '.join(wrong[:5])} (the file has "
+                    f"{', '.join(names[:3])}, ...)")
 
 
 def _read_covariates(file, columns, rows, is_control, conditions):
@@ -1539,22 +1369,22 @@ def _read_covariates(file, columns, rows, is_control, conditions):
         found = _objects(_texts(file.obs(column)[rows]))
         missing = found == ""
         values, place = _numbered(found[~missing].tolist())
-        if not 2 <= len(values) <= min(50, max(2, len(rows) / 10)) or column in columns[:j]:
-            raise DataError(f"{file.path}: --covariate {column!r} has {len(values):,} values for "
-                            f"{len(rows):,} cells: different columns of 2 to 50 values, each with "
-                            "many cells, are needed")
+        require(2 <= len(values) <= min(50, max(2, len(rows) / 10)) and column not in columns[:j],
+                f"{file.path}: --covariate {column!r} has {len(values):,} values for {len(rows):,} "
+                "cells: different columns are needed, of 2 to 50 values of many cells each")
         c[~missing, j] = len(names) + place
         names += [f"{column}={value}" for value in values]
-    stratum = np.unique(c, axis=0, return_inverse=True)[1].ravel() if columns else 0 * rows
+    if not columns:
+        return c, names, []
+    stratum = np.unique(c, axis=0, return_inverse=True)[1].ravel()
     compared = np.isin(stratum, stratum[is_control])  # with control cells of the same covariates
     alone = set(conditions) - set(conditions[compared])
-    if len(alone) > 0 and len(alone) == len(set(conditions)) - 1:
-        raise DataError(f"{file.path}: no perturbed cell has the covariates of a control cell: "
-                        f"leave out --covariate {' --covariate '.join(columns)}")
-    return c, names, [f"covariates: {', '.join(names)}" * bool(names), (
+    require(not alone or len(alone) < len(set(conditions)) - 1, f"{file.path}: no perturbed cell "
+            f"has the covariates of a control cell: leave out --covariate {', '.join(columns)}")
+    return c, names, [f"covariates: {', '.join(names)}", (
         f"warning: {(~compared).sum():,} cells, with all cells of {len(alone):,} conditions, have "
-        "covariates that no control cell has: the model trains on them; the effects measured in "
-        "the data leave them out") * (not compared.all())]
+        "covariates that no control has: effects in the data leave them out")
+        * (not compared.all())]
 
 
 def _doubts(library, hashes):
@@ -1563,33 +1393,31 @@ def _doubts(library, hashes):
     n_twice = int(deep.sum()) - len(np.unique(hashes[deep]))
     if n_twice > 0.01 * len(library):
         notes.append(f"warning: {n_twice:,} cells have exactly the counts of another cell: copies "
-                     "end up in both train and test, and results look better than they are: keep "
-                     "one of each")
+                     "end up in both train and test: keep one of each")
     low, middle, high = np.quantile(library, [0.1, 0.5, 0.9])
     if len(library) >= 20 and middle >= 100 and high - low < 0.02 * middle:
-        notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}: these look "
-                     "like normalised values that were rounded; start from the raw counts")
+        notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}, like "
+                     "normalised values that were rounded: start from the raw counts")
     return notes
 
 
 def unbalanced(screen, given=()):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do. Columns `given`
-    are left out. We call them unlike if their total variation distance, within the strata of
-    covariates and among values that controls have, exceeds what chance gives by 0.1."""
+    are left out. Unlike: a total variation distance, within the strata of covariates and among
+    values that controls have, 0.1 above what chance gives."""
     notes, perturbed = [], (screen.d != NONE).any(1).astype(int)
     stratum = np.unique(np.pad(screen.c, ((0, 0), (1, 0))), axis=0, return_inverse=True)[1].ravel()
     for column in [column for column in screen.file.obs_columns if column not in given]:
-        try:
+        values = []
+        with contextlib.suppress(DataError):  # a damaged column that nobody asked for
             found = screen.obs(column)
-        except DataError:  # a damaged column that nobody asked for
-            continue
-        values, v = _numbered([] if found.dtype.kind == "f" else _texts(found))
+            values, v = _numbered([] if found.dtype.kind == "f" else _texts(found))
         if not 2 <= len(values) <= 50:  # a measurement, a barcode
             continue
         n = np.zeros((stratum.max() + 1, 2, len(values)))
         np.add.at(n, (stratum, perturbed, v), 1)  # controls, perturbed cells
-        n[:, 1] *= n[:, 0] > 0  # a value that no control has describes the perturbation
+        n[:, 1] *= n[:, 0] > 0
         p, weight = n / np.maximum(n.sum(2, keepdims=True), 1), n[:, 1].sum(1)
         distance = np.abs(p[:, 0] - p[:, 1]).sum(1) / 2 @ weight / max(1, weight.sum())
         # The mean distance of n cells from their own distribution, were it uniform.
@@ -1597,10 +1425,9 @@ def unbalanced(screen, given=()):
         if weight.sum() > 0.1 * perturbed.sum() and distance > 0.1 + chance:
             p = n.sum(0) / n.sum((0, 2))[:, None]
             most = np.argmax(np.abs(p[0] - p[1]))
-            notes.append(
-                f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of the perturbed "
-                f"cells have {column}={values[most]}: if that is no result of perturbations, "
-                f"--covariate {column} compares like with like")
+            notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of the "
+                         f"perturbed cells have {column}={values[most]}: if that is no result of "
+                         f"perturbations, --covariate {column} compares like with like")
     return notes
 
 
@@ -1629,16 +1456,14 @@ def _read_split(file, column):
     if not column:
         return None, []
     found, notes, words = _texts(file.obs(column)), [], dict(SPLIT_WORDS)
-    present = {v.lower() for v in found} & words.keys()
-    if {"ood", "test"} <= present and "validation" not in map(words.get, present):
+    present = {v.lower() for v in found}
+    if {"ood", "test"} <= present and not present & {"val", "valid", "validation"}:
         words["test"] = "validation"
-        notes.append(f"obs column {column!r} has ood and no validation, as CPA writes it: its test "
-                     "cells are for validation, and ood cells for testing")
+        notes.append(f"obs column {column!r} has ood and no validation, as CPA writes it: test is "
+                     "for validation, ood for testing")
     split = _objects(words.get(v.lower()) for v in found)
-    if not {"train", "test"} <= {*split}:
-        raise DataError(f"{file.path}: obs column {column!r} has no cells for training or none for "
-                        f"testing: it says {_commonest(found, 8)}, and its words can be "
-                        f"{', '.join(SPLIT_WORDS)}")
+    require({"train", "test"} <= {*split}, f"{file.path}: obs column {column!r} has no cells for "
+            f"training or testing: it says {_commonest(found, 8)}; words: {', '.join(SPLIT_WORDS)}")
     unknown = [v for v, part in zip(found, split) if part is None]
     if unknown:
         notes.append(f"{len(unknown):,} cells are in no split, obs column {column!r} says "
@@ -1648,8 +1473,7 @@ def _read_split(file, column):
 
 def train_test_split(n, train_size, seed):
     """Positions (train, test) of n cells: scikit-learn's train_test_split(range(n), train_size=..,
-    random_state=seed), to the last element, without scikit-learn.
-    """
+    random_state=seed), to the last element, without scikit-learn."""
     n_train = math.floor(train_size * n)
     # The legacy generator, as scikit-learn uses it. Its test part comes first in the permutation.
     shuffled = np.random.RandomState(seed).permutation(n)
@@ -1659,27 +1483,22 @@ def train_test_split(n, train_size, seed):
 def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     """{"train", "validation", "test"}: positions among the screen's kept cells.
 
-    The file's own split where the screen has one; else one of SPLITS, the tasks of the paper. (The
-    proportions, and what comes first, are from its authors' code.)
+    The file's own split where the screen has one; else one of SPLITS, the tasks of the paper (their
+    proportions, and what comes first, are from its authors' code):
 
-    random   of all cells 80 / 20 into rest / test, of the rest 80 / 20 into train / validation.
-             Replogle (4.1).
-    norman-ood   tests on combinations that were not trained on (4.2). Combinations are put into
-             random order: the first train_combinations (a fraction) of them are for training and
-             validation, the last quarter for testing. Their cells are split as in `random` first,
-             so that training cells accumulate while the fraction grows, test cells stay the same,
-             and at a fraction of 1 the test combinations are trained on, in other cells.
+    random       80 / 20 into rest / test, the rest 80 / 20 into train / validation. Replogle (4.1).
+    norman-ood   tests on combinations that were not trained on (4.2). In random order the first
+                 train_combinations (a fraction) are for training and validation, the last quarter
+                 for testing, and their cells are split as in `random`: so training cells
+                 accumulate while the fraction grows, and test cells stay the same.
     norman-data-efficiency   tests on cells of all combinations, split as in `random`, and trains on
-             the first train_combinations (a fraction) of their training cells.
+                 the first train_combinations (a fraction) of their training cells.
 
-    In the Norman splits all other cells are split 80 / 20 into train / validation, and so are the
-    training cells of a file's own split that has no validation. Raises DataError where a part is
-    left without cells, or training without controls.
+    All other cells, and training cells without validation, are split 80 / 20 into these two.
     """
     n_perturbed = (screen.d != NONE).sum(1)  # (N,) perturbations of each cell
     require(split == "random" or screen.split is not None or n_perturbed.max() > 1,
-            f"{screen.path}: --split {split} needs combinations, and no cell has two "
-            "perturbations: check --combination-separator or --one-hot-prefix")
+            f"{screen.path}: --split {split} needs combinations: check --combination-separator")
 
     def of_80_20(cells):
         """80 % and 20 % of the cells, always by the same seed."""
@@ -1693,8 +1512,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
             train, validation = of_80_20(train)
     else:
         # The Norman splits test on combinations alone: it is these that are split in three.
-        rest, test = of_80_20(np.flatnonzero(n_perturbed > 1) if split != "random"
-                              else np.arange(len(screen.rows)))
+        rest, test = of_80_20(np.flatnonzero(n_perturbed > (1 if split != "random" else -1)))
         train, validation = of_80_20(rest)
         if split == "norman-ood":
             # The order starts from sorted labels: to get the paper's, those of the paper's file.
@@ -1704,8 +1522,8 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
             order = np.unique(labels[n_perturbed > 1])
             np.random.default_rng(seed).shuffle(order)
             n_train, n_test = int(train_combinations * len(order)), math.ceil(0.25 * len(order))
-            train = train[np.isin(labels[train], order[:n_train])]
-            validation = validation[np.isin(labels[validation], order[:n_train])]
+            train, validation = (cells[np.isin(labels[cells], order[:n_train])]
+                                 for cells in (train, validation))
             test = test[np.isin(labels[test], order[len(order) - n_test:])]
         elif split == "norman-data-efficiency":
             train = train[:int(train_combinations * len(train))]
@@ -1714,12 +1532,11 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
             train = np.concatenate([more_train, train])
             validation = np.concatenate([more_validation, validation])
     parts = {"train": train, "validation": validation, "test": test}
-    sizes = {f"cells for {name}": len(cells) for name, cells in parts.items()} | {
-        "control cells to train on": (n_perturbed[train] == 0).sum(),
-        "perturbed cells to train on": (n_perturbed[train] > 0).sum()}
-    for what, n in sizes.items():
-        require(n, f"{screen.path}: no {what} are left ({len(screen.rows):,} cells in all, "
-                f"{len(train):,} for training)")
+    of_train = {"control": train[n_perturbed[train] == 0],
+                "perturbed": train[n_perturbed[train] > 0]}
+    for name, cells in (parts | of_train).items():
+        require(len(cells), f"{screen.path}: no {name} cells are left to split "
+                f"({len(screen.rows):,} cells in all, {len(train):,} for training)")
     return parts
 
 
@@ -1743,11 +1560,8 @@ def memory():
 
 
 def _tensor(array, device, pinned=False):
-    """A numpy array of counts or indices as a tensor on the device, in the narrowest integer type.
-
-    torch computes with uint8 but hardly with wider unsigned types: those become signed, by a free
-    change of view where the largest value allows it.
-    """
+    """A numpy array of counts or indices as a tensor on the device, in the narrowest integer type:
+    torch hardly computes with unsigned types wider than uint8, so these become signed ones."""
     if array.dtype.kind == "u" and array.dtype != np.uint8:
         size = array.dtype.itemsize
         fits = array.max(initial=0) <= np.iinfo(f"i{size}").max
@@ -1761,8 +1575,7 @@ def dense_rows(values, columns, indptr, longest, cells, n_genes):
     longest row). Returns (B, G) floats.
 
     Every row is read as if it were the longest, and padding lands in an extra column that is
-    dropped: with fixed shapes the GPU need not tell the host how many entries there are. (On a CPU
-    a loop over rows is two to four times as fast.)
+    dropped: with fixed shapes the GPU need not tell the host how many entries there are.
     """
     start, end = indptr[cells, None], indptr[cells + 1, None]  # (B, 1)
     entry = start + longest  # (B, longest)
@@ -1774,35 +1587,12 @@ def dense_rows(values, columns, indptr, longest, cells, n_genes):
     return x[:, :-1].contiguous()
 
 
-class Piece:
-    """Cells that lie on the device. piece(cells) -> counts x (B, G) floats, dosages d (B, P),
-    covariates c (B, C); `cells` (B,) is a tensor of positions among those of the piece.
-
-    Counts stay sparse and integer: what becomes dense and floats is a batch at a time.
-    """
-
-    def __init__(self, counts, labels, device, pinned=False):
-        self.counts, self.device = counts, device
-        self.labels, self.csr = [_tensor(v, device, pinned) for v in labels], []
-        if device.type != "cpu":
-            longest = int(np.diff(counts.indptr).max(initial=0))
-            self.csr = [_tensor(v, device, pinned) for v in (
-                counts.values, counts.columns, counts.indptr)]
-            self.csr.append(torch.arange(longest, device=device))
-
-    def __call__(self, cells):
-        if self.csr:
-            x = dense_rows(*self.csr, cells, self.counts.shape[1])
-        else:
-            x = torch.from_numpy(self.counts.dense(cells.numpy()).astype(np.float32))
-        return x, *(v[cells] for v in self.labels)
-
-
 class Batches:
     """Batches x (B, G), d (B, P), c (B, C) of a screen's cells, which are positions 0..N-1.
 
-    Where the screen does not fit on the device, it goes there piece by piece, each made in a thread
-    while the one before it is in use: from memory, or from the file (StoredCounts).
+    Counts lie on the device sparse, as integers, and become dense floats batch by batch. Where they
+    do not fit there, they go there in pieces, from memory or from the file (StoredCounts), each
+    made in a thread while the one before it is in use.
 
     n_piece   cells of a piece, at most PIECE and about 1 GB of counts, a multiple of 512
     where     in words, where the counts lie
@@ -1823,32 +1613,48 @@ class Batches:
             piecewise = n_bytes > 0.6 * free if piecewise is None else piecewise
             if not piecewise and not self.from_file:
                 self.where = f"on {self.device}"
-        self.where += f" ({size_in_words(n_bytes)})"
-        self.whole = None if piecewise or self.from_file else Piece(
-            self.counts, self.labels, self.device)
+        self.where += f" ({n_bytes / 1e6:,.1f} MB)"
+        self.whole = None if piecewise or self.from_file else self._piece(self.counts, self.labels)
 
     def __call__(self, cells):
         """The batch of these cells, (B,) positions, a numpy array."""
-        piece, places = self.load(cells)
-        return piece(places)
+        return self._batch(*self.load(cells))
 
     def load(self, cells):
-        """A Piece that has these cells, and a tensor (B,) of where each is in it."""
+        """A piece that has these cells, and a tensor (B,) of where each is in it."""
         if self.whole is not None:
             return self.whole, torch.from_numpy(cells).to(self.device)
         rising, places = np.unique(cells, return_inverse=True)
         counts, labels = self.counts.take(rising), [v[rising] for v in self.labels]
         if self.device.type == "cpu":
-            return Piece(counts, labels, self.device), torch.from_numpy(places)
+            return self._piece(counts, labels), torch.from_numpy(places)
         # Copied beside the computation that is under way, which need not wait for it.
         with torch.cuda.stream(self.copying):
-            piece = Piece(counts, labels, self.device, pinned=True)
+            piece = self._piece(counts, labels, pinned=True)
             places = _tensor(places, self.device, pinned=True)
-            for tensor in (places, *piece.labels, *piece.csr):
+            for tensor in (places, *piece[0], *piece[1:]):
                 # This memory must not be used anew before the batches from it are done.
                 tensor.record_stream(torch.cuda.default_stream(self.device))
             self.copying.synchronize()
         return piece, places
+
+    def _piece(self, counts, labels, pinned=False):
+        """Cells on the device: their counts (on a GPU what `dense_rows` takes), d and c."""
+        labels = [_tensor(v, self.device, pinned) for v in labels]
+        if self.device.type != "cpu":
+            longest = torch.arange(int(np.diff(counts.indptr).max(initial=0)), device=self.device)
+            counts = [*(_tensor(v, self.device, pinned) for v in (
+                counts.values, counts.columns, counts.indptr)), longest]
+        return counts, *labels
+
+    def _batch(self, piece, cells):
+        """x, d, c of some cells of a piece, a tensor (B,) of positions in it."""
+        counts, d, c = piece
+        if self.device.type == "cpu":  # a loop over rows is two to four times as fast there
+            x = torch.from_numpy(counts.dense(cells.numpy()).astype(np.float32))
+        else:
+            x = dense_rows(*counts, cells, self.n_genes)
+        return x, d[cells], c[cells]
 
     def cut(self, order, start=0):
         """order[start:] (an array of cells) in pieces to be loaded: always at the same places."""
@@ -1863,7 +1669,7 @@ class Batches:
         parts, missing = [], size
         for piece, places in loaded if self.whole is not None else ahead(loaded):
             while len(places):
-                parts.append(piece(places[:missing]))
+                parts.append(self._batch(piece, places[:missing]))
                 places, missing = places[missing:], missing - len(parts[-1][0])
                 if not missing:
                     yield parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
@@ -1876,24 +1682,16 @@ class Batches:
         return self.stream(self.cut(cells), size)
 
 
-def size_in_words(n_bytes):
-    """2.1e9 -> 2.1 GB."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
 class Shuffle:
     """Endless random batches of the given cells: every epoch visits each once, in a new order.
 
     cells (n,) positions. All batches have the same size; one that reaches the end of an epoch goes
-    on in the next. The state is two numbers, epoch and position, so that training can be resumed in
-    the middle of an epoch. Of several processes, each gets its share of every batch.
+    on in the next. Epoch and position say where it is. Of several processes, each gets its share.
 
-    From a file, reading cell by cell would be too slow. There an epoch takes strips of 64
-    neighbours (cells must rise) in random order, and shuffles the cells of each piece. In a file
-    sorted by perturbation, the number of a perturbation's cells in a batch then has 1 + 64 size /
-    n_piece times the variance that it has in random order: 1.5 in batches of 512 from pieces of
-    65,536 cells, and more for large cells, of which a piece has fewer: 2.2 to 3.1 with 20,000 dense
-    genes.
+    From a file, an epoch takes strips of 64 neighbours (cells must rise) in random order, and
+    shuffles the cells of each piece. In a file sorted by perturbation, the number of a
+    perturbation's cells in a batch then has 1 + 64 size / n_piece times the variance that it has in
+    random order: 1.5 in batches of 512 from pieces of 65,536 cells.
     """
 
     def __init__(self, batches, cells, size, seed, epoch=0, position=0, rank=0, n_ranks=1):
@@ -1980,33 +1778,27 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     `batch`: the second, of three in four controls and of half of the perturbed cells, adds
     N(0, batch^2) to the log frequency of each gene.
 
-    sparse_shift is the process of the SVAE+ paper: 1, 2 or 3 latent dimensions of a perturbation
-    are drawn with replacement, and from 2/3 to 4/3 of `cells` as its cells; the decoder has four
-    layers, orthonormal but for a factor, without biases, and logits of standard deviation 1 (before
-    a batch is added); counts are Poisson. Frequencies are normalised over cells, not over genes, as
-    in its authors' code: each gene has 1e6 counts in all cells together.
+    sparse_shift is the process of the SVAE+ paper: 1 to 3 latent dimensions of a perturbation,
+    drawn with replacement; 2/3 to 4/3 of `cells`; four orthonormal layers, logits of standard
+    deviation 1; Poisson counts of frequencies normalised over cells, as in its authors' code.
 
-    Written beside the counts: obs `condition` and `split`; obsm `X_true_z`, the latent states z
-    (N, L); uns `simulation` with the perturbations' names, the true `mask` and `effect` (T, L) and
-    the decoder, `weight_1`, `bias_1` and so on (`decode`); uns `pathways`, where a pathway is ten
-    or more perturbations that share a mask.
+    Beside the counts are written: obs `condition` and `split`; obsm `X_true_z`, the latent states
+    z (N, L); uns `simulation`, the true `mask` and `effect` (T, L) and the decoder (`decode`); uns
+    `pathways`, each of ten or more perturbations that share a mask.
 
-    Why so many perturbations of few cells each? The sparsity of the masks is all that says which
-    latent axes are the true ones (see `sparsest_axes` in sams_vae.py). Rotating them by a little
-    makes masks denser, and each further entry of 1 costs about log(1 / alpha) nats, once for each
-    perturbation and however many cells it has. Effects must be clear against the unit variance of
-    the basal state, or too few entries are found in the first place.
+    Many perturbations of few cells, as the sparsity of masks says which latent axes are true, and
+    an entry of 1 costs log(1 / alpha) nats for a perturbation, however many cells it has.
     """
     rng = np.random.default_rng(seed)
     # m_t and e_t, (T, L) each.
+    mask = np.zeros((perturbations, n_latent), bool)
     if sparse_shift:
-        n_targets, mask = rng.integers(1, 4, perturbations), np.zeros(
-            (perturbations, n_latent), bool)
+        n_targets = rng.integers(1, 4, perturbations)
         for i in range(3):
             t = np.flatnonzero(n_targets > i)
             mask[t, rng.integers(n_latent, size=len(t))] = True
     else:  # the second line gives every perturbation its one sure dimension
-        mask = rng.random((perturbations, n_latent)) < 0.05
+        mask |= rng.random(mask.shape) < 0.05
         mask[np.arange(perturbations), rng.integers(n_latent, size=perturbations)] = True
     size = np.broadcast_to(effect, perturbations)[:, None]
     effect = rng.choice([-1, 1], mask.shape) * rng.normal(size, 0.5, mask.shape)
@@ -2021,8 +1813,7 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     if sparse_shift:
         cells = rng.integers(-(-2 * cells // 3), 4 * cells // 3 + 1)
     d = np.concatenate([np.full((n_controls, 2), NONE), np.repeat(conditions, cells, axis=0)])
-    held_out = np.zeros(len(conditions), bool)
-    held_out[perturbations:] = rng.permutation(n_pairs) < n_pairs // 2
+    held_out = np.append(np.zeros(perturbations, bool), rng.permutation(n_pairs) < n_pairs // 2)
     held_out = np.append(np.zeros(n_controls, bool), np.repeat(held_out, cells))
     order = rng.permutation(len(d))
     d, held_out, n = d[order], held_out[order], len(d)
@@ -2054,18 +1845,16 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
         if len(members) >= 10:
             pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
     split = rng.choice(["train", "validation", "test"], n, p=[0.64, 0.16, 0.2])
-    split = np.where(held_out, "test", split)
+    obs = {"cell": [f"cell{i}" for i in range(n)],
+           "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
+           "split": np.where(held_out, "test", split).astype(object)}
+    layers = {f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
+              for name, value in zip(("weight", "bias"), layer)}
     write_h5ad(
         path, X=x.astype(np.uint16 if x.max() < 2**16 else np.uint32),
-        obs={"cell": [f"cell{i}" for i in range(n)],
-             "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
-             "split": split.astype(object)}
-        | ({"batch": of_batch[:, 0].astype(int)} if batch else {}),
-        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
-        obsm={"X_true_z": z},
-        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect} | {
-                f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
-                for name, value in zip(("weight", "bias"), layer)},
+        obs=obs | ({"batch": of_batch[:, 0].astype(int)} if batch else {}),
+        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]}, obsm={"X_true_z": z},
+        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect} | layers,
              "pathways": pathways})
 
 
@@ -2099,9 +1888,9 @@ def read_simulation(path):
     with _h5_file(path) as file:
         if _member(file, "uns/simulation", required=False) is None:
             return None
-        names, mask, effect = (f"uns/simulation/{n}" for n in ("perturbations", "mask", "effect"))
-        return (list(_read(file, names)), _member(file, mask)[()].astype(bool),
-                _member(file, effect)[()], _member(file, "obsm/X_true_z")[()])
+        mask, effect, z = (_member(file, name)[()] for name in (
+            "uns/simulation/mask", "uns/simulation/effect", "obsm/X_true_z"))
+        return list(_read(file, "uns/simulation/perturbations")), mask.astype(bool), effect, z
 
 
 def read_layers(path):
@@ -2124,11 +1913,11 @@ def read_pathways(path):
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
     # Either the pathways themselves, or an object that has them beside its source, say.
-    pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else None
-    if not isinstance(pathways, dict) or not all(
-            isinstance(genes, list) and all(isinstance(gene, str) for gene in genes)
-            for genes in pathways.values()):
-        raise DataError(f"{path}: must hold an object of pathways, each a list of genes")
+    pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else {"": None}
+    require(isinstance(pathways, dict) and all(
+        isinstance(genes, list) and all(isinstance(gene, str) for gene in genes)
+        for genes in pathways.values()), f"{path}: must hold an object of pathways, each a list of "
+            "genes")
     return pathways
 
 
@@ -2141,23 +1930,20 @@ def read_pathways(path):
 RECIPES = {"replogle-filtered": dict(
     perturbation_column="sgID_AB", control=["*non-targeting*"], gene_names="gene_name",
     controls=2000, seed=0)}
-RECIPE_FILE, EXPECTED = "replogle_filtered.json", (118_641, 1187, 722)
+RECIPE_FILE, EXPECTED = "replogle_filtered.json", "118,641 cells, 1,187 genes, 722 perturbations"
 
 
 def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options):
     """Write some cells and genes of an .h5ad file of any size to another, counts sparse by rows.
 
-    path, out   the files; cells and genes stay in their order, as splits depend on it
     genes       a text file with the names of the genes to keep, one a line
     controls    at most so many control cells, drawn by numpy's legacy generator from `seed`
     recipe      one of RECIPES, in place of all other options
     options     as in `read_screen`; labels are read if an option asks for them
 
-    Kept are all columns of obs and var (categories lose their order), and uns/pathways. Takes a few
-    hundred bytes of memory a cell, and half a gigabyte; a matrix by columns is read into memory.
-    Prints what is kept. Raises DataError for a wrong file or option.
+    Cells and genes keep their order and all their columns. A matrix by columns is read into memory.
     """
-    lists, pathways = {}, None
+    lists = {}
     if recipe is not None:
         options = dict(RECIPES[recipe])
         controls, seed = options.pop("controls"), options.pop("seed")
@@ -2168,36 +1954,11 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
             lists = {"measured_gene_names": list(filter(None, map(str.strip, lines)))}
     how = reading(options)
     file = read_h5ad(path, how["layer"])
-    with contextlib.suppress(DataError):  # damaged ones are in nobody's way here
-        pathways = lists.get("pathways") or read_pathways(path)
-    rows, n_perturbations, notes = _cells_to_prepare(
-        file, how, lists.get("perturbation_genes"), controls, seed)
-    places, gene_notes = _genes_to_prepare(file, how, lists.get("measured_gene_names"))
-    say(path, f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", *notes,
-        *gene_notes)
 
-    stored = file.counts(rows, places, stored=True)
-    write_h5ad(
-        out, X=_with_progress(stored.parts(), len(rows)),
-        obs={free("_index", file.obs_columns): file.cell_names[rows]} | {
-            column: lambda column=column: file.obs(column)[rows] for column in file.obs_columns},
-        var={free("_index", file.var_columns): file.gene_names[places]} | {
-            column: lambda column=column: file.var(column)[places] for column in file.var_columns},
-        uns={"pathways": pathways or {}})
-    stored.say_rounded()
-    kept, words = (len(rows), len(places), n_perturbations), ("cells", "genes", "perturbations")
-    print(f"{out}: " + ", ".join(f"{n:,} {w}" for n, w in zip(kept, words) if n is not None))
-    if recipe and kept != EXPECTED:
-        print("  expected were " + ", ".join(f"{n:,} {w}" for n, w in zip(EXPECTED, words))
-              + ": this is not the file that the recipe is for, or it has changed")
-
-
-def _cells_to_prepare(file, how, targeted, controls, seed):
-    """Positions of the cells to keep, the number of their perturbations (None where no option asks
-    for labels), and lines on what is dropped. targeted: of these genes alone, or None for all."""
-    wanted, n_perturbations, notes = _in_subset(file, how["subset"]), None, []
-    if targeted is not None:
-        wanted &= np.isin(_texts(file.obs("gene")), [*targeted, "non-targeting"])
+    # Cells; what is wanted of their labels, if anything is.
+    wanted, notes, kept = _in_subset(file, how), [], ""
+    if "perturbation_genes" in lists:
+        wanted &= np.isin(_texts(file.obs("gene")), [*lists["perturbation_genes"], "non-targeting"])
     if controls is not None or any(how[name] for name in [*LABEL_OPTIONS, "min_cells"]):
         labels = read_labels(file, how)
         wanted, dropped = _choose_cells(wanted, labels, how)
@@ -2207,35 +1968,40 @@ def _cells_to_prepare(file, how, targeted, controls, seed):
             surplus = np.random.RandomState(seed).permutation(len(found))[controls:]
             wanted[found[surplus]] = False
             notes.append(f"dropped {len(surplus):,} of {len(found):,} controls")
-        n_perturbations = len(set().union(*(labels.sets[i] for i in np.flatnonzero(wanted))))
-    require(wanted.any() and n_perturbations != 0, f"{file.path}: no perturbed cell is left, or no "
-            f"cell at all: {'; '.join(notes)}")
-    return np.flatnonzero(wanted), n_perturbations, notes
+        perturbations = set().union(*(labels.sets[i] for i in np.flatnonzero(wanted)))
+        wanted &= bool(perturbations)
+        kept = f", {len(perturbations):,} perturbations"
+    rows = np.flatnonzero(wanted)
 
-
-def _genes_to_prepare(file, how, listed):
-    """Positions of the genes to keep, and lines on what is left out. listed: names, or None."""
-    places, names, notes = _choose_genes(file, how)
-    if listed is not None:
-        listed = set(listed)
+    # Genes.
+    places, names, gene_notes = _choose_genes(file, how)
+    if "measured_gene_names" in lists:
+        listed = set(lists["measured_gene_names"])
         missing = sorted(listed - set(names))
         places = places[[name in listed for name in names]]
-        notes.append(f"{len(listed) - len(missing):,} of the {len(listed):,} listed genes are there"
-                     f", where genes are called {', '.join(names[:3])}; missing: "
-                     + (", ".join(missing[:5]) or "none"))
-    require(len(places), f"{file.path}: no gene is left: {'; '.join(notes)}")
-    return places, notes
+        gene_notes.append(
+            f"{len(listed) - len(missing):,} of the {len(listed):,} listed genes are there, where "
+            f"genes are called {', '.join(names[:3])}; missing: {', '.join(missing[:5]) or 'none'}")
+    notes += gene_notes
+    require(len(rows) and len(places), f"{path}: no {'gene' if len(rows) else 'perturbed cell'} is "
+            f"left: {'; '.join(notes)}")
+    say(path, f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", *notes)
 
-
-def _with_progress(parts, n_cells):
-    """The same Counts; on a terminal, how much of n_cells they are so far."""
-    done = 0
-    for counts in parts:
-        yield counts
-        done += counts.shape[0]
-        if sys.stderr.isatty():
-            print(f"\rwriting: {done / n_cells:.0%} ", end="\n" if done == n_cells else "",
-                  file=sys.stderr, flush=True)
+    with contextlib.suppress(DataError):  # damaged ones are in nobody's way here
+        lists.setdefault("pathways", read_pathways(path))
+    stored = file.counts(rows, places, stored=True)
+    write_h5ad(
+        out, X=stored.parts(),
+        obs={free("_index", file.obs_columns): file.cell_names[rows]} | {
+            column: lambda column=column: file.obs(column)[rows] for column in file.obs_columns},
+        var={free("_index", file.var_columns): file.gene_names[places]} | {
+            column: lambda column=column: file.var(column)[places] for column in file.var_columns},
+        uns={"pathways": lists.get("pathways") or {}})
+    stored.say_rounded()
+    kept = f"{len(rows):,} cells, {len(places):,} genes{kept}"
+    print(f"{out}: {kept}")
+    if recipe and kept != EXPECTED:
+        print(f"  expected were {EXPECTED}: this is another file, or it has changed")
 
 
 # ============================================================================================
@@ -2247,8 +2013,7 @@ AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 _default = {name: p.default for name, p in inspect.signature(simulate).parameters.items()}
 SIMULATION_OPTIONS = [(f"--{name.replace('_', '-')}", _default[name], allowed, text)
                       for name, allowed, text in (
-    ("sparse_shift", bool, "its process is that of Lopez et al. (2023), the paper of SVAE+, and the"
-     " other defaults are theirs: 100 perturbations of 375 cells, effects of 5, no pairs"),
+    ("sparse_shift", bool, "its process and its other defaults are those of Lopez et al. (2023)"),
     ("perturbations", (2, 2**32 - 1, "at least 2 and below 2^32"), "its perturbations"),
     ("cells", AT_LEAST_1, "its cells per perturbation and pair"),
     ("pairs", AT_LEAST_0, "its pairs; half of them are held out of training"),
@@ -2304,18 +2069,11 @@ def number_within(kind, least, largest, words):
     return parse
 
 
-def given(parser, arguments):
-    """The options that the arguments give, a dict."""
-    return {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-
-
 MACHINE = {  # what a MemoryError or a RuntimeError of torch says, and what it means
     "MemoryError|out of memory|allocate|(multiplic|calcul)ation overflow":
-        "not enough memory: a smaller model or fewer particles, cells in a batch or genes take "
-        "less",
+        "not enough memory: a smaller model, fewer particles, cells in a batch or genes take less",
     "Connection (closed|reset|refused)|Broken pipe|remote process|NCCL":
-        "another process has ended: if the run has begun, --resume goes on from its last "
-        "validation"}
+        "another process has ended: --resume goes on from the last validation, if there was one"}
 
 
 def run(main):
@@ -2351,46 +2109,51 @@ def run(main):
     sys.exit(2)
 
 
+def options_of(command, arguments, description, files, add):
+    """The options that the arguments give a command of data.py, a dict, with its files."""
+    parser = argparse.ArgumentParser(prog=f"data.py{command}", allow_abbrev=False,
+                                     description=description)
+    for name, metavar in files.items():
+        parser.add_argument(name, metavar=metavar)
+    add(parser)
+    return {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+
+
 def main_of_prepare(arguments):
     """The command line of `prepare`."""
-    parser = argparse.ArgumentParser(
-        prog="data.py prepare", allow_abbrev=False,
-        description="Write some cells and genes of an .h5ad file of any size to another one: X "
-        "sparse by rows, uncompressed, in the narrowest integer type (cast before computing), all "
-        "columns of obs and var, and uns/pathways. Where an option concerns labels (--controls, "
-        "--min-cells, --exclude, those that say where they are), cells without one are left out.")
-    parser.add_argument("file", metavar="IN.h5ad")
-    parser.add_argument("out", metavar="OUT.h5ad")
-    parser.add_argument("--recipe", choices=list(RECIPES), help="the paper's cells and genes; "
-                        "leave out all that follows")
-    parser.add_argument("--genes", metavar="FILE", help="the genes to keep, a name a line")
-    parser.add_argument("--controls", metavar="N", type=number_within(int, *AT_LEAST_1),
-                        help="keep at most N control cells")
-    parser.add_argument("--seed", type=number_within(int, *AT_LEAST_0), help="which ones [0]")
-    add_screen_options(parser, training=False)
-    options = given(parser, arguments)
-    path, out = options.pop("file"), options.pop("out")
-    require("recipe" not in options or len(options) == 1,
+    def add(parser):
+        parser.add_argument("--recipe", choices=list(RECIPES), help="the paper's cells and genes; "
+                            "leave out all that follows")
+        parser.add_argument("--genes", metavar="FILE", help="the genes to keep, a name a line")
+        parser.add_argument("--controls", metavar="N", type=number_within(int, *AT_LEAST_1),
+                            help="keep at most N control cells")
+        parser.add_argument("--seed", type=number_within(int, *AT_LEAST_0), help="which ones [0]")
+        add_screen_options(parser, training=False)
+
+    options = options_of(
+        " prepare", arguments, "Write some cells and genes of an .h5ad file of any size to another "
+        "one: X sparse by rows, in the narrowest integer type (cast before computing), all columns "
+        "of obs and var, and uns/pathways. Where an option concerns labels (--controls, "
+        "--min-cells, --exclude, those that say where they are), cells without one are left out.",
+        {"path": "IN.h5ad", "out": "OUT.h5ad"}, add)
+    path, out = options["path"], options["out"]
+    require("recipe" not in options or len(options) == 3,
             "--recipe says which cells and genes are kept: leave the other options out")
     require(not os.path.exists(out) or not os.path.exists(path) or not os.path.samefile(path, out),
             f"{out} is the file that is read: choose another name")
-    prepare(path, out, **options)
+    prepare(**options)
 
 
 def main_of_simulate(arguments):
     """The command line of `simulate`."""
-    parser = argparse.ArgumentParser(
-        prog="data.py simulate", allow_abbrev=False,
-        description="Write a simulated screen, and the truth with it: train.py without --data "
-        "makes the same. A file that is there is replaced.")
-    parser.add_argument("out", metavar="OUT.h5ad")
-    add_options(parser, SIMULATION_OPTIONS)
-    options = given(parser, arguments)
-    out = options.pop("out")
-    simulate(out, **(SPARSE_SHIFT if options.get("sparse_shift") else {}) | options)
-    n_cells, n_genes = read_h5ad(out).shape
-    say(f"written: {out}, {n_cells:,} cells x {n_genes:,} genes; their split is obs column split, "
-        "and the truth is in obsm/X_true_z and uns/simulation")
+    options = options_of(
+        " simulate", arguments, "Write a simulated screen, and the truth with it: train.py without "
+        "--data makes the same. A file that is there is replaced.",
+        {"path": "OUT.h5ad"}, lambda parser: add_options(parser, SIMULATION_OPTIONS))
+    simulate(**(SPARSE_SHIFT if options.get("sparse_shift") else {}) | options)
+    file = read_h5ad(options["path"])
+    say(f"written: {file.path}, {file.shape[0]:,} cells x {file.shape[1]:,} genes; their split is "
+        "obs column split, and the truth is in obsm/X_true_z and uns/simulation")
 
 
 def main(arguments=None):
@@ -2399,15 +2162,11 @@ def main(arguments=None):
     commands = {"prepare": main_of_prepare, "simulate": main_of_simulate}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="data.py", allow_abbrev=False,
-        description="Print what the reader makes of an .h5ad file. (python data.py prepare --help: "
-        "write some of its cells and genes to another; python data.py simulate --help: a simulated "
-        "screen.)")
-    parser.add_argument("file")
-    add_screen_options(parser)
-    options = {"min_cells": MIN_CELLS} | given(parser, arguments)
-    screen = read_screen(options.pop("file"), **options)
+    options = {"min_cells": MIN_CELLS} | options_of(
+        "", arguments, "Print what the reader makes of an .h5ad file. (python data.py prepare "
+        "--help: write some of its cells and genes to another; python data.py simulate --help: a "
+        "simulated screen.)", {"path": "FILE.h5ad"}, add_screen_options)
+    screen = read_screen(**options)
     say(screen.path, *screen.notes, *unbalanced(screen, [
         screen.label_column, options.get("split_column"), *options.get("covariate", [])]))
     sizes = {name: len(cells) for name, cells in split_cells(screen).items()}

@@ -1048,7 +1048,7 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     # Then their counts. A cell without any says nothing of frequencies; its l_i would be 0.
     stored = file.counts(wanted, genes, stored=True)
     if stream is None:
-        stream = stored.n_bytes > memory() / (2 if file.streams else 1)
+        stream = stored.n_bytes > memory() / (3 if file.streams else 1)  # twice while it is read
     require(file.streams or not stream, f"{path}: {file.found}, is not stored cell by cell, as "
             "--stream or its size asks for: python data.py prepare IN.h5ad OUT.h5ad")
     counts = stored if stream else stored.take()

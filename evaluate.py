@@ -78,9 +78,9 @@ def response_weights(t):
     2025, "Diversity by Design"): most genes do not respond, and weigh next to nothing.
     """
     size = np.abs(t) - np.abs(t).min(1, keepdims=True)
-    weight = (size / np.maximum(size.max(1, keepdims=True), 1e-300)) ** 2
+    weight = (size / np.maximum(size.max(1, keepdims=True), 1e-30)) ** 2
     total = weight.sum(1, keepdims=True)
-    return np.where(total > 0, weight / np.maximum(total, 1e-300), 1 / t.shape[1])
+    return np.where(total > 0, weight / np.maximum(total, 1e-30), 1 / t.shape[1])
 
 
 def weighted_r_squared(squared_error, observed, weights):
@@ -134,18 +134,17 @@ class Said(typing.NamedTuple):
 
     effect: np.ndarray
     variance: np.ndarray            # its squared standard error
-    from_mean: np.ndarray           # the effect minus `others`, but with less noise
+    from_mean: np.ndarray           # minus the mean effect of the other training conditions
     variance_from_mean: np.ndarray
     weights: np.ndarray             # `response_weights`
-    others: np.ndarray              # the mean effect of the other training conditions
 
 
-def effect_metrics(predicted, said):
+def effect_metrics(predicted, from_mean, said):
     """Metrics of predicted effects, a dict; said is what the data say of them (`Said`).
 
-    The first two take effects from the mean of the other conditions, without the shift that all
-    perturbations share, which flatters trivial predictions (Vinas Torne et al. 2025, "Systema")."""
-    from_mean = predicted - said.others
+    The first two are of effects minus the mean effect of the other training conditions, as
+    predicted and by the data: without the shift that all perturbations share, which flatters
+    trivial predictions (Vinas Torne et al. 2025, "Systema")."""
     return {"n_conditions": len(predicted),
             "from_mean": pearson(from_mean, said.from_mean),
             "weighted_r_squared": weighted_r_squared(
@@ -356,7 +355,8 @@ class Arms:
         """The weight of each treated arm in its condition, (A - S, 1): its part of the condition's
         cells, of n (A,), where there are control cells to compare with."""
         n = n[self.n_controls:] * (n[self.control] > 0)
-        return (n / np.maximum(self.of_condition(n), 1)[self.condition])[:, None]
+        share = n / np.maximum(self.of_condition(n), 1)[self.condition]
+        return share[:, None].astype(np.float32)  # of large arrays there are many
 
     def compared(self, y, share):
         """Means over arms y (A, G) of conditions, and of their controls, (C, G) each."""
@@ -424,10 +424,10 @@ def mean_of_others(effect, seen):
 def t_against_others(arms, means):
     """Welch's t of each condition's cells against all other perturbed cells, (C, G), compared
     within covariates; 0 for a gene that does not vary."""
-    n, mean = means.n[arms.n_controls:, None], means.mean[arms.n_controls:].astype(float)
-    variance = means.variance[arms.n_controls:]
+    n = means.n[arms.n_controls:, None].astype(np.float32)
+    mean, variance = means.mean[arms.n_controls:], means.variance[arms.n_controls:]
     squares = np.maximum(n - 1, 0) * n * variance + n * mean**2  # sums of y^2
-    same = (arms.control == np.arange(arms.n_controls)[:, None]).astype(float)  # (S, A - S)
+    same = np.float32(arms.control == np.arange(arms.n_controls)[:, None])  # (S, A - S)
 
     def others(v):
         """Sums over the other perturbed cells of the same covariates."""
@@ -452,7 +452,7 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
 
     Weights are from the training cells of conditions that have n_enough of them, independent of the
     compared cells' noise; else from the compared cells. Returns Said, the baselines {name: (C, G)},
-    and the conditions whose weights are independent, (C,) bool.
+    the conditions that training has seen, and those of independent weights, (C,) bool each.
     """
     S = arms.n_controls
     share, share_trained = arms.shares(observed.n), arms.shares(trained.n)
@@ -480,9 +480,9 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
                 treated - arms.of_condition(share * controls[arms.control]) - others,
                 noise + mean_of_others(noise_trained, seen) / n_others
                 + differ**2 @ noise_of_controls,
-                response_weights(np.where(is_left_out, 0, t)), others)
+                response_weights(np.where(is_left_out, 0, t)))
     return said, baseline_effects(own, noise_trained + noise_trained_control, seen, others,
-                                  arms.dosages), independent
+                                  arms.dosages), seen, independent
 
 
 def shrunken(effect, variance, seen):
@@ -493,7 +493,7 @@ def shrunken(effect, variance, seen):
     conditions, and over all, of the conditions in seen, (C,) bool."""
     signal = np.where(seen[:, None], effect**2 - variance, 0)
     of_condition, of_gene = (np.maximum(signal.sum(axis, keepdims=True), 0) for axis in (1, 0))
-    s = of_condition * of_gene / max(signal.sum(), 1e-300)
+    s = of_condition * of_gene / max(signal.sum(), 1e-30)
     return effect * np.divide(s, s + variance, out=np.zeros_like(s), where=s > 0)
 
 
@@ -657,8 +657,8 @@ def likelihood(run, options):
 def expected(*arguments, **options):
     """`expected_expression` by the names of SCALES, as arrays."""
     y = expected_expression(*arguments, **options)
-    return {"log_normalised": y["log_normalised"].cpu().numpy(),
-            "counts": y["per_10k"].cpu().numpy()}
+    return {"log_normalised": y["log_normalised"].float().cpu().numpy(),
+            "counts": y["per_10k"].float().cpu().numpy()}
 
 
 def effects(run, options):
@@ -695,11 +695,11 @@ def effects(run, options):
     is_left_out = np.zeros_like(is_target) if options["own_targets"] else is_target
     rows, layers = [], {}
     for scale in SCALES:
-        said, baselines, independent = effects_by_data(
+        said, baselines, seen, independent = effects_by_data(
             arms, observed[scale], trained[scale], is_left_out)
         predictions = {"model": np.subtract(*arms.compared(y[scale], share)), **baselines}
         rows += [{"scale": scale, **row} for row in scores(
-            groups, predictions, said, independent, is_left_out, run.device)]
+            groups, predictions, said, seen, independent, is_left_out, run.device)]
         layers |= {f"{name}_{scale}": values.astype(np.float32) for name, values in (
             ("model", predictions["model"]),
             ("data", np.where(known[:, None], said.effect, np.nan)),
@@ -724,25 +724,29 @@ def effects(run, options):
                 ("data", said.effect), *predictions.items())} if before else {}}
 
 
-def scores(groups, predictions, said, independent, is_left_out, device):
+def scores(groups, predictions, said, seen, independent, is_left_out, device):
     """Rows of metrics, dicts, of predictions {row: (C, G)} in groups of conditions {name: (C,)
-    bool}, without entries that is_left_out (C, G). Discrimination ranks all conditions that can be
-    compared, whatever their group."""
+    bool}, without entries that is_left_out (C, G); seen and independent as `effects_by_data` has
+    them. Discrimination ranks all conditions that can be compared, whatever their group."""
     known, rows = groups["all"], []
-    nothing = np.full((2, int(known.sum())), math.nan)  # to rank, where all are alike
-    ranked = {row: nothing if row in ("no_change", "perturbed_mean") else discrimination_scores(
-        v[known], said.effect[known], is_left_out[known], device) for row, v in predictions.items()}
-    # The one place where entries that do not count become zero, for everyone.
-    said = Said(*(np.where(is_left_out, 0, v) for v in said))
-    predictions = {row: np.where(is_left_out, 0, v) for row, v in predictions.items()}
+    said = Said(*(np.where(is_left_out, 0, v) for v in said))  # entries that do not count are zero
+    ranked, from_mean = {}, {}
+    for row, predicted in predictions.items():
+        if row in ("no_change", "perturbed_mean"):  # the same for all conditions
+            ranked[row], from_mean[row] = np.full((2, known.sum()), math.nan), 0 * predicted
+        else:
+            ranked[row] = discrimination_scores(predicted[known], said.effect[known],
+                                                is_left_out[known], device)
+            from_mean[row] = np.where(is_left_out, 0, predicted - mean_of_others(predicted, seen))
     for group, chosen in groups.items():
         if not chosen.any():
             continue
         by_data = Said(*(v[chosen] for v in said))
         for row, predicted in predictions.items():
             first, second = ranked[row][:, chosen[known]].mean(1)
-            rows.append({"group": group, "row": row, **effect_metrics(predicted[chosen], by_data),
-                         "discrimination": first, "discrimination_by_prediction": second})
+            rows.append({"group": group, "row": row, **effect_metrics(
+                np.where(is_left_out, 0, predicted)[chosen], from_mean[row][chosen], by_data),
+                "discrimination": first, "discrimination_by_prediction": second})
         rows.append({"group": group, "row": "noise_limit",
                      **noise_limit(by_data, independent[chosen])})
     return rows
@@ -1504,6 +1508,8 @@ def figure_of_effects(run, metrics):
     layers = data.read_layers(os.path.join(run.folder, "effects.h5ad"))
     kept = np.isfinite(layers["data_log_normalised"]).all(1)
     observed, predicted = (layers[f"{name}_log_normalised"][kept] for name in ("data", "model"))
+    if not kept.any():
+        raise DataError(f"{run.folder}: no condition has cells that effects could be taken from")
     rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
     names, size = {}, (14, 4.8)
     if len(rows) <= 60:

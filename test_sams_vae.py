@@ -2122,7 +2122,7 @@ def test_a_gpu_makes_the_same_batches_of_counts_as_a_cpu_whatever_their_type():
         assert torch.equal(made, torch.tensor(counts.dense(cells).astype(np.float32)))
 
 
-def test_a_screen_streams_where_it_may_take_half_of_the_memory_or_where_that_is_asked_for(
+def test_a_screen_streams_where_it_may_take_a_third_of_the_memory_or_where_that_is_asked_for(
         tmp_path, monkeypatch):
     def streams(path, **options):
         return data.Batches(data.read_screen(path, **options)).where.startswith("in the file")
@@ -2132,7 +2132,7 @@ def test_a_screen_streams_where_it_may_take_half_of_the_memory_or_where_that_is_
                                enumerate([dense("f4"), FORMS["csc uint8"], tall]))
     assert not streams(by_row) and streams(by_row, stream=True)
     n_bytes = data.read_h5ad(by_row).counts(np.arange(5) != 3, stored=True).n_bytes
-    for memory, expected in ((2 * n_bytes, False), (2 * n_bytes - 1, True)):
+    for memory, expected in ((3 * n_bytes, False), (3 * n_bytes - 1, True)):
         monkeypatch.setattr(data, "memory", lambda memory=memory: memory)
         assert streams(by_row) == expected and not streams(by_row, stream=False)
     assert not streams(by_column)  # as long as it fits at all
@@ -2583,7 +2583,7 @@ def test_the_weighted_r_squared_is_the_one_of_scperteval(tmp_path):
     x = rng.poisson(rng.uniform(1, 6, (4, 9))[[["control", "A", "B", "C"].index(v) for v in label]])
     arms, batches = screen_of(tmp_path, x, label)
     means = evaluate.mean_expression(batches, np.arange(len(x)), arms)["log_normalised"]
-    said, _, independent = evaluate.effects_by_data(arms, means, means, np.zeros((3, 9), bool))
+    said, _, _, independent = evaluate.effects_by_data(arms, means, means, np.zeros((3, 9), bool))
     y = np.log2(1 + 1e4 * x / x.sum(1, keepdims=True))
     assert independent.all()
     for k, name in enumerate("ABC"):
@@ -2593,13 +2593,12 @@ def test_the_weighted_r_squared_is_the_one_of_scperteval(tmp_path):
                                    rtol=1e-3)
         np.testing.assert_allclose(said.weights[k], de.mejia_weights(theirs.statistic), atol=1e-5)
         centre = np.mean([y[label == other].mean(0) for other in set("ABC") - {name}], axis=0)
-        prediction = rng.normal(size=(1, 9))  # an effect, from the control
-        truth, delta = own.mean(0) - centre, y[label == "control"].mean(0) + prediction[0] - centre
+        delta = rng.normal(size=(1, 9))  # a prediction, from the mean of the others
         context = types.SimpleNamespace(de=lambda *_, theirs=theirs: theirs, current_pert=name,
                                         cfg=types.SimpleNamespace(truth="x"))
-        ours = evaluate.effect_metrics(prediction, evaluate.Said(*(v[[k]] for v in said)))
+        ours = evaluate.effect_metrics(delta, delta, evaluate.Said(*(v[[k]] for v in said)))
         assert ours["weighted_r_squared"] == pytest.approx(
-            metrics.weighted_r2(truth, delta, context), rel=1e-4)
+            metrics.weighted_r2(own.mean(0) - centre, delta[0], context), rel=1e-4)
 
 
 def test_the_discrimination_scores_by_hand():
@@ -2644,8 +2643,8 @@ def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error(
             effect = without_control + of_control**0.5 * rng.normal(size=60)
             said = evaluate.Said(effect, of_condition + of_control,
                                  without_control - truth.mean(0), of_condition,
-                                 evaluate.response_weights(truth), truth.mean(0) + 0 * truth)
-            scores = evaluate.effect_metrics(truth, said)
+                                 evaluate.response_weights(truth))
+            scores = evaluate.effect_metrics(truth, truth - truth.mean(0), said)
             limit = evaluate.noise_limit(said, np.arange(40) < 30)
             differences.append([(scores["pearson"] - limit["pearson"]) / limit["pearson_se"]] + [
                 scores[k] - limit[k] for k in ("pearson", "r_squared", "from_mean")])
@@ -2771,9 +2770,10 @@ def test_effects_from_the_mean_of_others_have_no_noise_of_controls_by_hand(tmp_p
                               np.array([9, 9, 9]))
     trained = evaluate.Means(np.array([[2.0], [5], [0]]), np.array([[0.2], [0.1], [0]]),
                              np.array([5, 5, 0]))
-    said, baselines, independent = evaluate.effects_by_data(
+    said, baselines, seen, independent = evaluate.effects_by_data(
         arms, observed, trained, np.zeros((2, 1), bool), n_enough=5)
-    assert said.effect.tolist() == [[3], [6]] and said.others.tolist() == [[0], [3]]
+    assert said.effect.tolist() == [[3], [6]] and seen.tolist() == [True, False]
+    assert baselines["perturbed_mean"].tolist() == [[0], [3]]
     np.testing.assert_allclose(said.variance, [[0.8], [0.9]])
     # a has no other training condition: from the controls; b from the mean of a.
     assert said.from_mean.tolist() == [[4 - 2], [7 - 5]]
@@ -2798,7 +2798,7 @@ def test_mean_expression_by_hand(tmp_path):
 
 def test_entries_that_do_not_count_are_in_no_score_and_a_broken_prediction_is_not_hidden():
     rng = np.random.default_rng(0)
-    predicted, effect, from_mean, others = rng.normal(size=(4, 5, 30))
+    predicted, effect, from_mean = rng.normal(size=(3, 5, 30))
     variance, is_left_out = rng.uniform(0.5, 2, (5, 30)), np.eye(5, 30, dtype=bool)
     known = np.array([True, True, True, False, True])
     groups = {"all": known, "first": np.arange(5) < 1, "none": np.zeros(5, bool)}
@@ -2806,26 +2806,30 @@ def test_entries_that_do_not_count_are_in_no_score_and_a_broken_prediction_is_no
     def scores():
         """Of this prediction, {(group, row): metrics}."""
         weights = np.full((5, 30), 1 / 30)
-        said = evaluate.Said(effect, variance, from_mean, variance, weights, others)
+        said = evaluate.Said(effect, variance, from_mean, variance, weights)
         return {(row.pop("group"), row.pop("row")): row for row in evaluate.scores(
-            groups, {"model": predicted, "no_change": 0 * predicted}, said, known, is_left_out,
-            "cpu")}
+            groups, {"model": predicted, "no_change": 0 * predicted}, said, known, known,
+            is_left_out, "cpu")}
 
     results = []
     for value in (0.0, 100.0):
         for v in (predicted, effect, from_mean):
             v[is_left_out] = value
+        predicted[is_left_out] *= -1  # wrong, too
         results.append(scores())
-        predicted[is_left_out] = -value  # wrong, too
-    for place, row in results[0].items():  # ranks see the rivals' entries that count for the own
-        for name in row.keys() - {"discrimination", "discrimination_by_prediction"}:
+    for place, row in results[0].items():  # (the others' entries count in their mean and ranks)
+        for name in ("pearson", "r_squared"):
             assert row[name] == pytest.approx(results[1][place][name], nan_ok=True)
-    found = results[0]
-    assert [found[group, "model"]["n_conditions"] for group in ("all", "first")] == [4, 1]
-    assert not any(group == "none" for group, _ in found)
-    assert math.isnan(found["all", "no_change"]["discrimination"])  # all alike
     for v in (predicted, effect):
         v[is_left_out] = 0
+    found = scores()
+    assert [found[group, "model"]["n_conditions"] for group in ("all", "first")] == [4, 1]
+    assert not any(group == "none" for group, _ in found)
+    none = found["all", "no_change"]  # all alike: no rank, and nothing from the mean
+    assert math.isnan(none["discrimination"]) and math.isnan(none["from_mean"])
+    of_others = predicted - evaluate.mean_of_others(predicted, known)
+    assert found["all", "model"]["from_mean"] == pytest.approx(evaluate.pearson(
+        np.where(is_left_out, 0, of_others)[known], np.where(is_left_out, 0, from_mean)[known]))
     assert found["all", "model"]["pearson"] == pytest.approx(
         evaluate.pearson(predicted[known], effect[known]))
     ranked = evaluate.discrimination_scores(predicted[known], effect[known], is_left_out[known])

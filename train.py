@@ -802,7 +802,7 @@ OPTIONS = [
     ("--split-seed", 0, AT_LEAST_0, "of the split (Replogle 0, Norman 0 to 4)"),
     # the run (ours)
     ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training"),
-    ("--stream", None, bool, "leave counts in the file (default: if they may take half the RAM)"),
+    ("--stream", None, bool, "leave counts in the file (default: if they may take a third of RAM)"),
     ("--log-every", 50, AT_LEAST_1, "steps between lines of log.jsonl"),
     ("--validate-every", 500, AT_LEAST_1, "steps between validations, each saving last.pt"),
 ]

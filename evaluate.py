@@ -942,8 +942,8 @@ LINES = {  # of one run: the metric that a line needs, not 0, and the line
     "{mask_pathway_accuracy_sd:.3f} ({n_annotated:,} annotated; the commonest pathway for all: "
     "{mask_pathway_chance:.3f})",
     "n_targets": "targeted genes ({n_targets:,}): counts change by {on_target[data]:+.0%} (data), "
-    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); counted below: "
-    "{options[own_targets]}",
+    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); left out "
+    "below unless --own-targets is on",
     "n_not_compared": "{n_not_compared:,} conditions have no control cell with their covariates: "
     "they are compared with nothing"}
 RECOVERED = {"mask": "true masks", "latent": "latents z", "label": "z by the label alone",
@@ -976,9 +976,16 @@ def in_columns(runs, scale, group, row):
             for column, title in COLUMNS.items()}
 
 
+class Undefined(float):
+    """NaN, which metrics.json has as null; in words it is -."""
+
+    def __format__(self, spec):
+        return "-"
+
+
 def table(m, scale="log_normalised"):
     """The metrics of one run as text: likelihood, masks, effects beside baselines, warnings."""
-    m = {name: math.nan if value is None else value for name, value in m.items()}
+    m = {name: Undefined("nan") if value is None else value for name, value in m.items()}
     lines = [text.format(**m) for name, text in LINES.items() if m.get(name)]
     for of, words in RECOVERED.items():
         found = [f"{by} {m[f'{of}_{name}']:.3f}" for name, by in RECOVERY.items()

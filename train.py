@@ -316,12 +316,17 @@ class Log:
             file.write(json.dumps(line) + "\n")
         left = (self.since - self.started) * (self.run.config["steps"] - self.step) / (
             self.step - self.first)
-        text = f"step {self.step:,}  {datetime.timedelta(seconds=round(left))} left"
+        left = f"{datetime.timedelta(seconds=round(left))} left"
         if "validation_loss" in line:
-            print(text, *(f"{name.replace('_', ' ')} {value:,}" for name, value in line.items()
-                          if name != "step"), sep="  ", flush=True)
+            masks = (f"mask probability {line['mask_probability']:.4f}  "
+                     if "mask_probability" in line else "")
+            print(f"step {self.step:,}  validation {line['validation_loss']:.2f}  loss "
+                  f"{line['loss']:.2f} = data {-line['log_likelihood']:.2f} + basal "
+                  f"{line['kl_basal']:.2f} + mask {line['kl_mask']:.3f} + effect "
+                  f"{line['kl_effect']:.3f}  {masks}{line['cells_per_second']:,} cells/s  {left}",
+                  flush=True)
         elif sys.stdout.isatty():
-            print(text, end="\r", flush=True)  # the next line covers it
+            print(f"step {self.step:,}  {left}", end="\r", flush=True)  # the next line covers it
 
     def say_end(self):
         """The last line on the screen."""

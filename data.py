@@ -1515,7 +1515,7 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
         rest, test = of_80_20(np.flatnonzero(n_perturbed > (1 if split != "random" else -1)))
         train, validation = of_80_20(rest)
         if split == "norman-ood":
-            # The order starts from sorted labels: to get the paper's, those of the paper's file.
+            # The order starts from sorted labels, which must be spelled as in the paper's file.
             has_labels = "guide_identity" in screen.file.obs_columns
             labels = screen.obs("guide_identity") if has_labels else screen.conditions
             labels = labels.astype(str)
@@ -2133,8 +2133,8 @@ def main_of_prepare(arguments):
     options = options_of(
         " prepare", arguments, "Write some cells and genes of an .h5ad file of any size to another "
         "one: X sparse by rows, in the narrowest integer type (cast before computing), all columns "
-        "of obs and var, and uns/pathways. Where an option concerns labels (--controls, "
-        "--min-cells, --exclude, those that say where they are), cells without one are left out.",
+        "of obs and var, and uns/pathways. An option about labels (--controls, --min-cells, "
+        "--exclude and the like) leaves out cells without a label.",
         {"path": "IN.h5ad", "out": "OUT.h5ad"}, add)
     path, out = options["path"], options["out"]
     require("recipe" not in options or len(options) == 3,

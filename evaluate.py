@@ -241,8 +241,14 @@ def mask_agreement(masks, n_permutations=10):
     words = sorted({word for mask in masks for row in mask for word in row.split()}) or ["0"]
     arrays = [np.array([[word in row.split() for word in words] for row in mask]) for mask in masks]
     pairs, rng = list(itertools.combinations(arrays, 2)), np.random.default_rng(0)
-    return [np.mean([mask_recovery(a, b)["f1"] for a, b in some] or math.nan) for some in (
-        pairs, [(a, rng.permutation(b)) for a, b in pairs for _ in range(n_permutations)])]
+
+    def mean_f1(pairs):
+        """The mean over the pairs for which it is defined."""
+        found = [f1 for f1 in (mask_recovery(a, b)["f1"] for a, b in pairs) if not math.isnan(f1)]
+        return float(np.mean(found)) if found else math.nan
+
+    return mean_f1(pairs), mean_f1([(a, rng.permutation(b)) for a, b in pairs
+                                    for _ in range(n_permutations)])
 
 
 def correlations(a, b):
@@ -396,8 +402,8 @@ def mean_expression(batches, cells, arms):
 
 
 def with_controls(cells, train, is_control):
-    """Test cells with control cells, if they have none (as in the Norman splits) those that are not
-    in `train`, or else all. is_control (N,) bool."""
+    """Test cells with control cells: if they have hardly any (in the Norman splits none), with the
+    controls that are not in `train`, or else with all. is_control (N,) bool."""
     controls = np.flatnonzero(is_control)
     for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
         if len(chosen) > 1:
@@ -426,6 +432,7 @@ def t_against_others(arms, means):
     within covariates; 0 for a gene that does not vary."""
     n = means.n[arms.n_controls:, None].astype(np.float32)
     mean, variance = means.mean[arms.n_controls:], means.variance[arms.n_controls:]
+    mean = mean - mean.mean(0)  # else squares would lose digits
     squares = np.maximum(n - 1, 0) * n * variance + n * mean**2  # sums of y^2
     same = np.float32(arms.control == np.arange(arms.n_controls)[:, None])  # (S, A - S)
 
@@ -450,9 +457,9 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
     observed, trained    Means of the cells to compare with, and of the training cells
     is_left_out (C, G)   genes that do not count for a condition's weights
 
-    Weights are from the training cells of conditions that have n_enough of them, independent of the
-    compared cells' noise; else from the compared cells. Returns Said, the baselines {name: (C, G)},
-    the conditions that training has seen, and those of independent weights, (C,) bool each.
+    Weights are from the training cells of conditions that have n_enough of them, else from the
+    compared cells. Returns Said, the baselines {name: (C, G)}, which conditions training has seen,
+    and which have weights from training cells, (C,) bool each.
     """
     S = arms.n_controls
     share, share_trained = arms.shares(observed.n), arms.shares(trained.n)
@@ -473,8 +480,8 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
         arms.of_condition(share_trained * which), seen)  # (C, S)
     n_others = np.maximum(seen.sum() - seen, 1)[:, None]
 
-    independent = arms.of_condition(trained.n[S:]) >= n_enough
-    t = np.where(independent[:, None], t_against_others(arms, trained),
+    by_training = arms.of_condition(trained.n[S:]) >= n_enough
+    t = np.where(by_training[:, None], t_against_others(arms, trained),
                  t_against_others(arms, observed))
     said = Said(treated - control, noise + noise_of_control,
                 treated - arms.of_condition(share * controls[arms.control]) - others,
@@ -482,18 +489,23 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
                 + differ**2 @ noise_of_controls,
                 response_weights(np.where(is_left_out, 0, t)))
     return said, baseline_effects(own, noise_trained + noise_trained_control, seen, others,
-                                  arms.dosages), seen, independent
+                                  arms.dosages), seen, by_training
 
 
 def shrunken(effect, variance, seen):
     """Effects (C, G) shrunken towards zero, as far as they are noise (empirical Bayes).
 
     Each is multiplied by S / (S + N), the posterior mean if true effects are N(0, S); N is
-    `variance`. S_tg = S_t S_g / S_0: the means of effect^2 - N, no less than 0, over genes, over
-    conditions, and over all, of the conditions in seen, (C,) bool."""
+    `variance`. S_tg = S_t S_g / S_0: the means of effect^2 - N over genes and over conditions, each
+    no less than 0, and the mean of these over all (of the two, the larger: they are the same where
+    none was negative), of the conditions in seen, (C,) bool. S = 0 where nothing is left."""
     signal = np.where(seen[:, None], effect**2 - variance, 0)
-    of_condition, of_gene = (np.maximum(signal.sum(axis, keepdims=True), 0) for axis in (1, 0))
-    s = of_condition * of_gene / max(signal.sum(), 1e-30)
+    of_condition, of_gene = (np.maximum(signal.sum(axis, keepdims=True, dtype=np.float64), 0)
+                             for axis in (1, 0))
+    of_all = max(of_condition.sum(), of_gene.sum())
+    s = np.zeros_like(effect)
+    if signal.sum(dtype=np.float64) > 0:
+        s += of_condition / of_all * of_gene
     return effect * np.divide(s, s + variance, out=np.zeros_like(s), where=s > 0)
 
 
@@ -540,8 +552,8 @@ OPTIONS = [  # name, default, what is allowed, what it is and where the default 
      "the paper (authors' code), else for the median of the data's cells"),
     ("--effects-from", None, ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1, and with a preset of the paper: all; else test)"),
-    ("--own-targets", None, bool, "count the gene that a perturbation targets among those of its "
-     "effect (with a preset of the paper; else not)"),
+    ("--own-targets", None, bool, "also score the gene that a perturbation "
+     "targets (with a preset of the paper; else not)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
 DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS}
@@ -620,7 +632,7 @@ def likelihood(run, options):
 
     Its Monte Carlo error is the standard deviation of the mean over repeats, with some of the cells
     (the delta method gave half of it). With --adapt, iwelbo_new is of test cells with perturbations
-    that the run has learned, and iwelbo_new_before when the prior is all that is known of these (by
+    that the run has learned, and iwelbo_new_before before they are learned, under the prior (by
     SVAE+ and the conditional VAE, which have none, they are taken for controls)."""
     test, n_particles = run.split["test"], options["iwelbo_particles"]
 
@@ -635,7 +647,7 @@ def likelihood(run, options):
     some = np.sort(np.random.default_rng(0).permutation(test)[:500])
     repeats = [predictive(some)[0].mean() for _ in range(8)]
     metrics = {"iwelbo": values.mean(), "n_test_cells": len(test),
-               "iwelbo_se": values.std(ddof=1) / math.sqrt(len(test)),
+               "iwelbo_se": values.std() / math.sqrt(max(1, len(test) - 1)),
                "iwelbo_monte_carlo_error": np.std(repeats, ddof=1),
                "iwelbo_joint_per_cell": joint / len(test),
                "iwelbo_joint_effective_sample_size": effective_sample_size}
@@ -669,7 +681,7 @@ def effects(run, options):
     pairs, held_out (no training cells), or test (with test cells); a row is the model, a baseline
     or noise_limit. ["n_pairs"]: how many pairs have training cells, and of how many both parts have
     some alone. ["on_target"]: the sum of effects on counts over the n_targets genes that
-    perturbations target, by that of the controls' means: -0.6 for a fall by 60 %.
+    perturbations target, divided by the controls' sum: -0.6 for a fall by 60 %.
     ["n_not_compared"]: conditions without controls of their covariates.
     """
     screen, split, library = run.screen, run.split, options["library"]
@@ -695,11 +707,12 @@ def effects(run, options):
     is_left_out = np.zeros_like(is_target) if options["own_targets"] else is_target
     rows, layers = [], {}
     for scale in SCALES:
-        said, baselines, seen, independent = effects_by_data(
+        said, baselines, seen, by_training = effects_by_data(
             arms, observed[scale], trained[scale], is_left_out)
         predictions = {"model": np.subtract(*arms.compared(y[scale], share)), **baselines}
         rows += [{"scale": scale, **row} for row in scores(
-            groups, predictions, said, seen, independent, is_left_out, run.device)]
+            groups, predictions, said, seen, by_training & (options["effects_from"] == "test"),
+            is_left_out, run.device)]
         layers |= {f"{name}_{scale}": values.astype(np.float32) for name, values in (
             ("model", predictions["model"]),
             ("data", np.where(known[:, None], said.effect, np.nan)),
@@ -726,8 +739,9 @@ def effects(run, options):
 
 def scores(groups, predictions, said, seen, independent, is_left_out, device):
     """Rows of metrics, dicts, of predictions {row: (C, G)} in groups of conditions {name: (C,)
-    bool}, without entries that is_left_out (C, G); seen and independent as `effects_by_data` has
-    them. Discrimination ranks all conditions that can be compared, whatever their group."""
+    bool}, without entries that is_left_out (C, G); seen: which conditions training has seen;
+    independent: whose weights no noise of the compared cells has chosen. Discrimination ranks all
+    conditions that can be compared, whatever their group."""
     known, rows = groups["all"], []
     said = Said(*(np.where(is_left_out, 0, v) for v in said))  # entries that do not count are zero
     ranked, from_mean = {}, {}
@@ -737,7 +751,9 @@ def scores(groups, predictions, said, seen, independent, is_left_out, device):
         else:
             ranked[row] = discrimination_scores(predicted[known], said.effect[known],
                                                 is_left_out[known], device)
-            from_mean[row] = np.where(is_left_out, 0, predicted - mean_of_others(predicted, seen))
+            mean = predictions["perturbed_mean"] if row == "matching_mean" else mean_of_others(
+                predicted, seen)  # matching_mean takes its place where a part is not known
+            from_mean[row] = np.where(is_left_out, 0, predicted - mean)
     for group, chosen in groups.items():
         if not chosen.any():
             continue
@@ -1033,8 +1049,8 @@ def settings(m):
     seeds. (How a file was read is in its fingerprint, or does not change the numbers.)"""
     left_out = {*SEEDS, *NO_MATTER, *data.READING} - {"covariate", "split_column"}
     config = {k: v for k, v in m["config"].items() if k not in left_out}
-    if "base" in config:  # with --adapt: how the other run was trained
-        config["base"] = {k: v for k, v in config["base"].items() if k not in left_out}
+    for k, v in config.pop("base", {}).items():  # with --adapt: how the other run was trained
+        config |= {f"base {k}": v} if k not in {*left_out, "base"} else {}
     return config | ({} if m["done"] else {"stopped at step": m["last_step"]})
 
 
@@ -1073,21 +1089,22 @@ def of_reference(m):
 
 
 def iwelbo_of_cells(runs, conditions=None):
-    """{(screen, seed of the split, test cell): predictive IWELBO, a mean over runs} of the runs'
-    iwelbo.csv; of all conditions or of some."""
+    """{(screen, seed of the split, number and name of a test cell): predictive IWELBO, a mean over
+    runs} of the runs' iwelbo.csv; of all conditions or of some."""
     values = {}
     for m in runs:
         with open(os.path.join(m["folder"], "iwelbo.csv"), encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            for i, row in enumerate(csv.DictReader(file)):
                 if conditions is None or row["condition"] in conditions:
-                    values.setdefault((m["fingerprint"], m["config"]["split_seed"], row["cell"]),
-                                      []).append(float(row["iwelbo"]))
+                    cell = m["fingerprint"], m["config"]["split_seed"], i, row["cell"]
+                    values.setdefault(cell, []).append(float(row["iwelbo"]))
     return {cell: np.mean(of_cell) for cell, of_cell in values.items()}
 
 
 def iwelbo_difference(runs, others):
-    """Predictive IWELBO of some runs minus that of others: the mean over cells, its standard error,
-    and the part of that by Monte Carlo. NaN where they have no test cell in common.
+    """Predictive IWELBO of some runs minus the others' IWELBO: the mean over cells, its standard
+    error over cells, and a bound on its Monte Carlo error, which comes on top (runs of one
+    evaluation seed share draws, and most of it cancels). NaN without a test cell in common.
 
     Cells differ much more than two models on the same cell do: differences are taken cell by cell.
     """
@@ -1191,12 +1208,13 @@ def dosages_of(run, conditions):
     """Dosages (C, P), for the run's model, of conditions such as "B+A" or "control", each once; and
     how the screen spells them, "A+B". Raises DataError for names that the screen does not have."""
     screen, index = run.screen, {name: t for t, name in enumerate(run.model_screen.perturbations)}
-    known, rows = {name.upper(): name for name in [*screen.perturbations, *index]}, {}
+    names_known, rows = {*screen.perturbations, *index}, {}
     for condition in conditions:
-        names = [condition] if condition in known.values() else sorted(
+        names = [condition] if condition in names_known else sorted(
             {name.strip() for name in condition.split(screen.joiner)} - {"control"})
         for name in names:
-            if name not in known.values():
+            if name not in names_known:
+                known = {n.upper(): n for n in sorted(names_known)}
                 near = difflib.get_close_matches(name.upper(), known, 5, 0.5) or list(known)[:5]
                 raise DataError(
                     f"{run.folder}: no perturbation is called {name!r}; of {len(known):,}, these "
@@ -1248,21 +1266,21 @@ def population(run, condition, n, seed, other=None):
 
 
 @torch.no_grad()
-def spread_of_effect(model, d, basal, c):
-    """How far the effects of d (P,) on expected counts per 10,000, 1e4 rho, lie from their mean in
-    cells: 5 % and 95 % quantiles, (2, G), over basal states (K, L) with covariates c (K, columns)
-    and a draw of (M, E) each. It is no standard error."""
+def interval_of_effect(model, d, basal, c):
+    """5 % and 95 % quantiles over cells of the effects of d (P,) on expected counts per 10,000,
+    1e4 rho, (G,) each: basal states (K, L), covariates c (K, columns), and a draw of (M, E) each.
+    It is no standard error."""
     control = model.log_rho(basal, torch.full_like(d, data.NONE), c).exp()
     difference = 1e4 * (sample_frequencies(model, d, c, basal).exp() - control)  # (K, G)
-    return torch.quantile(difference, torch.tensor([0.05, 0.95], device=d.device),
-                          dim=0) - difference.mean(0)
+    in_order = difference.sort(0).values.cpu().numpy()
+    return in_order[len(basal) // 20], in_order[-1 - len(basal) // 20]
 
 
 def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
     """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
 
     Layers: expected_* on both scales (X: log-normalised); effect_*, differences from control cells;
-    effect_counts_low and _high, see `spread_of_effect`; log2_fold_change, of expected counts.
+    effect_counts_low and _high, see `interval_of_effect`; log2_fold_change, of expected counts.
     Counts are per 10,000, in cells of the given library (0: see `library_of`), or of `other`'s
     control cells, see `controls_of_file`. Each condition's numbers depend on no other one. Returns
     lines on what is known of each, and a table of its ten strongest effects.
@@ -1277,8 +1295,7 @@ def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
         y = expected(run.model, arms, c.expand(2, -1, -1), library=depth, basal=basal)
         of_one = {f"expected_{scale}": treated for scale, (_, treated) in y.items()}
         of_one |= {f"effect_{scale}": treated - control for scale, (control, treated) in y.items()}
-        spread = spread_of_effect(run.model, d, basal[:1000], c[:1000]).cpu().numpy()
-        low, high = of_one["effect_counts"] + spread
+        low, high = interval_of_effect(run.model, d, basal[:1000], c[:1000])
         control, counts = y["counts"]
         of_one |= {"effect_counts_low": low, "effect_counts_high": high,
                    "log2_fold_change": np.log2(counts / control)}
@@ -1317,7 +1334,7 @@ def known_of(run, d, condition, c):
         words.append(f"no effect, since {run.config['model']} cannot add effects up")
     for t in parts:
         name, n_own = run.model_screen.perturbations[t], int(model.n_cells[t])
-        if not n:
+        if not n and model.adds_effects:
             words.append(f"{name} has {n_own:,}, alone and in combinations")
         if not n_own:
             words.append(f"WHAT IS PREDICTED FOR {name} IS THE PRIOR'S, NOT THE DATA'S"
@@ -1615,6 +1632,10 @@ def main(arguments=None):
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved; with "
                         "--predict also another file, for whose control cells to predict")
     args = parser.parse_args(arguments)
+    if args.sample and not args.predict:
+        parser.error("--sample N needs --predict CONDITION ..., the conditions to sample")
+    if args.figures and (args.predict or args.latents):
+        parser.error("--figures evaluates, --predict and --latents do not: use two commands")
     if args.figures:
         pyplot()
     options = {k: v for k, v in vars(args).items() if k in DEFAULTS or k == "pathways"}
@@ -1694,11 +1715,12 @@ def evaluate_run(folder, args, options, alone):
 
 def evaluated(folder, options):
     """The metrics of metrics.json, if they are of these checkpoints and options; else None."""
-    with contextlib.suppress(OSError, ValueError):
-        m = json.loads(pathlib.Path(folder, "metrics.json").read_text())
-        if m["format"] == FORMAT and m["checkpoints"] == checkpoints(folder) and (
-                m["options"].items() >= options.items()):
-            return m
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        metrics = json.loads(pathlib.Path(folder, "metrics.json").read_text())
+        if metrics["format"] == FORMAT and metrics["checkpoints"] == checkpoints(folder) and (
+                metrics["options"].items() >= options.items()) and os.path.exists(
+                os.path.join(folder, "iwelbo.csv")):
+            return metrics
     return None
 
 

@@ -4326,7 +4326,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_a_line_that_says_how(folder
         [sys.executable, os.path.join(HERE, "train.py"), "--data", "screen.h5ad", "--name", "run",
          "--steps", "1000000", *TINY[4:]],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job may ignore it
     deadline = time.time() + 120
     while not train.read_log("runs/run") and time.time() < deadline:
         time.sleep(0.1)

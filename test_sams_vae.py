@@ -4619,7 +4619,8 @@ def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
           f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
           f"(IWELBO: 1,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 "
           "particles)")
-    print(evaluate.markdown(["", ""], [[name, f"{value:,.4g}"] for name, value in result.items()]))
+    print(evaluate.markdown([{"measured": name, "value": f"{value:,.4g}"}
+                             for name, value in result.items()]))
     with open("benchmark.json", "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
     torch.set_num_threads(1)

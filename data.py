@@ -546,6 +546,7 @@ class StoredCounts:
 
     @property
     def shape(self):
+        """(cells, genes)."""
         return len(self.rows), len(self.genes)
 
     @property

@@ -264,6 +264,7 @@ class SAMSVAE(nn.Module):
         return self.masks_of_one
 
     def set_extra_state(self, state):
+        """Take it from loaded weights."""
         self.masks_of_one = state
 
     # The masks m_t. The models below have other versions of these methods.

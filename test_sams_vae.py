@@ -2664,6 +2664,19 @@ def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error(
     assert math.isnan(nothing["r_squared"])
 
 
+def test_differences_of_iwelbo_are_cell_by_cell_also_of_cells_with_equal_names(tmp_path):
+    runs = []
+    for i, values in enumerate(([-5.0, -9.0, -1.0], [-6.0, -9.5, -3.0])):
+        (tmp_path / str(i)).mkdir()
+        rows = "".join(f"same,A,{value}\n" for value in values)
+        (tmp_path / str(i) / "iwelbo.csv").write_text(f"cell,condition,iwelbo\n{rows}")
+        runs.append({"folder": tmp_path / str(i), "fingerprint": "x", "config": {"split_seed": 0},
+                     "iwelbo_monte_carlo_error": 0.3 + 0.1 * i})
+    mean, error, noise = evaluate.iwelbo_difference(runs[:1], runs[1:])
+    assert mean == pytest.approx(3.5 / 3) and noise == pytest.approx(0.5)
+    assert error == pytest.approx(np.std([1, 0.5, 2], ddof=1) / 3**0.5)
+
+
 def test_names_of_perturbations_say_which_genes_they_target_and_which_pathway_they_are_in():
     genes = ["KLF1", "HLA-A", "Trp53", "A", "KLF1"]
     names = ["KLF1", "HLA-A_2", "sgTRP53", "TRP53 g1", "klf1|A", "DMSO_A", "HLA-A"]

@@ -5,22 +5,13 @@
     python data.py prepare LARGE.h5ad SMALL.h5ad --subset line=K562 --genes genes.txt
     python data.py simulate SCREEN.h5ad --sparse-shift        a screen, and the truth with it
 
-In reading order:
+In reading order: a file and its columns; counts in memory, `Counts`, and in their file,
+`StoredCounts`; `read_h5ad` and `write_h5ad`. Down to "Cut here" h5py and numpy are enough: copy
+that part. Then labels -> dosages d, `Screen`; splits; batches x, d, c on the device, `Batches` and
+`Shuffle`; a simulated screen; `prepare`, which writes a part of a file.
 
-    a file           opened, its members found, nothing believed that was not checked
-    columns          of obs and var, in every form in which anndata has written them
-    counts           in memory, `Counts`, or in their file, `StoredCounts`: blocks of whole cells
-    read_h5ad        an .h5ad file: `H5ad`
-    write_h5ad       arrays -> a file that anndata opens
-    -- cut here --   what stands above needs h5py and numpy alone: copy it
-    labels           what was done to each cell, as dosages d: `read_screen` -> `Screen`
-    splits           train, validation and test cells, the paper's three ways: `split_cells`
-    batches          x, d, c of some cells, on the device: `Batches`, `Shuffle`
-    simulation       a screen whose true latents, masks and effects are known: `simulate`
-    prepare          a file of any size -> one of the cells and genes that are wanted: `prepare`
-
-Files of anndata 0.5 to 0.13 are read, without anndata. Every count is checked, no link out of the
-file is followed, nothing is unpickled. What is wrong with a file or an option is a DataError.
+Files of anndata 0.5 to 0.13 are read, without anndata. Every count is checked, no link is
+followed, nothing is unpickled. What is wrong with a file or an option is a DataError.
 """
 
 import collections
@@ -28,22 +19,20 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import errno
-import faulthandler
 import hashlib
 import math
 import os
 import re
-import shutil
 import sys
-import threading
 
 import h5py
 import numpy as np
 
+with contextlib.suppress(ImportError):
+    import hdf5plugin  # noqa: F401 (where it is installed, HDF5 knows its compressions, too)
+
 BLOCK = 2**20  # values of a matrix that are read at once: small enough for the caches
 GAP = 2**14  # shorter gaps are read and discarded: one long read beats two short ones
-WATCHDOG = None  # seconds that HDF5 may take over names and labels; the command line sets them
 
 
 def printable(text):
@@ -85,82 +74,43 @@ def _naming(path):
         yield
     except DataError as error:  # raised below, where the path is not known
         raise type(error)(f"{path}: {error}") from None
-    except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{path}: {os.strerror(error.errno)}") from None
     except BlockingIOError:
         raise DataError(f"{path}: another program, such as a notebook, has it open for writing: "
                         "close it there, or read a copy") from None
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        # On a damaged file h5py raises any of these.
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot be read, truncated or damaged? HDF5: {words}") from error
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # On a damaged file h5py raises any of these; with a number where the file did not open.
+        number, words = getattr(error, "errno", None), " ".join(str(error).split())
+        raise DataError(f"{path}: {os.strerror(number)}" if number else f"{path}: cannot be read: "
+                        f"truncated, damaged, or no HDF5 file? HDF5 says: {words}") from error
 
 
 @contextlib.contextmanager
 def _h5_file(path):
-    """Open an .h5ad file to read its tables; failures inside become a DataError that names it.
-
-    HDF5 can loop for ever over damaged text, where no exception reaches it. So a command ends
-    itself after WATCHDOG seconds: in a thread or, where h5py lets none run, by faulthandler.
-    """
-    def give_up():
-        os.write(2, f"error: {path}: HDF5 has not come back for {WATCHDOG} s, as on damaged text: "
-                 "copy or download the file anew\n".encode("utf-8", "replace"))
-        os._exit(2)
-
-    timer = threading.Timer(WATCHDOG or threading.TIMEOUT_MAX, give_up)
-    timer.daemon = True
-    timer.start()
-    if WATCHDOG:
-        faulthandler.dump_traceback_later(WATCHDOG + 5, exit=True, file=2)
-    try:
-        with _naming(path):
-            _check_signature(path)
-            with h5py.File(path, "r") as file:
-                require("obs" in file or "matrix" not in file, "looks like a 10x .h5 matrix: read "
-                        "it with scanpy.read_10x_h5, add labels to obs, save it as .h5ad")
-                require("mod" not in file or "X" in file, "looks like an .h5mu file of several "
-                        "modalities: save the RNA alone, mdata['rna'].write('rna.h5ad')")
-                yield file
-    finally:
-        timer.cancel()
-        if WATCHDOG:
-            faulthandler.cancel_dump_traceback_later()
+    """Open an .h5ad file to read from it; failures inside become a DataError that names it."""
+    with _naming(path), h5py.File(path, "r") as file:
+        require("obs" in file or "matrix" not in file, "looks like a 10x .h5 matrix: read it with "
+                "scanpy.read_10x_h5, add labels to obs, save it as .h5ad")
+        require("mod" not in file or "X" in file, "looks like an .h5mu file of several "
+                "modalities: save the RNA alone, mdata['rna'].write('rna.h5ad')")
+        yield file
 
 
-def _check_signature(path):
-    """Refuse what is no HDF5 file. (HDF5 says of all of these "file signature not found".)"""
-    require(os.path.isfile(path) or not os.path.exists(path), "is a folder, a pipe or a device")
-    with open(path, "rb") as file:
-        head = file.read(8)
-    require(not head.startswith(b"\x1f\x8b"), "is compressed as a whole: gunzip it first")
-    # The signature stands at 0 or, behind a block of the user's own, at 512, 1024, ...
-    require(head == b"\x89HDF\r\n\x1a\n" or h5py.is_hdf5(path),
-            f"is not an HDF5 file, it starts with {head!r}" if head else "is empty")
-
-
-def _member(file, name, required=True, depth=0):
+def _member(file, name, required=True):
     """The group or data set `name`; None if it is absent and not required.
 
-    Links are followed one by one: one out of the file could make it read any file of this machine.
+    No link is followed: one out of the file could make it read any file of this machine.
     """
     node = file
-    for part in filter(None, name.split("/")):
+    for part in name.split("/"):
         # getlink asks what kind of link it is and does not follow it; node[part] would.
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
         if link is None:
             present = ", ".join(_keys(node)[:20]) if isinstance(node, h5py.Group) else ""
             require(not required, f"{name} is missing; beside it: {present or 'nothing'}")
             return None
-        require(isinstance(link, h5py.HardLink | h5py.SoftLink), f"{name} is a link out of the "
-                "file, which is not followed: copy the data into the file")
-        if isinstance(link, h5py.HardLink):  # the object itself
-            node = node[part]
-        else:  # a path, from the root or from here
-            require(depth < 30, f"{name} is a loop of soft links")
-            target = link.path if link.path.startswith("/") else f"{node.name}/{link.path}"
-            node = _member(file, target, False, depth + 1)
-            require(node, f"{name} is a soft link to something that is not in the file")
+        require(isinstance(link, h5py.HardLink),  # else it leads elsewhere
+                f"{name} is behind a link, which is not followed: copy the data to its place")
+        node = node[part]
     if isinstance(node, h5py.Dataset):
         _check_storage(file, name, node)
     return node
@@ -175,23 +125,22 @@ def _check_storage(file, name, dataset):
     require(not dataset.is_virtual and not dataset.external,
             f"{name} keeps its values in other files: copy the data into the file")
     require(dataset.shape is not None, f"{name} is a data set without values")
+    fields = [dataset.dtype[field] for field in dataset.dtype.names or ()] or [dataset.dtype]
+    for dtype in fields:  # on other values of variable length HDF5 crashes if they are damaged
+        require(dtype.kind != "O" or h5py.check_string_dtype(dtype),
+                f"{name} holds values that are neither text nor numbers")
     creation = dataset.id.get_create_plist()
     for i in range(creation.get_nfilters()):
         code, _, _, title = creation.get_filter(i)
-        if not h5py.h5z.filter_avail(code):
-            with contextlib.suppress(ImportError):
-                __import__("hdf5plugin")  # which registers its filters
         require(h5py.h5z.filter_avail(code), f"{name} is compressed by "
                 f"{title.decode('utf-8', 'replace') or code}: pip install hdf5plugin")
     declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()  # bytes
-    stored, offset = dataset.id.get_storage_size(), dataset.id.get_offset()
+    stored, offset = dataset.id.get_storage_size(), dataset.id.get_offset() or 0
     if dataset.chunks:  # all must be there; no filter does better than deflate's 1032 : 1
         grid = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks))
         complete = dataset.id.get_num_chunks() >= grid and stored >= declared / 1100
-    elif creation.get_layout() == h5py.h5d.CONTIGUOUS:  # one stretch; None: never allocated
-        complete = offset is not None and offset + declared <= file.id.get_filesize()
-    else:  # compact: inside of the object's header
-        complete = stored >= declared
+    else:  # one stretch, perhaps in the object's header, where it has no offset
+        complete = stored >= declared and offset + declared <= file.id.get_filesize()
     require(complete or not declared, f"{name} declares {dataset.shape} values of {dataset.dtype}, "
             f"{declared:,} bytes, and the file does not hold them: it is truncated or unfinished")
 
@@ -201,20 +150,12 @@ def _keys(group):
     return sorted(name for name in group if isinstance(name, str))
 
 
-def _attribute(node, name):
-    """An attribute, decoded where it is bytes (fixed-length strings); None where there is none."""
-    if name not in node.attrs:
-        return None
-    _check_type(f"the attribute {name} of {node.name}", node.attrs.get_id(name).dtype)
-    value = node.attrs[name]
-    value = None if isinstance(value, h5py.Empty) else value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _check_type(name, dtype):
-    """Refuse values of variable length that are no text: HDF5 crashes on damaged ones."""
-    require(dtype.kind != "O" or h5py.check_string_dtype(dtype) or h5py.check_ref_dtype(dtype),
-            f"{name} holds values that are neither text nor numbers")
+def _attribute(node, *names):
+    """The values, in a list, of the first of these attributes that is there; else no value."""
+    for name in names:
+        if name in node.attrs and not isinstance(node.attrs[name], h5py.Empty):
+            return _to_numpy(f"the attribute {name}", node.attrs[name]).tolist()
+    return []
 
 
 # ============================================================================================
@@ -247,72 +188,63 @@ def _numbered(texts):
 def _to_numpy(name, raw):
     """What h5py reads -> a 1-D array of str objects, native numbers or bools."""
     raw = np.atleast_1d(raw)  # anndata <= 0.6 writes a single category as a scalar
-    require(raw.ndim == 1, f"{name} has {raw.ndim} dimensions; a column has one")
-    if raw.dtype.kind in "OS":  # text of variable length comes as bytes in objects, of fixed as S
-        text = (v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v)
-                for v in raw.tolist())
-        # Some control characters would command the terminal, and a NUL could not be written again.
-        return _objects(v if v.isprintable() else re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", v)
-                        for v in text)
-    require(raw.dtype.kind in "biuf", f"{name} holds {raw.dtype}, neither text nor numbers")
-    return raw.astype(raw.dtype.newbyteorder("="), copy=False)  # "=": this machine's byte order
-
-
-def _with_missing(values, missing):
-    """Values with None where `missing` is true; unchanged if it is true nowhere."""
-    return _objects(None if m else v for v, m in zip(values.tolist(), missing)) if (
-        missing.any()) else values
+    require(raw.ndim == 1 and raw.dtype.kind in "biufOSU",
+            f"{name} is no column of text or numbers, but {raw.ndim}-dimensional {raw.dtype}")
+    if raw.dtype.kind in "biuf":
+        return raw.astype(raw.dtype.newbyteorder("="), copy=False)  # "=": this machine's byte order
+    # Text comes as bytes in objects, as S where its length is fixed, as U from an attribute. Some
+    # control characters would command a terminal, and a NUL could not be written again.
+    return _objects(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", (
+        v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v))) for v in raw.tolist())
 
 
 def _decode(name, codes, categories):
     """A categorical column: categories[codes], None where the code is -1 (from R: -2^31)."""
-    require(codes.dtype.kind in "iu", f"{name} has codes of type {codes.dtype}, no integers")
-    missing, n = (codes == -1) | (codes == -2**31), len(categories)
-    wrong = codes[~missing & ((codes < 0) | (codes >= n))]
-    require(not len(wrong), f"{name} has the category code {wrong[:1]}, but only {n} categories")
-    categories = categories if n else _objects([None])  # all are missing
-    return _with_missing(categories[np.where(missing, 0, codes).astype(np.int64)], missing)
+    require(codes.dtype.kind in "iu", f"{name} has codes of type {codes.dtype}, not integers")
+    missing = (codes == -1) | (codes == -2**31)
+    wrong = codes[~missing & ((codes < 0) | (codes >= len(categories)))]
+    require(not len(wrong),
+            f"{name} has the category code {wrong[:1]}, but only {len(categories)} categories")
+    places = np.where(missing, len(categories), codes).astype(np.int64)
+    return (np.append(categories, None) if missing.any() else categories)[places]
 
 
 def _read(file, name):
     """The element `name`, in whichever of these encodings, as a 1-D array."""
     node = _member(file, name)
     if isinstance(node, h5py.Dataset):
-        _check_type(name, node.dtype)
         return _to_numpy(name, node[()])
     if "codes" in node and "categories" in node:
         return _decode(name, _read(file, f"{name}/codes"), _read(file, f"{name}/categories"))
     require("values" in node and "mask" in node,
-            f"{name} has the unknown encoding {_attribute(node, 'encoding-type')!r}")
-    values, mask = _read(file, f"{name}/values"), _read(file, f"{name}/mask")
+            f"{name} has the unknown encoding {_attribute(node, 'encoding-type')}")
+    values, mask = _read(file, f"{name}/values"), _read(file, f"{name}/mask").astype(bool)
     require(len(mask) == len(values), f"{name} has {len(values)} values and a mask of {len(mask)}")
-    return _with_missing(values, mask.astype(bool))
+    if mask.any():
+        values = values.astype(object)
+        values[mask] = None
+    return values
 
 
 def _columns(file, table):
-    """The names of a table's columns, its index first; then the ones that an attribute lists (one
-    that is missing is refused where it is asked for), then others."""
+    """The names of a table's columns, its index first."""
     frame = _member(file, table)
     if isinstance(frame, h5py.Dataset):  # anndata <= 0.6
         require(frame.dtype.names, f"{table} is neither a table nor a group of columns")
         return list(frame.dtype.names)
-    # Since 0.7 an attribute names the index: _index, index, CellID, ... Some writers leave it out.
-    members = _keys(frame)
-    index = [n for n in (_attribute(frame, "_index"), "_index", "index") if n in members][:1]
+    # An attribute names the index: _index, index, CellID, ... Some writers leave it out, and the
+    # one that lists the other columns.
+    members = [name for name in _keys(frame) if name != "__categories"]
+    index = [n for n in (*_attribute(frame, "_index"), "_index", "index") if n in members][:1]
     require(index, f"{table} has no index; it holds: {', '.join(members) or 'nothing'}")
-    order = _attribute(frame, "column-order")
-    listed = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c)
-              for c in np.ravel([] if order is None else order).tolist()]
-    # The column a/b is a group a with a member b: a is none.
-    groups = {c.split("/")[0] for c in listed if "/" in c} | {"__categories"}
-    return [*dict.fromkeys([*index, *listed, *(c for c in members if c not in groups)])]
+    columns = _attribute(frame, "column-order") or members
+    return index + [column for column in map(str, columns) if column != index[0]]
 
 
 def _column(file, table, column):
     """A column of the table obs, var, raw/var or raw.var as a 1-D array."""
     frame, name = _member(file, table), f"{table}/{column}"
     if isinstance(frame, h5py.Dataset):  # anndata <= 0.6
-        _check_type(name, frame.dtype[column])
         values, labels = _to_numpy(name, frame.fields(column)[()]), f"uns/{column}_categories"
     else:
         values, labels = _read(file, name), f"{table}/__categories/{column}"
@@ -348,8 +280,8 @@ class Counts:
     def take(self, cells):
         """The Counts of some cells, given by their positions (n,), in that order."""
         # Each cell's stretch of entries, one after the other: faster than an index of all of them.
-        ends = zip(self.indptr[cells].tolist(), self.indptr[np.add(cells, 1)].tolist())
-        parts = [slice(start, end) for start, end in ends]
+        starts, ends = self.indptr[cells].tolist(), self.indptr[np.add(cells, 1)].tolist()
+        parts = list(map(slice, starts, ends))
         values, columns = (np.concatenate([v[:0], *(v[part] for part in parts)])
                            for v in (self.values, self.columns))
         indptr = np.append(0, np.cumsum([part.stop - part.start for part in parts], dtype=np.int64))
@@ -389,9 +321,7 @@ def cell_sums(counts):
         values[1, :-1] *= weights[part.columns]
         of_cells = np.add.reduceat(values, part.indptr[:-1], axis=1)
         sums.append(of_cells * (np.diff(part.indptr) > 0))  # else it is the next one's first
-    sums = np.concatenate(sums, axis=1)
-    require((sums[0] >= 0).all(), "the counts of a cell add up to more than 2^63")
-    return sums
+    return np.concatenate(sums, axis=1)
 
 
 def _runs(rows, start, end):
@@ -403,30 +333,23 @@ def _runs(rows, start, end):
     return list(zip(cuts, cuts[1:])) if len(rows) else []
 
 
-def _as_counts(name, values, name_of=str):
-    """Values in the narrowest unsigned type that holds them exactly, and how many were rounded:
-    those within 1e-6 of an integer. Raises NotCounts for the first that is no count, at name_of(i).
-    """
-    if values.dtype == np.uint8:
-        return values, 0
+def _narrowest(values):
+    """Values in the narrowest unsigned type that holds them all exactly; None if there is none."""
     with np.errstate(invalid="ignore"):  # casting NaN or 1e30 to an integer warns
         # A cast is exact if and only if its result compares equal: NaN, inf, fractions, negative
-        # and too large values never do. From 2**53 on a double skips integers.
-        for candidate in (np.uint8, np.uint16, np.uint32, np.uint64):
-            counts = values.astype(candidate)
-            if (counts == values).all() and (
-                    counts.itemsize < 8 or counts.max(initial=0) < 2**53):
-                return counts, 0
-        values = values.astype(np.float64)
-        rounded = np.rint(values)
-        near = (np.abs(values - rounded) <= 1e-6) & (rounded >= 0) & (rounded < 2**53)
-    if near.all():
-        return _as_counts(name, rounded)[0], int((rounded != values).sum())
-    first = int(np.argmin(near))  # the first False
-    value = values[first]
-    why = ("not finite" if not np.isfinite(value) else "negative" if value < 0 else "too large"
-           if value >= 2**53 else "not a whole number, as if normalised or estimated")
-    raise NotCounts(f"{name} holds {value:g} for {name_of(first)}, which is no count: {why}")
+        # and too large values never do.
+        for candidate in (np.uint8, np.uint16, np.uint32):
+            counts = values.astype(candidate, copy=False)
+            if (counts == values).all():
+                return counts
+
+
+def from_dense(x):
+    """Counts of a dense array, cells x genes."""
+    some, genes = x != 0, np.arange(x.shape[1], dtype=np.min_scalar_type(x.shape[1]))
+    entries = np.flatnonzero(some)  # `take` by these is four times as fast as x[some]
+    indptr = np.append(0, np.cumsum(np.count_nonzero(some, axis=1)))
+    return Counts(x.shape, x.ravel().take(entries), np.tile(genes, len(x)).take(entries), indptr)
 
 
 def _tidy(counts):
@@ -439,30 +362,16 @@ def _tidy(counts):
         return counts
     row = np.repeat(np.arange(counts.shape[0]), np.diff(indptr))
     key, entry = np.unique(row * counts.shape[1] + columns, return_inverse=True)
-    sums = np.zeros(len(key), np.uint64)
-    np.add.at(sums, entry, values.astype(np.uint64))
+    sums = np.bincount(entry, weights=values)
     row, columns = np.divmod(key[sums > 0], counts.shape[1])
-    values, _ = _as_counts("a sum of duplicate entries", sums[sums > 0])
     indptr = np.append(0, np.cumsum(np.bincount(row, minlength=counts.shape[0])))
-    return Counts(counts.shape, values, columns.astype(counts.columns.dtype), indptr)
-
-
-def _positions(n):
-    """The narrowest type of positions 0..n-1."""
-    return np.min_scalar_type(max(0, n - 1))
-
-
-def from_dense(x):
-    """Counts of a dense array, cells x genes."""
-    some, genes = x != 0, np.arange(x.shape[1], dtype=_positions(x.shape[1]))
-    entries = np.flatnonzero(some)  # `take` by these is four times as fast as x[some]
-    indptr = np.append(0, np.cumsum(np.count_nonzero(some, axis=1)))
-    return Counts(x.shape, x.ravel().take(entries), np.tile(genes, len(x)).take(entries), indptr)
+    return Counts(counts.shape, _narrowest(sums[sums > 0]), columns.astype(counts.columns.dtype),
+                  indptr)
 
 
 def _gather(blocks, n_genes):
     """Blocks of successive cells -> one Counts. They are in memory twice while this runs."""
-    nothing = Counts((0, n_genes), np.zeros(0, np.uint8), np.zeros(0, _positions(n_genes)), [0])
+    nothing = from_dense(np.zeros((0, n_genes), np.uint8))
     values, columns, n_entries = (np.concatenate(parts) for parts in zip(*(
         (block.values, block.columns, np.diff(block.indptr)) for block in [nothing, *blocks])))
     indptr = np.append(0, np.cumsum(n_entries, dtype=np.int64))
@@ -473,7 +382,7 @@ def _transposed(counts):
     """Counts of genes x cells -> of cells x genes."""
     n_genes, n_cells = counts.shape
     order = np.argsort(counts.columns, kind="stable")  # genes stay rising within a cell
-    genes = np.repeat(np.arange(n_genes, dtype=_positions(n_genes)), np.diff(counts.indptr))
+    genes = np.repeat(np.arange(n_genes, dtype=np.min_scalar_type(n_genes)), np.diff(counts.indptr))
     indptr = np.append(0, np.cumsum(np.bincount(counts.columns, minlength=n_cells)))
     return Counts((n_cells, n_genes), counts.values[order], genes[order], indptr)
 
@@ -484,42 +393,42 @@ def _transposed(counts):
 
 
 class StoredCounts:
-    """A matrix of counts that stays in its file: does what a Counts does, and reads each time.
+    """A matrix of counts that stays in its file, read anew by each `take` and `parts`.
 
     form         what it is in words: dense, sparse CSR (by rows) or sparse CSC (by columns)
     rows, genes  (N,), (G,) the positions in the file of the cells and genes that are wanted
     order        1, or -1 for a matrix by columns, whose blocks are genes x cells
     streams      True if a few cells can be read without reading many others
-    n_rounded    how many of the values that were read were within 1e-6 of an integer
     """
 
     def __init__(self, path, file, name, cell_names, gene_names):
         """Open the matrix `name` of a file, such as "layers/counts", and check a first block."""
-        self.path, self.file, self.name, self.n_rounded = path, file, name, 0
-        self.names = cell_names, gene_names
+        self.path, self.file, self.name, self.names = path, file, name, (cell_names, gene_names)
         self.rows, self.genes = map(np.arange, map(len, self.names))
         require(0 not in self.shape, f"{name} has {self.shape[0]} cells and {self.shape[1]} genes")
         node = _member(file, name)
         if isinstance(node, h5py.Dataset):
-            declared, self.form, self.order, self.data = node.shape, f"dense {node.dtype}", 1, node
+            declared, self.form, self.order = node.shape, f"dense {node.dtype}", 1
             self.streams = not node.chunks or node.chunks[0] <= 512
         else:
             # The h5sparse attributes are of anndata <= 0.6.
-            form = _attribute(node, "encoding-type") or _attribute(node, "h5sparse_format")
+            form = "".join(map(str, _attribute(node, "encoding-type", "h5sparse_format")))
             require(form in ("csr_matrix", "csr", "csc_matrix", "csc"),
                     f"{name} has the unknown encoding {form!r}")
-            declared = _attribute(node, "shape" if "shape" in node.attrs else "h5sparse_shape")
+            declared = _attribute(node, "shape", "h5sparse_shape")
             self.form, self.streams = f"sparse {form[:3].upper()}", form.startswith("csr")
             self.order = 1 if self.streams else -1
-        require(declared is None or np.ravel(declared).tolist() == list(self.shape),
+        require(not declared or tuple(declared) == self.shape,
                 f"{name} has the shape {declared}, but obs and var say {self.shape}")
-        self.indptr = None if isinstance(node, h5py.Dataset) else self._open_sparse()
+        self.data, self.indptr = node, None
+        if isinstance(node, h5py.Group):
+            self._open_sparse()
         require(self.data.dtype.kind in "biuf",
                 f"{name} holds values of type {self.data.dtype}, not counts", NotCounts)
         block = next(self._stored_blocks(self.rows))
         self.density = 1.1 * (len(block.values) / math.prod(block.shape) if self.indptr is None
                               else len(self.indices) / math.prod(self.shape))
-        self.value_type, self.n_rounded = block.values.dtype, 0
+        self.value_type = block.values.dtype
 
     def _open_sparse(self):
         """Open data and indices; read and check indptr, which says which entries are whose.
@@ -527,22 +436,18 @@ class StoredCounts:
         In a matrix by rows (CSR) the entries indptr[i] to indptr[i + 1] belong to row i, and their
         indices are columns; in one by columns (CSC), the reverse. No index is used unchecked.
         """
-        parts = []
-        for part, kinds in (("data", "biufOSc"), ("indices", "iu"), ("indptr", "iu")):
-            node = _member(self.file, f"{self.name}/{part}")
-            require(isinstance(node, h5py.Dataset) and node.ndim == 1 and node.dtype.kind in kinds,
-                    f"{self.name}/{part} is no one-dimensional data set of numbers")
-            parts.append(node)
-        self.data, self.indices, indptr = parts
-        n, n_entries = self.shape[::self.order][0] + 1, len(self.indices)
-        require(len(indptr) == n and len(self.data) == n_entries, f"{self.name} is inconsistent: "
-                f"indptr has {len(indptr)} values for {n}, data {len(self.data)} for {n_entries}")
-        indptr = indptr[()].astype(np.int64)
+        self.data, self.indices, indptr = parts = [
+            _member(self.file, f"{self.name}/{part}") for part in ("data", "indices", "indptr")]
+        n, n_entries = self.shape[::self.order][0] + 1, math.prod(self.indices.shape)
+        require([part.shape for part in parts] == [(n_entries,), (n_entries,), (n,)]
+                and {self.indices.dtype.kind, indptr.dtype.kind} <= {*"iu"},
+                f"{self.name} is inconsistent: data and indices must have the same number of "
+                f"values, and indptr {n}; indices and indptr must be integers")
+        self.indptr = indptr = indptr[()].astype(np.int64)
         # Seen in real files of more than 2**31 entries, written with 32-bit integers.
         overflow = ": it has overflowed 32 bits" * bool(indptr.min() < 0)
         require(indptr[0] == 0 and indptr[-1] == n_entries and (indptr[1:] >= indptr[:-1]).all(),
                 f"{self.name}/indptr must rise from 0 to {n_entries}, and does not{overflow}")
-        return indptr
 
     @property
     def shape(self):
@@ -552,58 +457,36 @@ class StoredCounts:
     @property
     def n_bytes(self):
         """What these counts would take in memory, about: dense ones are judged by a first block."""
-        return int(self.density * math.prod(self.shape) * (
-            self.value_type.itemsize + _positions(len(self.genes)).itemsize) + 8 * len(self.rows))
-
-    def wanted(self, rows, genes):
-        """The same matrix, of these of its rows and genes alone: positions or boolean masks."""
-        some = copy.copy(self)
-        some.rows, some.genes = self.rows[rows], self.genes[genes]
-        return some
+        n_bytes = self.value_type.itemsize + np.min_scalar_type(len(self.genes)).itemsize
+        return int(self.density * math.prod(self.shape) * n_bytes + 8 * len(self.rows))
 
     def without_empty(self, has_counts):
         """As Counts.without_empty."""
-        return self.wanted(has_counts, slice(None))
+        some = copy.copy(self)
+        some.rows = self.rows[has_counts]
+        return some
 
     def take(self, cells=slice(None)):
         """Read some cells, positions among the N without repetition. -> Counts, or NotCounts."""
         return _gather(ahead(self._blocks(self.rows[cells])), self.shape[1])
 
-    def dense(self, cells=slice(None)):
-        """As Counts.dense."""
-        cells = np.arange(self.shape[0])[cells]
-        rising, place = np.unique(cells, return_inverse=True)
-        return self.take(rising).dense(place)
-
     def parts(self):
         """Yield all cells in order, as Counts of a block each. The next one is read in a thread."""
         return ahead(self._blocks(self.rows))
 
-    def say_rounded(self):
-        """Print how many of the values read so far were rounded, if any were."""
-        if self.n_rounded:
-            say(f"{self.path}: {self.n_rounded:,} values of {self.name} within 1e-6 of an integer "
-                "were rounded to it")
-
     def _blocks(self, rows):
         """Yield the Counts of some rows of the file, a block of whole rows at a time."""
         with _naming(self.path):
-            try:
-                blocks = self._stored_blocks(rows)
-                if self.order < 0:  # through memory
-                    blocks = [_transposed(_gather(blocks, len(rows)))]
-                yield from blocks
-            except NotCounts as error:  # in a later block than the first
-                advice = _advice(self.path, self.file, [self.name], self.names[0])
-                raise NotCounts(f"{error}; {advice}") from None
+            blocks = self._stored_blocks(rows)
+            # Of a matrix by columns, all of them: through memory.
+            yield from blocks if self.order > 0 else [_transposed(_gather(blocks, len(rows)))]
 
     def _stored_blocks(self, rows):
         """Yield blocks of these rows; of a matrix by columns, genes x rows. Below, `majors` are the
         rows, or genes, that are stored side by side, and `minors` the others."""
         majors, minors = (rows, self.genes)[::self.order]
         n_minor = len(self.names[::self.order][1])
-        all_minors = np.array_equal(minors, np.arange(n_minor))
-        place = np.full(n_minor, -1)  # of each in the result; -1: not wanted
+        place = np.full(n_minor, -1)  # of each minor in the result; -1: not wanted
         place[minors] = np.arange(len(minors))
         if self.indptr is None:  # chunks that are side by side are read together, each once
             height = min(self.data.chunks[0] if self.data.chunks else 1, 2**27 // n_minor + 1)
@@ -611,44 +494,52 @@ class StoredCounts:
             end = start + height * n_minor
         else:
             start, end = self.indptr[majors], self.indptr[majors + 1]
+        everything = np.array_equal(minors, np.arange(n_minor))
         for a, b in _runs(majors, start, end):
             part = majors[a:b]
             if self.indptr is None:
-                tile = self.data[part[0]:part[-1] + 1]
-                tile = tile[part - part[0]] if b - a < len(tile) else tile
-                block = from_dense(tile if all_minors else tile[:, minors])
+                tile = self.data[part[0]:part[-1] + 1][part - part[0]]
+                block = from_dense(tile if everything else tile[:, minors])
             else:
                 block = self._read(part[0], part[-1] + 1, n_minor)
-                block = block.take(part - part[0]) if b - a < block.shape[0] else block
-                if not all_minors:
-                    minor = place[block.columns]
-                    kept_before = np.append(0, np.cumsum(minor >= 0))
-                    block = Counts((b - a, len(minors)), block.values[minor >= 0],
-                                   minor[minor >= 0], kept_before[block.indptr])
+                if b - a < block.shape[0]:
+                    block = block.take(part - part[0])
+                if not everything:
+                    columns = place[block.columns]
+                    kept = columns >= 0
+                    block = Counts((b - a, len(minors)), block.values[kept], columns[kept],
+                                   np.append(0, np.cumsum(kept))[block.indptr])
             yield self._checked(block, part, minors)
 
     def _read(self, start, stop, n_minor):
-        """The majors from start to stop of a sparse matrix, values unchecked, as Counts."""
+        """The majors from start to stop of a sparse matrix, their values unchecked, as Counts."""
         indptr = self.indptr[start:stop + 1]
         minor, values = (v[indptr[0]:indptr[-1]] for v in (self.indices, self.data))
-        wrong = [v for v in (minor.min(initial=0), minor.max(initial=0)) if not 0 <= v < n_minor]
-        require(not wrong, f"{self.name}/indices holds {wrong[:1]}, not at least 0 and below "
-                f"{n_minor}")  # before it is used
-        return Counts((stop - start, n_minor), values, minor.astype(_positions(n_minor)),
+        require(0 <= minor.min(initial=0) and minor.max(initial=0) < n_minor,  # before it is used
+                f"{self.name}/indices must be at least 0 and below {n_minor}, and are not")
+        return Counts((stop - start, n_minor), values, minor.astype(np.min_scalar_type(n_minor)),
                       indptr - indptr[0])
 
     def _checked(self, block, majors, minors):
-        """The block with its values as counts, tidy."""
-        def name_of(i):
-            """The cell and gene of value i, for an error."""
-            major = majors[np.searchsorted(block.indptr, i, "right") - 1]
-            cell, gene = (major, minors[block.columns[i]])[::self.order]
-            return f"cell {self.names[0][cell]!r}, gene {self.names[1][gene]!r}"
-
-        values, n_rounded = _as_counts(self.name, block.values, name_of)
-        self.n_rounded += n_rounded
-        columns = block.columns.astype(_positions(len(minors)), copy=False)
-        return _tidy(Counts(block.shape, values, columns, block.indptr))
+        """The block with its values as counts, those within 1e-6 of an integer rounded; tidy."""
+        counts = _narrowest(block.values)
+        if counts is None:
+            values = block.values.astype(np.float64)
+            whole = np.rint(values)
+            with np.errstate(invalid="ignore"):  # inf - inf
+                good = (np.abs(values - whole) <= 1e-6) & (whole >= 0) & (whole < 2**32)
+            if not good.all():
+                i = int(np.argmin(good))  # the first that is not
+                major = majors[np.searchsorted(block.indptr, i, "right") - 1]
+                cell, gene = (major, minors[block.columns[i]])[::self.order]
+                raise NotCounts(
+                    f"{self.name} holds {values[i]:g} for cell {self.names[0][cell]!r}, gene "
+                    f"{self.names[1][gene]!r}, which is no count: not a whole number from 0 to "
+                    "2^32, as if normalised or estimated: start from the raw counts (--layer can "
+                    f"be: {', '.join(_places_of_counts(self.file))})")
+            counts = _narrowest(whole)
+        columns = block.columns.astype(np.min_scalar_type(len(minors)), copy=False)
+        return _tidy(Counts(block.shape, counts, columns, block.indptr))
 
 
 def ahead(items):
@@ -709,12 +600,9 @@ class H5ad:
         """
         with _naming(self.path):
             counts = StoredCounts(self.path, h5py.File(self.path, "r"), self._matrix,
-                                  self.cell_names, self.gene_names).wanted(rows, genes)
-        if stored:
-            return counts
-        in_memory = counts.take()
-        counts.say_rounded()
-        return in_memory
+                                  self.cell_names, self.gene_names)
+        counts.rows, counts.genes = counts.rows[rows], counts.genes[genes]
+        return counts if stored else counts.take()
 
 
 def read_h5ad(path, layer=None):
@@ -725,11 +613,10 @@ def read_h5ad(path, layer=None):
     """
     path = os.fspath(path)
     with _h5_file(path) as file:
-        places = _places_of_counts(file)
+        places, problem, cell_names = _places_of_counts(file), None, _names(file, "obs")
         asked = [n for n in ("X", "counts", "raw") if n in places] if layer is None else [layer]
         require(asked and asked[0] in places,
                 f"has no {layer or 'X, counts or raw'}; --layer can be: {', '.join(places)}")
-        problem, cell_names = None, _names(file, "obs")
         for name, var in (places[n] for n in asked):
             try:
                 matrix = StoredCounts(path, file, name, cell_names, _names(file, var))
@@ -737,32 +624,21 @@ def read_h5ad(path, layer=None):
                 problem = problem or error  # of X, if there is one: users care most about that
                 continue
             if layer is None and name != "X":
-                say(f"{path}: {problem or 'there is no X'}; the counts are taken from {name}")
+                say(f"{path}: there {'are no counts in' if 'X' in places else 'is no'} X; the "
+                    f"counts are taken from {name}")
             return H5ad(matrix, var)
-        tried = [places[n][0] for n in asked]
-        raise NotCounts(f"{problem}; {_advice(path, file, tried, cell_names)}")
+        raise problem
 
 
 def _places_of_counts(file):
     """Every matrix that could hold counts: {what --layer calls it: (its path, its var's path)}."""
     layers = _member(file, "layers", required=False)
-    places = {n: (f"layers/{n}", "var") for n in _keys(layers or {})}
-    places |= {"X": ("X", "var")} if "X" in _keys(file) else {}
+    places, members = {n: (f"layers/{n}", "var") for n in _keys(layers or {})}, _keys(file)
     # raw has genes of its own, mostly more of them; its members are raw.X and raw.var until 0.6.
-    raw = ("raw/X", "raw/var") if "raw" in _keys(file) else ("raw.X", "raw.var")
-    return places | ({"raw": raw} if _member(file, raw[0], required=False) is not None else {})
-
-
-def _advice(path, file, tried, cell_names):
-    """What to do where the matrices `tried` (paths) hold no counts: the layers that do, or none."""
-    places, found = _places_of_counts(file), []
-    for layer, (name, var) in places.items():
-        with contextlib.suppress(DataError, OSError, RuntimeError):  # a damaged matrix is no advice
-            if name not in tried:
-                StoredCounts(path, file, name, cell_names, _names(file, var))
-                found.append(layer)
-    return f"use --layer {' or '.join(found)}" if found else (
-        f"there are no counts in {', '.join(places)}: start from the file with the raw counts")
+    for layer, matrix in (("X", "X"), ("raw", "raw/X"), ("raw", "raw.X")):
+        if matrix.split("/")[0] in members:
+            places[layer] = matrix, matrix[:-1] + "var"
+    return places
 
 
 # ============================================================================================
@@ -780,7 +656,8 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
     layers, obsm  dicts of 2-D arrays (cells x genes; cells x anything)
     uns           dict of arrays, numbers, text, lists of text, and such dicts
     """
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    # Without a cache of chunks, which HDF5 would empty at the end: on a full disk it then crashes.
+    with replacing(path) as temporary, h5py.File(temporary, "w", rdcc_nbytes=0) as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         if hasattr(X, "__next__"):
             _write_counts(file, X)
@@ -793,21 +670,20 @@ def write_h5ad(path, X, obs, var, layers=None, obsm=None, uns=None):
             _write(file, name, members or {})
 
 
-def _write(group, name, value, kind="dict", **attributes):
+def _write(group, name, value):
     """Add an element, with the attributes by which anndata tells what it is."""
     if isinstance(value, dict):
-        node, version = group.create_group(name), "0.2.0" if kind == "categorical" else "0.1.0"
+        node, kind, version = group.create_group(name), "dict", "0.1.0"
         for key, item in value.items():
             _write(node, key, item)
     else:
         value = np.asarray(value)
         text = value.dtype.kind in "OU"  # HDF5 has no numpy text: strings of variable length
-        _check_room(group, sum(16 + 4 * len(str(v)) for v in value.flat) if text else value.nbytes)
         node = group.create_dataset(name, data=value.astype(object) if text else value,
                                     dtype=h5py.string_dtype() if text else None)
         kind = ("numeric-scalar", "array", "string", "string-array")[2 * text + (value.ndim > 0)]
         version = "0.2.0"
-    node.attrs.update(attributes | {"encoding-type": kind, "encoding-version": version})
+    node.attrs.update({"encoding-type": kind, "encoding-version": version})
 
 
 def _write_table(file, name, columns):
@@ -816,37 +692,27 @@ def _write_table(file, name, columns):
     _write(file, name, {index: names})
     table, order = file[name], []
     for column, values in columns:
-        # HDF5 takes a name for a path.
-        column = free("_" if column in ("", ".") else column.replace("/", "_"), table)
+        column = free(column.replace("/", "_"), table)  # HDF5 takes a/b for a path
         try:
             _write_column(table, column, np.asarray(values() if callable(values) else values))
             order.append(column)
         except DataError as error:  # of a function: the column is damaged where it comes from
             say(f"{error}: this column is left out")
     # The order with its type, since an empty list would become floats.
-    order = np.array(order, dtype=h5py.string_dtype())
-    table.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0",
-                        "_index": index, "column-order": order})
+    table.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": index,
+                        "column-order": np.array(order, dtype=h5py.string_dtype())})
 
 
 def _write_column(table, name, values):
-    """Add a column. Text that repeats or is missing becomes categorical, as anndata does it."""
+    """Add a column: text as categorical; numbers, where some are missing, as floats with NaN."""
     missing = np.array([value is None for value in values.tolist()], bool)
-    present = values[~missing].tolist()
-    if present and isinstance(present[0], str):
-        categories, found = _numbered(present)
-        if missing.any() or len(categories) <= len(values) / 2:
-            codes = np.full(len(values), -1, np.int32)
-            codes[~missing] = found
-            return _write(table, name, {"codes": codes, "categories": _objects(categories)},
-                          "categorical", ordered=False)
-    if not missing.any():
-        return _write(table, name, values)
-    # Of numbers, which anndata writes with a mask, or for floats NaN.
-    kind = {bool: "boolean", int: "integer"}.get(type(present[0]) if present else None)
-    filled = [(0 if kind else math.nan) if value is None else value for value in values.tolist()]
-    filled = np.array(filled, bool if kind == "boolean" else None)
-    _write(table, name, {"values": filled, "mask": missing} if kind else filled, f"nullable-{kind}")
+    if not any(isinstance(value, str) for value in values[~missing][:1]):
+        return _write(table, name, values.astype(float) if missing.any() else values)
+    codes = np.full(len(values), -1, np.int32)
+    categories, codes[~missing] = _numbered(values[~missing].tolist())
+    _write(table, name, {"codes": codes, "categories": _objects(categories)})
+    table[name].attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0",
+                              "ordered": False})
 
 
 def _write_counts(file, parts):
@@ -859,7 +725,6 @@ def _write_counts(file, parts):
 
     values, indices = create("data", np.uint8), create("indices", np.int32)
     for counts in parts:
-        _check_room(group, 2 * counts.n_bytes)
         start, end = indptr[-1][-1], indptr[-1][-1] + counts.indptr[-1]
         if counts.values.dtype.itemsize > values.dtype.itemsize:  # mostly in a first part
             narrow = values
@@ -875,13 +740,6 @@ def _write_counts(file, parts):
     group["indptr"] = indptr.astype(np.int32 if indptr[-1] < 2**31 else np.int64)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0",
                         "shape": (len(indptr) - 1, counts.shape[1])})
-
-
-def _check_room(group, n_bytes):
-    """Raise OSError if the disk may be too full: HDF5, where it notices, can crash."""
-    folder = os.path.dirname(os.path.abspath(group.file.filename))
-    if shutil.disk_usage(folder).free < n_bytes + 2**24:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def free(name, taken):
@@ -937,16 +795,15 @@ import torch
 NONE = -1  # fills the free places of a row of dosages or covariates, as in sams_vae.py
 
 
-class NoControl(DataError):
-    """A column was read, but no cell in it is a control: another column may fit."""
-
-
 # ============================================================================================
 # Labels -> dosages
 # ============================================================================================
 
-# How a screen is read, by `read_screen` and by all commands: {option: (default, placeholder,
-# help)}. Where the default is [], it may be repeated. The first seven concern labels.
+AT_LEAST_0 = (0, 2**32 - 1, "at least 0 and below 2^32")  # least, largest, the same in words
+AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
+MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
+# How a screen is read, by `read_screen` and by all commands: {option: (default, what is allowed or
+# a placeholder, help)}. Where the default is [], it may be repeated. The first six concern labels.
 READING = {
     "perturbation_column": (None, "COLUMN", "obs column of labels (default: the first well-known "
                             "one with a control)"),
@@ -959,32 +816,28 @@ READING = {
     "label_pattern": (None, "REGEX", "its first group is a perturbation's name within each part of "
                       "a label: (.+)_g[0-9]+ where a gene has several guides"),
     "exclude": ([], "LABEL", "leave out cells with this label; * as in --control"),
-    "keep": ([], "LABEL", "a label such as negative or unknown that does name a perturbation"),
     "layer": (None, "NAME", "layer of the counts, or raw (default: X, layers/counts or raw/X)"),
     "gene_column": (None, "COLUMN[=VALUE]", "var column that is true, or has this value, for genes "
-                    "to keep (default: Gene Expression where var has feature_types, else all)"),
+                    "to keep (default: feature_types=Gene Expression, if var has that, else all)"),
     "gene_names": (None, "COLUMN", "var column of the genes' names (default: the index)"),
     "subset": ([], "COLUMN=VALUE", "keep cells with this value in this obs column"),
-    "min_cells": (0, "N", "leave out perturbations of fewer cells"),
+    "min_cells": (0, AT_LEAST_0, "leave out perturbations of fewer cells (0 with a preset of the "
+                  "paper, and to prepare)"),
     "split_column": (None, "COLUMN", "obs column that says train, val or test (default: random)"),
     "covariate": ([], "COLUMN", "obs column, such as a donor, that the networks see (ours)")}
-LABEL_OPTIONS = list(READING)[:7]
-MIN_CELLS = 10  # what the commands take for --min-cells where nothing is said
+LABEL_OPTIONS = list(READING)[:6]
 
-# Labels in the files of others, tried in this order where no column is named: {obs column: (names
-# of its controls, what joins combinations)}. Only `condition` is known to join any: "_" joins them
-# in one family, and numbers the guides of a gene (ZAP70_1) in another. Here capitals do not matter.
-CONTROLS = ["control", "ctrl", "NT", "NTC", "non-targeting*", "non_targeting*", "non targeting*",
-            "nontargeting*", "negctrl*"]
-FAMILIES = {
-    "sgID_AB": (["*non-targeting*"], None),  # Replogle et al., the SAMS-VAE paper's file
-    "condition": ([*CONTROLS, "DMSO", "Vehicle"], "+"),  # GEARS, CPA, PerturBench
-} | dict.fromkeys([
-    "perturbation",  # scPerturb
-    "gene", "target_gene",  # Replogle et al., original; Arc, Virtual Cell Challenge
-    "gene_target", "grna_target", "target_gene_name"], (CONTROLS, None))  # Mixscape; sceptre; 10x
-ANY_FAMILY = ([*CONTROLS, "DMSO", "Vehicle", "*non-targeting*"], None)  # in any other column
-# What guide callers and demultiplexers write where they have no label. (--keep overrides it.)
+# Labels in the files of others: obs columns, tried in this order where none is named, and labels of
+# controls, in any case of letters. Nothing is split that nobody asked to split, but for `condition`
+# at +: "_" joins combinations in one family and numbers the guides of a gene (ZAP70_1) in another.
+LABEL_COLUMNS = ["sgID_AB",  # the SAMS-VAE paper's file of Replogle et al.
+                 "condition",  # GEARS, CPA, PerturBench
+                 "perturbation",  # scPerturb
+                 "gene", "target_gene",  # Replogle et al., original; Arc, Virtual Cell Challenge
+                 "gene_target", "grna_target", "target_gene_name"]  # Mixscape; sceptre; 10x
+CONTROLS = ["control", "ctrl", "NT", "NTC", "*non-targeting*", "non_targeting*", "non targeting*",
+            "nontargeting*", "negctrl*", "DMSO", "Vehicle"]
+# What guide callers and demultiplexers write where they have no label.
 UNASSIGNED = ["", "nan", "none", "<na>", "na", "n/a", "null", "unassigned", "unknown",
               "undetermined", "unmapped", "negative", "ambiguous", "doublet", "doublets",
               "multiplet", "multiplets", "multiple", "multi", "no guide", "no_guide", "noguide"]
@@ -1003,7 +856,7 @@ class Screen:
     d: np.ndarray  # (N, P) int64: perturbations of each cell; NONE in free places and controls
     perturbations: list  # the T names that d refers to, sorted
     conditions: np.ndarray  # (N,) str: names of a cell's perturbations, joined; or "control"
-    joiner: str  # of these: "+", or " + " where a perturbation's own name has a +
+    joiner: str  # joins these: "+", or " + " where a perturbation's own name has a +
     c: np.ndarray  # (N, C) int64: covariates, positions in `covariates`; NONE where missing
     covariates: list  # the names of all their values, such as "donor=A"
     label_column: str | None  # the obs column of labels; None where they are one-hot columns
@@ -1041,12 +894,13 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     how = reading(options)
     # First names and labels, which say what cells and genes are wanted.
     file = read_h5ad(path, how["layer"])
-    genes, gene_names, gene_notes = _choose_genes(file, how, genes_of)
-    labels = read_labels(file, how)
-    wanted, cell_notes = _choose_cells(_in_subset(file, how), labels, how, only_controls)
-    split, split_notes = _read_split(file, how["split_column"])
+    notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes"]
+    column, sets = read_labels(file, how, notes)
+    genes, gene_names = _choose_genes(file, how, genes_of)
+    wanted = np.array([names == set() if only_controls else names is not None for names in sets])
+    split = _read_split(file, how["split_column"])
 
-    # Then their counts. A cell without any says nothing of frequencies; its l_i would be 0.
+    # Then their counts.
     stored = file.counts(wanted, genes, stored=True)
     if stream is None:
         stream = stored.n_bytes > memory() / (3 if file.streams else 1)  # twice while it is read
@@ -1054,37 +908,37 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
             "--stream or its size asks for: python data.py prepare IN.h5ad OUT.h5ad")
     counts = stored if stream else stored.take()
     sums = cell_sums(counts)
-    stored.say_rounded()
-    has_counts = sums[0] > 0
+    has_counts = sums[0] > 0  # a cell without any says nothing of frequencies; its l_i would be 0
     rows, counts = np.flatnonzero(wanted)[has_counts], counts.without_empty(has_counts)
     library, hashes = sums[:, has_counts]
+    if not has_counts.all():
+        notes.append(f"dropped {(~has_counts).sum():,} cells without any count")
 
-    d, perturbations, conditions, joiner = _dosages(path, [labels.sets[i] for i in rows])
+    d, perturbations, conditions, joiner = _dosages(path, [sets[i] for i in rows])
     is_control = (d == NONE).all(1)
     require(is_control.any() and (only_controls or not is_control.all()), f"{path}: "
-            f"{is_control.sum():,} of {len(rows):,} cells with counts and a label in "
-            f"{labels.column} are controls; training needs controls and perturbed cells")
-    c, covariates, c_notes = _read_covariates(file, how["covariate"], rows, is_control, conditions)
-
-    n_empty, n_pairs = (~has_counts).sum(), len({*conditions[(d != NONE).sum(1) > 1]})
-    n_few = sum(n < 10 for n in collections.Counter(conditions.tolist()).values())
-    named = any(gene is not None for gene in targets(perturbations, gene_names))
-    notes = [
-        f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes",
-        *labels.notes, *gene_notes, *cell_notes, *split_notes,
-        f"dropped {n_empty:,} cells without any count" * bool(n_empty),
-        f"{len(rows):,} cells kept, {is_control.sum():,} of them controls; {len(perturbations):,} "
-        f"perturbations, {n_pairs:,} combinations; commonest: {_commonest(conditions, 5)}",
-        f"{n_few:,} conditions have fewer than 10 cells; they are kept" * bool(n_few),
-        "no perturbation is named like a gene: what it does to its own gene is not reported "
-        "(--gene-names, if var has a column of symbols; --label-pattern, if labels are guides)" * (
-            bool(perturbations) and not named),
-        *c_notes, *_doubts(library, hashes)]
+            f"{is_control.sum():,} of {len(rows):,} cells with counts and a label are controls; "
+            "training needs controls and perturbed cells")
+    c, covariates = _read_covariates(file, how["covariate"], rows, is_control, notes)
+    n_pairs = len({*conditions[(d != NONE).sum(1) > 1]})
+    notes.append(f"{len(rows):,} cells x {len(genes):,} genes kept, {is_control.sum():,} cells are "
+                 f"controls; {len(perturbations):,} perturbations, {n_pairs:,} combinations; "
+                 f"commonest: {_commonest(conditions, 5)}")
+    if not any(gene is not None for gene in targets(perturbations, gene_names)):
+        notes.append("no perturbation is named like a gene, so that none is known by its target: "
+                     "--gene-names names a var column of symbols, --label-pattern genes of guides")
+    deep = library >= 50  # shallower cells may be equal by chance
+    n_twice = int(deep.sum()) - len(np.unique(hashes[deep]))
+    if n_twice > 0.01 * len(library):
+        notes.append(f"warning: {n_twice:,} cells have exactly the counts of another cell: copies "
+                     "end up in both train and test: keep one of each")
+    low, middle, high = np.quantile(library, [0.1, 0.5, 0.9])
+    if high - low < 0.02 * middle:
+        notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}, like "
+                     "normalised values that were rounded: start from the raw counts")
     return Screen(file, file.path, counts, rows, file.cell_names[rows], gene_names, d,
-                  perturbations, conditions, joiner, c, covariates,
-                  labels.column if labels.column in file.obs_columns else None,
-                  None if split is None else split[rows], library, hashes,
-                  list(filter(None, notes)))
+                  perturbations, conditions, joiner, c, covariates, column,
+                  None if split is None else split[rows], library, hashes, notes)
 
 
 def reading(options):
@@ -1117,44 +971,81 @@ def renumbered(screen, perturbations):
 def targets(perturbations, gene_names):
     """The gene that each perturbation targets, by its name: a list of positions, or None.
 
-    A perturbation's name, or its first part, may be a gene's, in any case of letters: KLF1, KLF1_2,
-    Klf1|KLF1. A part ends at what is no letter or digit, or at what is no hyphen either."""
+    A perturbation's name, or its first part, is a gene's in any case of letters: KLF1, KLF1_2,
+    Klf1|KLF1. The part ends at what is no letter, digit or hyphen."""
     place = {}
     for g, name in enumerate(gene_names):
         place.setdefault(str(name).upper(), g)
-    found = []
-    for name in (str(name).upper() for name in perturbations):
-        parts = name, re.split(r"[^A-Z0-9-]", name)[0], re.split(r"[^A-Z0-9]", name)[0]
-        found.append(next((place[part] for part in parts if part in place), None))
-    return found
+    names = [str(name).upper() for name in perturbations]
+    return [place.get(name, place.get(re.split("[^A-Z0-9-]", name)[0])) for name in names]
 
 
-# What a file says of the perturbations of its cells: the obs column, or one-hot columns as PREFIX*;
-# labels (cells,), "" where missing; sets of perturbations' names (cells,), empty for a control and
-# None where there is no label; and lines on what was read.
-Labels = collections.namedtuple("Labels", "column values sets notes")
+def read_labels(file, how, notes):
+    """What each cell of an H5ad received: the obs column that says it, None if one-hot columns do,
+    and a list (cells,) of sets of perturbations' names, empty for a control, None for a cell that
+    is left out: outside of the subset, without a label, of a rare perturbation."""
+    inside = _in_subset(file, how)
+    column, labels, meaning = _find_labels(file, inside, how, notes)
+    n_cells = collections.Counter(itertools.compress(labels, inside))  # far fewer labels than cells
+    missing = collections.Counter({t: n for t, n in n_cells.items() if meaning[t] is None})
+    if missing:
+        notes.append(f"dropped {missing.total():,} cells whose label is missing or left out: "
+                     + _commonest(missing, 8))
+    rare, few, dropped = set(), True, 0
+    while few:  # the cells of a rare perturbation may leave another one with too few
+        n_of = collections.Counter()
+        for label, names in meaning.items():
+            n_of.update(dict.fromkeys(names or (), n_cells[label]))
+        few = {name for name, n in n_of.items() if n < how["min_cells"]}
+        rare |= few
+        for label, names in meaning.items():
+            if names and names & few:
+                meaning[label], dropped = None, dropped + n_cells[label]
+    if rare:
+        notes.append(f"dropped {dropped:,} cells of {len(rare):,} perturbations that have fewer "
+                     f"than {how['min_cells']} (--min-cells)")
+    return column, [meaning[label] if kept else None for label, kept in zip(labels, inside)]
 
 
-def read_labels(file, how):
-    """The Labels of an H5ad by the options `how`, all of READING."""
-    if how["one_hot_prefix"] is not None:
-        return _read_one_hot(file, how)
-    columns = [how["perturbation_column"]] if how["perturbation_column"] is not None else [
-        column for column in FAMILIES if column in file.obs_columns]
+def _find_labels(file, inside, how, notes):
+    """The first obs column that has a control, None for one-hot columns; its labels (cells,); and
+    what the labels of the cells `inside` mean, see `_parsed`."""
+    prefix, columns = how["one_hot_prefix"], [how["perturbation_column"]]
+    if prefix is None and how["perturbation_column"] is None:
+        columns = [column for column in LABEL_COLUMNS if column in file.obs_columns]
+    controls = how["control"] or (CONTROLS if prefix is None else [""])
+    is_control = _matcher(controls, 0 if how["control"] else re.IGNORECASE)
     require(columns, f"{file.path}: no obs column has a well-known name: name one with "
             "--perturbation-column and --control, or 0/1 columns with --one-hot-prefix; obs has "
             f"the columns {', '.join(file.obs_columns[:50])}")
-    problem = None
     for column in columns:
-        try:
-            controls, separator = FAMILIES.get(column, ANY_FAMILY)
-            if how["combination_separator"] is not None:  # "" splits nothing
-                separator = how["combination_separator"]
-            return _parse(f"obs column {column!r}", file, column, _texts(file.obs(column)),
-                          controls, separator, how)
-        except NoControl as error:  # another meaning of the name, say `gene`; or not
-            problem = problem or error
-    raise problem
+        if prefix is not None:
+            column, (labels, separator) = None, _one_hot_labels(file, prefix)
+        else:
+            labels, separator = _texts(file.obs(column)), how["combination_separator"]
+            if separator is None:
+                separator = "+" if column == "condition" else ""
+        different = list(dict.fromkeys(itertools.compress(labels, inside)))
+        meaning = _parsed(file.path, different, separator, is_control, how)
+        found = [label or "cells without any" for label in different if meaning[label] == set()]
+        if found:
+            break
+    else:
+        raise DataError(f"{file.path}: no cell has only {', '.join(map(repr, controls))} in "
+                        f"{' or '.join(columns) if prefix is None else f'{prefix}*'}: say what "
+                        "controls have with --control (* is any characters, '' no label); the "
+                        f"labels are {_commonest(labels, 12)}")
+    note = f"labels in obs column {column!r}" if column else f"labels in one-hot columns {prefix}*"
+    note += f"; control: {', '.join(found[:3])}" + f" and {len(found) - 3} more" * (len(found) > 3)
+    # Whether combinations were taken for what they are decides about everything after: say it.
+    joined = [repr(c) for c in "+_|;" if any(c in label for label in different)]
+    if separator and column is not None:
+        note += f"; combinations are split at {separator!r}"
+    elif joined and not separator and not how["label_pattern"]:
+        note += (f"; some contain {' and '.join(joined)}, nothing was split (if it joins "
+                 "combinations, --combination-separator; if it numbers guides, --label-pattern)")
+    notes.append(note)
+    return column, labels, meaning
 
 
 def _texts(values):
@@ -1163,88 +1054,47 @@ def _texts(values):
     return ["" if v is None or v != v else str(v).strip() for v in values.tolist()]
 
 
-def _read_one_hot(file, how):
-    """The Labels of 0/1 columns of obs, one per perturbation or, by --control, per control: a
-    cell's label is the names of its columns, joined."""
-    prefix, columns = how["one_hot_prefix"], {}
-    require(not how["perturbation_column"] and not how["combination_separator"],
-            "--one-hot-prefix takes the place of --perturbation-column and its separator")
+def _one_hot_labels(file, prefix):
+    """Labels (cells,) that join the names of each cell's 0/1 columns, and what joins them."""
+    hot = {}
     for column in file.obs_columns:
         values = file.obs(column).tolist() if column.startswith(prefix) else [""]
         # Columns of text may share the prefix, such as guide_identity in the paper's Norman file.
         if column != prefix and not any(isinstance(v, str) for v in values):
-            columns[column.removeprefix(prefix)] = values
-            wrong = [v for v in values if v not in (0, 1, None) and v == v]  # but for NaN
-            require(not wrong, f"{file.path}: obs column {column!r} holds {wrong[:1]}, not 0 or 1")
-    require(columns, f"{file.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
-    joiner = _joiner(columns)
-    values = [joiner.join(name for name, v in zip(columns, row) if v) if {*row} <= {0, 1} else "nan"
-              for row in zip(*columns.values())]
-    return _parse(f"{len(columns)} one-hot columns {prefix}*", file, f"{prefix}*", values, [""],
-                  joiner, how)
+            hot[column.removeprefix(prefix)] = values = np.array(values, float)  # None: NaN
+            require(np.isin(values[~np.isnan(values)], (0, 1)).all(),
+                    f"{file.path}: obs column {column!r} holds other values than 0 and 1")
+    require(hot, f"{file.path}: no column of obs starts with {prefix!r} and holds 0 and 1")
+    joiner, names = _joiner(hot), _objects(hot)
+    return ["nan" if np.isnan(row).any() else joiner.join(names[row == 1])
+            for row in np.stack(list(hot.values()), axis=1)], joiner
 
 
-def _parse(source, file, column, values, controls, separator, how):
-    """Labels (cells,) -> Labels. source: where they are, in words; controls: if --control says
-    nothing; separator: what joins perturbations in a label, or nothing."""
-    where, listed = f"{file.path}: {source}", f"its labels are {_commonest(values, 12)}"
-    controls, flags = (how["control"], 0) if how["control"] else (controls, re.IGNORECASE)
-    is_control, excluded, kept = (_matcher(controls, flags), _matcher(how["exclude"]),
-                                  _matcher(how["keep"]))
-    n_cells = collections.Counter(values)  # far fewer labels than cells
-    parts = {label: [part.strip() for part in label.split(separator)] if separator and label
-             else [label] for label in n_cells}
-    for label in parts:
-        require(label == "" or all(parts[label]), f"{where}: the label {label!r}, split at "
-                f"{separator!r}, has an empty part: choose another --combination-separator")
+def _parsed(path, labels, separator, is_control, how):
+    """{label: the perturbations that it names, a frozenset, empty for a control; None if none}.
+
+    `separator` joins perturbations in a label; is_control is a function of a text."""
+    is_excluded = _matcher(how["exclude"])
     try:
         pattern = re.compile(how["label_pattern"] or "(.*)", re.DOTALL)
-        name_of = {part: match[1] for part in itertools.chain(*parts.values())
-                   if (match := pattern.fullmatch(part)) and match[1]}
-    except (re.error, IndexError, OverflowError, RecursionError) as error:
-        raise DataError(f"--label-pattern {how['label_pattern']!r}: {error}; a group in parentheses"
-                        " must say what names the perturbation") from None
-
-    def parse(label):
-        """The perturbations of a label: None if it is none, empty if it is a control."""
-        own = {part: name_of.get(part, part) for part in parts[label]}
-        # In a combination * must not reach beyond a part: with nt_*, nt_1|CCNE2_2 is perturbed.
-        if is_control(label) if len(own) < 2 else label in controls:
-            own = {}
-        words = {label, *own, *own.values()}
-        if any(excluded(word) or (word.lower() in UNASSIGNED and not kept(word)
-                                  and not is_control(word)) for word in words):
-            return None
-        return frozenset(name for part, name in own.items()  # GENE+ctrl is GENE
-                         if not is_control(part) and not is_control(name))
-
-    parsed = {label: parse(label) for label in n_cells}
-    found = [label or "cells without any" for label in parsed if parsed[label] == frozenset()]
-    require(found, f"{where}: no cell has only {', '.join(map(repr, controls))}: say what controls "
-            f"have with --control (* is any characters, '' no label); {listed}", NoControl)
-    notes = [f"{'labels in ' * source.startswith('obs')}{source}; control: {', '.join(found[:3])}"
-             + f" and {len(found) - 3} more" * (len(found) > 3)]
-    # Whether combinations were taken for what they are decides about everything after: say it.
-    joined = [repr(c) for c in "+_|;" if any(c in label for label in parts)]
-    if separator and column in file.obs_columns:
-        notes[0] += f"; combinations are split at {separator!r}" + (
-            ", which is in no label" * all(len(names) == 1 for names in parts.values()))
-    elif joined and not separator and not how["label_pattern"]:
-        notes[0] += (f"; some contain {' and '.join(joined)}, nothing was split (if it joins "
-                     "combinations, --combination-separator; if it numbers guides, "
-                     "--label-pattern)")
-    everything = [*parsed, *itertools.chain(*parts.values()), *name_of.values()]
-    for option, text in [(o, text) for o in ("control", "exclude", "keep") for text in how[o]]:
-        if not any(map(_matcher([text]), everything)):  # a misspelt one; but controls may be of
-            problem = f"no label is {text!r}, of --{option}; {listed}"  # another file of the kind
-            require(option == "control", f"{where}: {problem}")
-            notes.append(f"warning: {problem}")
-    unmatched = [value for value in values if parsed[value] and not all(
-        part in name_of or is_control(part) for part in parts[value])]
-    if unmatched:
-        notes.append(f"{len(unmatched):,} cells have labels that --label-pattern does not match, "
-                     f"which stay as they are: {_commonest(unmatched, 3)}")
-    return Labels(column, _objects(values), [parsed[value] for value in values], notes)
+        require(pattern.groups, "no group in parentheses says what names the perturbation")
+    except (re.error, DataError) as error:
+        raise DataError(f"--label-pattern {how['label_pattern']!r}: {error}") from None
+    meaning = {}
+    for label in labels:
+        parts = [part.strip() for part in label.split(separator)] if separator else [label]
+        require(label == "" or all(parts), f"{path}: the label {label!r}, split at {separator!r}, "
+                "has an empty part: choose another --combination-separator")
+        matches = [pattern.fullmatch(part) for part in parts]
+        names = [match and match[1] or part for match, part in zip(matches, parts)]
+        words = {label, *parts, *names}
+        if any(is_excluded(word) or word.lower() in UNASSIGNED and not is_control(word)
+               for word in words):
+            meaning[label] = None
+        else:  # GENE+ctrl is GENE
+            meaning[label] = frozenset(name for part, name in zip(parts, names)
+                                       if not is_control(part) and not is_control(name))
+    return meaning
 
 
 def _matcher(patterns, flags=0):
@@ -1275,33 +1125,6 @@ def _dosages(path, sets):
     return d, perturbations, conditions, joiner
 
 
-def _choose_cells(in_subset, labels, how, only_controls=False):
-    """Which cells of in_subset (cells,) are wanted, (cells,) bool; lines on what is dropped."""
-    wanted, notes = np.ones(len(in_subset), bool), []
-
-    def drop(cells, why):
-        """Leave out these cells (cells,) bool, and note it."""
-        n = (wanted & cells).sum()
-        notes.extend([f"dropped {n:,} cells {why}"] * bool(n))
-        wanted[cells] = False
-
-    drop(~in_subset, "outside of the subset")
-    missing = np.array([names is None for names in labels.sets])
-    drop(missing, f"whose label in {labels.column} is missing or left out: "
-         + _commonest(labels.values[wanted & missing], 8))
-    if only_controls:
-        wanted &= np.array([names == frozenset() for names in labels.sets])
-    rare, few, left = set(), True, wanted.copy()
-    while few:  # the cells of a rare perturbation may leave another one with too few
-        n_cells = collections.Counter(t for i in np.flatnonzero(left) for t in labels.sets[i])
-        few = {name for name, n in n_cells.items() if n < how["min_cells"]}
-        rare |= few
-        left &= np.array([not (names and names & few) for names in labels.sets])
-    drop(~left, f"of {len(rare):,} perturbations that have fewer than {how['min_cells']} "
-         "(--min-cells)")
-    return wanted, notes
-
-
 def _in_subset(file, how):
     """Which cells --subset keeps, (cells,) bool: of each column, any of the values given for it."""
     wanted, chosen = collections.defaultdict(set), np.ones(file.shape[0], bool)
@@ -1311,57 +1134,46 @@ def _in_subset(file, how):
         wanted[column].add(value)
     for column, values in wanted.items():
         found = _texts(file.obs(column))
-        require(values <= set(found), f"{file.path}: no cell has {values - set(found)} in obs "
-                f"column {column!r}; its values are {_commonest(found, 12)}")
         chosen &= np.array([value in values for value in found])
-    require(chosen.any(), f"{file.path}: no cell is in the subset {' '.join(how['subset'])}")
+        require(chosen.any(), f"{file.path}: no cell of the subset has {sorted(values)[:5]} in "
+                f"obs column {column!r}; its values are {_commonest(found, 12)}")
     return chosen
 
 
 def _choose_genes(file, how, genes_of=None):
-    """Positions of the genes that are kept, their names, (G,) each, and lines on what is left out.
+    """Positions of the genes that are kept and their names, (G,) each.
 
-    With genes_of these names, in this order, by the names asked for, the index of var, or one of
-    its columns. Raises DataError where one of them is missing, or there twice."""
-    column, equals, value = (how["gene_column"] or "").partition("=")
-    notes, kept = [], np.ones(file.shape[1], bool)
-    if column:
+    With genes_of these names, in this order, by the names asked for, the index of var or one of its
+    columns. Raises DataError where one of them is missing, or there twice."""
+    asked, genes = how["gene_column"], np.arange(file.shape[1])
+    if not asked and "feature_types" in file.var_columns and (
+            "Gene Expression" in _texts(file.var("feature_types"))):  # not guides, say
+        asked = "feature_types=Gene Expression"
+    if asked:
+        column, equals, value = asked.partition("=")
         found = _texts(file.var(column))
         # Booleans, 0 and 1, or, from a table that once was a .csv file, the words.
-        kept = np.array([v == value if equals else v.lower() in ("true", "1", "1.0")
-                         for v in found])
-        require(kept.any(), f"{file.path}: --gene-column {how['gene_column']} keeps no gene; its "
-                f"values are {_commonest(found, 5)}")
-        notes = [f"{kept.sum():,} genes kept by --gene-column {how['gene_column']}"]
-    elif "feature_types" in file.var_columns:
-        is_gene = file.var("feature_types") == "Gene Expression"
-        if is_gene.any() and not is_gene.all():
-            kept, notes = is_gene, [f"left out {(~is_gene).sum():,} features that are no Gene "
-                                    "Expression in var/feature_types, such as guides"]
-    genes = np.flatnonzero(kept)
-
-    def names_by(column):
-        """Names of these genes by a column of var; by the index where it is missing, or None."""
-        names = file.gene_names if column is None else file.var(column)
-        return [name or own for name, own in zip(_texts(names[genes]), file.gene_names[genes])]
-
-    names, wrong = names_by(how["gene_names"]), []
-    if genes_of is None or names == list(genes_of):
-        return genes, _objects(names), notes
-    for column in [how["gene_names"], None, *file.var_columns]:
-        found = names_by(column)
+        genes = np.flatnonzero([v == value if equals else v.lower() in ("true", "1", "1.0")
+                                for v in found])
+        require(len(genes), f"{file.path}: --gene-column {asked} keeps no gene; its values are "
+                + _commonest(found, 5))
+    index = file.gene_names[genes]
+    names = index if how["gene_names"] is None else _objects(
+        name or own for name, own in zip(_texts(file.var(how["gene_names"])[genes]), index))
+    if genes_of is None or list(names) == list(genes_of):
+        return genes, names
+    for found in (names, index, *(_texts(file.var(column)[genes]) for column in file.var_columns)):
         n, place = collections.Counter(found), dict(zip(found, genes))
-        wrong.append([name for name in genes_of if n[name] != 1])
-        if not wrong[-1]:
-            return np.array([place[name] for name in genes_of]), _objects(genes_of), notes
-    wrong = min(wrong, key=len)
+        wrong = [name for name in genes_of if n[name] != 1]
+        if not wrong:
+            return np.array([place[name] for name in genes_of]), _objects(genes_of)
     raise DataError(f"{file.path}: {len(wrong):,} of the {len(genes_of):,} genes wanted are not "
                     f"there, or more than once, such as {', '.join(wrong[:5])} (the file has "
-                    f"{', '.join(names[:3])}, ...)")
+                    f"{', '.join(names[:3])}, ...): --gene-names can name another column of var")
 
 
-def _read_covariates(file, columns, rows, is_control, conditions):
-    """Covariates (N, C) as positions in the names of all values, these names, and notes.
+def _read_covariates(file, columns, rows, is_control, notes):
+    """Covariates (N, C) as positions in the names of all values, and these names.
 
     Raises DataError if no perturbed cell shares its covariates with a control cell: effects in the
     data are compared within covariates."""
@@ -1375,56 +1187,40 @@ def _read_covariates(file, columns, rows, is_control, conditions):
                 "cells: different columns are needed, of 2 to 50 values of many cells each")
         c[~missing, j] = len(names) + place
         names += [f"{column}={value}" for value in values]
-    if not columns:
-        return c, names, []
-    stratum = np.unique(c, axis=0, return_inverse=True)[1].ravel()
-    compared = np.isin(stratum, stratum[is_control])  # with control cells of the same covariates
-    alone = set(conditions) - set(conditions[compared])
-    require(not alone or len(alone) < len(set(conditions)) - 1, f"{file.path}: no perturbed cell "
-            f"has the covariates of a control cell: leave out --covariate {', '.join(columns)}")
-    return c, names, [f"covariates: {', '.join(names)}", (
-        f"warning: {(~compared).sum():,} cells, with all cells of {len(alone):,} conditions, have "
-        "covariates that no control has: effects in the data leave them out")
-        * (not compared.all())]
-
-
-def _doubts(library, hashes):
-    """Warnings on cells that stand in the file twice, and on values that are no counts any more."""
-    notes, deep = [], library >= 50  # shallower cells may be equal by chance
-    n_twice = int(deep.sum()) - len(np.unique(hashes[deep]))
-    if n_twice > 0.01 * len(library):
-        notes.append(f"warning: {n_twice:,} cells have exactly the counts of another cell: copies "
-                     "end up in both train and test: keep one of each")
-    low, middle, high = np.quantile(library, [0.1, 0.5, 0.9])
-    if len(library) >= 20 and middle >= 100 and high - low < 0.02 * middle:
-        notes.append(f"warning: nearly all cells have the same total, {middle:,.0f}, like "
-                     "normalised values that were rounded: start from the raw counts")
-    return notes
+    if columns:
+        stratum = np.unique(c, axis=0, return_inverse=True)[1].ravel()
+        compared = np.isin(stratum, stratum[is_control])  # with controls of the same covariates
+        require(is_control.all() or (compared & ~is_control).any(), f"{file.path}: no perturbed "
+                f"cell has the covariates of a control: leave out --covariate {', '.join(columns)}")
+        if not compared.all():
+            notes.append(f"warning: {(~compared).sum():,} cells have covariates that no control "
+                         "has: effects in the data leave them out")
+    return c, names
 
 
 def unbalanced(screen, given=()):
     """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
     unlike: what differs between batches would be taken for what perturbations do. Columns `given`
-    are left out. Unlike: a total variation distance, within the strata of covariates and among
-    values that controls have, 0.1 above what chance gives."""
-    notes, perturbed = [], (screen.d != NONE).any(1).astype(int)
-    stratum = np.unique(np.pad(screen.c, ((0, 0), (1, 0))), axis=0, return_inverse=True)[1].ravel()
-    for column in [column for column in screen.file.obs_columns if column not in given]:
-        values = []
-        with contextlib.suppress(DataError):  # a damaged column that nobody asked for
-            found = screen.obs(column)
-            values, v = _numbered([] if found.dtype.kind == "f" else _texts(found))
-        if not 2 <= len(values) <= 50:  # a measurement, a barcode
+    are left out; of a screen with covariates nothing is said, as they may account for the rest.
+
+    Unlike: a total variation distance, among values that controls have, 0.1 above chance."""
+    notes, perturbed = [], (screen.d != NONE).any(1)
+    for column in screen.file.obs_columns if not screen.covariates else ():
+        try:
+            values, place = _numbered(_texts(screen.obs(column)))
+        except DataError:  # a damaged column that nobody asked for
             continue
-        n = np.zeros((stratum.max() + 1, 2, len(values)))
-        np.add.at(n, (stratum, perturbed, v), 1)  # controls, perturbed cells
-        n[:, 1] *= n[:, 0] > 0
-        p, weight = n / np.maximum(n.sum(2, keepdims=True), 1), n[:, 1].sum(1)
-        distance = np.abs(p[:, 0] - p[:, 1]).sum(1) / 2 @ weight / max(1, weight.sum())
+        if column in given or not 2 <= len(values) <= 50:  # a measurement, a barcode
+            continue
+        n = np.array([np.bincount(place[cells], minlength=len(values))
+                      for cells in (~perturbed, perturbed)])
+        n[1, n[0] == 0] = 0
+        if n[1].sum() < 0.1 * perturbed.sum():
+            continue  # a column that describes perturbations, such as their number
+        p = n / n.sum(1, keepdims=True)
         # The mean distance of n cells from their own distribution, were it uniform.
-        chance = 0.4 * math.sqrt((len(values) - 1) / max(1, n.sum((0, 2)).min()))
-        if weight.sum() > 0.1 * perturbed.sum() and distance > 0.1 + chance:
-            p = n.sum(0) / n.sum((0, 2))[:, None]
+        chance = 0.4 * math.sqrt((len(values) - 1) / n.sum(1).min())
+        if np.abs(p[0] - p[1]).sum() / 2 > 0.1 + chance:
             most = np.argmax(np.abs(p[0] - p[1]))
             notes.append(f"warning: {p[0, most]:.0%} of the controls and {p[1, most]:.0%} of the "
                          f"perturbed cells have {column}={values[most]}: if that is no result of "
@@ -1433,12 +1229,11 @@ def unbalanced(screen, given=()):
 
 
 def _commonest(values, n):
-    """The n commonest values with their numbers, long ones cut, as one line of text."""
-    counter = collections.Counter(map(str, values))
+    """The n commonest texts with their numbers, long ones cut, as one line."""
+    counter = collections.Counter(values)
     ranked = sorted(counter, key=lambda label: (-counter[label], label))
     words = [f"{label[:60] or repr('')} ({counter[label]:,})" for label in ranked[:n]]
-    return " ".join(", ".join(words).split()) + (
-        f" and {len(ranked) - n:,} more" * (len(ranked) > n))
+    return ", ".join(words) + f" and {len(ranked) - n:,} more" * (len(ranked) > n)
 
 
 # ============================================================================================
@@ -1451,25 +1246,16 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "vali
 
 
 def _read_split(file, column):
-    """The part that an obs column puts each cell in, (cells,), None for other words; and notes.
-
-    Where there is `ood` and nothing validates, the file is CPA's: its `test` is for validation."""
+    """The part that an obs column puts each cell in, (cells,), None for other words."""
     if not column:
-        return None, []
-    found, notes, words = _texts(file.obs(column)), [], dict(SPLIT_WORDS)
-    present = {v.lower() for v in found}
-    if {"ood", "test"} <= present and not present & {"val", "valid", "validation"}:
-        words["test"] = "validation"
-        notes.append(f"obs column {column!r} has ood and no validation, as CPA writes it: test is "
-                     "for validation, ood for testing")
-    split = _objects(words.get(v.lower()) for v in found)
+        return None
+    found = _texts(file.obs(column))
+    split = _objects(SPLIT_WORDS.get(word.lower()) for word in found)
+    if "validation" not in split and "ood" in found:  # CPA's: test validates, ood tests
+        split[_objects(found) == "test"] = "validation"
     require({"train", "test"} <= {*split}, f"{file.path}: obs column {column!r} has no cells for "
             f"training or testing: it says {_commonest(found, 8)}; words: {', '.join(SPLIT_WORDS)}")
-    unknown = [v for v, part in zip(found, split) if part is None]
-    if unknown:
-        notes.append(f"{len(unknown):,} cells are in no split, obs column {column!r} says "
-                     + _commonest(unknown, 3))
-    return split, notes
+    return split
 
 
 def train_test_split(n, train_size, seed):
@@ -1498,8 +1284,6 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     All other cells, and training cells without validation, are split 80 / 20 into these two.
     """
     n_perturbed = (screen.d != NONE).sum(1)  # (N,) perturbations of each cell
-    require(split == "random" or screen.split is not None or n_perturbed.max() > 1,
-            f"{screen.path}: --split {split} needs combinations: check --combination-separator")
 
     def of_80_20(cells):
         """80 % and 20 % of the cells, always by the same seed."""
@@ -1560,15 +1344,14 @@ def memory():
     return limit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _tensor(array, device, pinned=False):
+def _tensor(array, device):
     """A numpy array of counts or indices as a tensor on the device, in the narrowest integer type:
     torch hardly computes with unsigned types wider than uint8, so these become signed ones."""
     if array.dtype.kind == "u" and array.dtype != np.uint8:
         size = array.dtype.itemsize
         fits = array.max(initial=0) <= np.iinfo(f"i{size}").max
         array = array.view(f"i{size}") if fits else array.astype(f"i{2 * size}")
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def dense_rows(values, columns, indptr, longest, cells, n_genes):
@@ -1595,33 +1378,56 @@ class Batches:
     do not fit there, they go there in pieces, from memory or from the file (StoredCounts), each
     made in a thread while the one before it is in use.
 
-    n_piece   cells of a piece, at most PIECE and about 1 GB of counts, a multiple of 512
+    whole     the one piece that has all cells; None where there are several
+    n_piece   cells of a piece: all, or at most PIECE and about 1 GB of counts, a multiple of 512
     where     in words, where the counts lie
     """
 
-    def __init__(self, screen, device="cpu", piecewise=None):
+    def __init__(self, screen, device="cpu"):
         self.counts, self.device = screen.counts, torch.device(device)
         self.n_genes, self.labels = self.counts.shape[1], [screen.d, screen.c]
         self.from_file, n_bytes = isinstance(self.counts, StoredCounts), self.counts.n_bytes
-        self.n_piece = min(PIECE, max(1, 2**21 * self.counts.shape[0] // max(1, n_bytes)) * 512)
-        self.where = "in the file" if self.from_file else "in memory"
+        fits, self.where = not self.from_file, "in the file" if self.from_file else "in memory"
         if self.device.type == "cuda":
             self.copying = torch.cuda.Stream(self.device)  # one: each keeps memory of its own
-            # What PyTorch holds of the GPU and does not use is free, too: a run that has read its
-            # screen before decides as one that is resumed.
-            free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(
-                self.device) - torch.cuda.memory_allocated(self.device)
-            piecewise = n_bytes > 0.6 * free if piecewise is None else piecewise
-            if not piecewise and not self.from_file:
-                self.where = f"on {self.device}"
+            torch.cuda.empty_cache()  # a screen that this process has read before counts as free
+            fits = fits and n_bytes < 0.6 * torch.cuda.mem_get_info(self.device)[0]
+            self.where = f"on {self.device}" if fits else self.where
         self.where += f" ({n_bytes / 1e6:,.1f} MB)"
-        self.whole = None if piecewise or self.from_file else self._piece(self.counts, self.labels)
+        self.whole = self._piece(self.counts, self.labels) if fits else None
+        n_cells = max(1, self.counts.shape[0])
+        self.n_piece = n_cells if fits else min(
+            PIECE, max(1, 2**21 * n_cells // max(1, n_bytes)) * 512)
 
     def __call__(self, cells):
         """The batch of these cells, (B,) positions, a numpy array."""
-        return self._batch(*self.load(cells))
+        return self._batch(*self._load(cells))
 
-    def load(self, cells):
+    def in_order(self, cells, size=512):
+        """All the given cells (a numpy array) once, in batches of at most `size`."""
+        return self.stream(self.cut(cells), size)
+
+    def cut(self, order, start=0):
+        """order[start:] (an array of cells) in pieces to be loaded: always at the same places."""
+        for a in range(start - start % self.n_piece, len(order), self.n_piece):
+            yield order[max(a, start):a + self.n_piece]
+
+    def stream(self, pieces, size):
+        """Batches of `size` cells from an iterator of arrays of cells, each to be loaded at once. A
+        batch may begin in one of them and end in another; the last may be smaller."""
+        loaded = map(self._load, pieces)
+        parts, missing = [], size
+        for piece, places in ahead(loaded) if self.whole is None else loaded:
+            while len(places):
+                parts.append(self._batch(piece, places[:missing]))
+                places, missing = places[missing:], missing - len(parts[-1][0])
+                if not missing:
+                    yield parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+                    parts, missing = [], size
+        if parts:
+            yield tuple(map(torch.cat, zip(*parts)))
+
+    def _load(self, cells):
         """A piece that has these cells, and a tensor (B,) of where each is in it."""
         if self.whole is not None:
             return self.whole, torch.from_numpy(cells).to(self.device)
@@ -1631,20 +1437,19 @@ class Batches:
             return self._piece(counts, labels), torch.from_numpy(places)
         # Copied beside the computation that is under way, which need not wait for it.
         with torch.cuda.stream(self.copying):
-            piece = self._piece(counts, labels, pinned=True)
-            places = _tensor(places, self.device, pinned=True)
+            piece, places = self._piece(counts, labels), _tensor(places, self.device)
             for tensor in (places, *piece[0], *piece[1:]):
                 # This memory must not be used anew before the batches from it are done.
                 tensor.record_stream(torch.cuda.default_stream(self.device))
             self.copying.synchronize()
         return piece, places
 
-    def _piece(self, counts, labels, pinned=False):
+    def _piece(self, counts, labels):
         """Cells on the device: their counts (on a GPU what `dense_rows` takes), d and c."""
-        labels = [_tensor(v, self.device, pinned) for v in labels]
+        labels = [_tensor(v, self.device) for v in labels]
         if self.device.type != "cpu":
             longest = torch.arange(int(np.diff(counts.indptr).max(initial=0)), device=self.device)
-            counts = [*(_tensor(v, self.device, pinned) for v in (
+            counts = [*(_tensor(v, self.device) for v in (
                 counts.values, counts.columns, counts.indptr)), longest]
         return counts, *labels
 
@@ -1656,31 +1461,6 @@ class Batches:
         else:
             x = dense_rows(*counts, cells, self.n_genes)
         return x, d[cells], c[cells]
-
-    def cut(self, order, start=0):
-        """order[start:] (an array of cells) in pieces to be loaded: always at the same places."""
-        size = self.n_piece if self.whole is None else max(1, len(order))
-        for a in range(start - start % size, len(order), size):
-            yield order[max(a, start):a + size]
-
-    def stream(self, pieces, size):
-        """Batches of `size` cells from an iterator of arrays of cells, each to be loaded at once. A
-        batch may begin in one of them and end in another; the last may be smaller."""
-        loaded = map(self.load, pieces)
-        parts, missing = [], size
-        for piece, places in loaded if self.whole is not None else ahead(loaded):
-            while len(places):
-                parts.append(self._batch(piece, places[:missing]))
-                places, missing = places[missing:], missing - len(parts[-1][0])
-                if not missing:
-                    yield parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
-                    parts, missing = [], size
-        if parts:
-            yield tuple(map(torch.cat, zip(*parts)))
-
-    def in_order(self, cells, size=512):
-        """All the given cells (a numpy array) once, in batches of at most `size`."""
-        return self.stream(self.cut(cells), size)
 
 
 class Shuffle:
@@ -1708,18 +1488,17 @@ class Shuffle:
         strips = rng.permutation(-(-n // STRIP))[:, None]
         order = (strips * STRIP + np.arange(STRIP)).ravel()
         order = order[order < n]  # the last strip may be shorter
-        for start in range(0, n, self.batches.n_piece):
-            rng.shuffle(order[start:start + self.batches.n_piece])
+        for piece in self.batches.cut(order):
+            rng.shuffle(piece)  # a view of order
         return self.cells[order]
 
     def _shares(self, rank, n_ranks):
         """This process's cells, in the order in which it will need them, a piece at a time."""
-        epoch, start, n = self.epoch, self.position, len(self.cells)
-        before = epoch * n + start  # cells that all processes have taken so far
+        epoch, start, taken = self.epoch, self.position, 0  # taken: by all processes together
         while True:
             for cells in self.batches.cut(self.order(epoch), start):
-                places = (before + np.arange(len(cells))) % self.size  # in their batch
-                before += len(cells)
+                places = (taken + np.arange(len(cells))) % self.size  # in their batch
+                taken += len(cells)
                 yield cells[places * n_ranks // self.size == rank]
             epoch, start = epoch + 1, 0
 
@@ -1791,72 +1570,67 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     an entry of 1 costs log(1 / alpha) nats for a perturbation, however many cells it has.
     """
     rng = np.random.default_rng(seed)
-    # m_t and e_t, (T, L) each.
-    mask = np.zeros((perturbations, n_latent), bool)
+    mask, effect = _random_effects(rng, perturbations, n_latent, effect, sparse_shift)
+    d, held_out = _random_conditions(rng, perturbations, pairs, cells, n_controls, sparse_shift)
+    offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])  # the last row is NONE's
+    z = rng.normal(size=(len(d), n_latent)) + offset[d].sum(axis=1)  # eq. 1
+    decoder = _random_decoder(rng, z, n_genes, sparse_shift)
+    logits, obs = decode(z, decoder), {}
+    if batch:
+        in_second = rng.random((len(d), 1)) < np.where(d == NONE, 0.75, 0.5).min(1, keepdims=True)
+        logits, obs = logits + in_second * rng.normal(0, batch, n_genes), {
+            "batch": in_second[:, 0].astype(int)}
+    x = _random_counts(rng, logits, library, sparse_shift)
+    split = rng.choice(["train", "validation", "test"], len(d), p=[0.64, 0.16, 0.2])
+
+    names = [f"P{t + 1:03d}" for t in range(perturbations)]
+    pathways = {}
+    for row in np.unique(mask, axis=0):
+        members = [name for name, same in zip(names, (mask == row).all(1)) if same]
+        if len(members) >= 10:
+            pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
+    layers = {f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
+              for name, value in zip(("weight", "bias"), layer)}
+    write_h5ad(
+        path, X=x.astype(np.uint16 if x.max() < 2**16 else np.uint32),
+        obs={"cell": [f"cell{i}" for i in range(len(d))],
+             "condition": ["+".join(names[t] for t in row if t != NONE) or "control" for row in d],
+             "split": np.where(held_out, "test", split).astype(object)} | obs,
+        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]}, obsm={"X_true_z": z},
+        uns={"simulation": {"perturbations": names, "mask": mask, "effect": effect} | layers,
+             "pathways": pathways})
+
+
+def _random_effects(rng, n_perturbations, n_latent, effect, sparse_shift):
+    """The masks m_t, bool, and effects e_t of a simulation, (T, L) each."""
+    mask = np.zeros((n_perturbations, n_latent), bool)
     if sparse_shift:
-        n_targets = rng.integers(1, 4, perturbations)
+        n_targets = rng.integers(1, 4, n_perturbations)
         for i in range(3):
             t = np.flatnonzero(n_targets > i)
             mask[t, rng.integers(n_latent, size=len(t))] = True
     else:  # the second line gives every perturbation its one sure dimension
         mask |= rng.random(mask.shape) < 0.05
-        mask[np.arange(perturbations), rng.integers(n_latent, size=perturbations)] = True
-    size = np.broadcast_to(effect, perturbations)[:, None]
-    effect = rng.choice([-1, 1], mask.shape) * rng.normal(size, 0.5, mask.shape)
+        mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
+    size = np.broadcast_to(effect, n_perturbations)[:, None]
+    return mask, rng.choice([-1, 1], mask.shape) * rng.normal(size, 0.5, mask.shape)
 
-    # Conditions, then the dosages of all cells: two places a cell, and a zero row for NONE.
-    all_pairs = np.stack(np.triu_indices(perturbations, 1), axis=1)
-    n_pairs = min(pairs, len(all_pairs))
+
+def _random_conditions(rng, n_perturbations, n_pairs, cells, n_controls, sparse_shift):
+    """Of a simulation's cells, in random order: d (N, 2), and which are of held-out pairs (N,)."""
+    all_pairs = np.stack(np.triu_indices(n_perturbations, 1), axis=1)
+    n_pairs = min(n_pairs, len(all_pairs))
     pairs = all_pairs[np.sort(rng.choice(len(all_pairs), n_pairs, replace=False))]
-    singles = np.stack([np.arange(perturbations), np.full(perturbations, NONE)], axis=1)
+    singles = np.stack([np.arange(n_perturbations), np.full(n_perturbations, NONE)], axis=1)
     conditions = np.concatenate([singles, pairs])
     cells = np.broadcast_to(cells, len(conditions))
     if sparse_shift:
         cells = rng.integers(-(-2 * cells // 3), 4 * cells // 3 + 1)
+    held_out = np.append(np.zeros(n_perturbations, bool), rng.permutation(n_pairs) < n_pairs // 2)
     d = np.concatenate([np.full((n_controls, 2), NONE), np.repeat(conditions, cells, axis=0)])
-    held_out = np.append(np.zeros(perturbations, bool), rng.permutation(n_pairs) < n_pairs // 2)
     held_out = np.append(np.zeros(n_controls, bool), np.repeat(held_out, cells))
     order = rng.permutation(len(d))
-    d, held_out, n = d[order], held_out[order], len(d)
-
-    # Algorithm 1 and the likelihood of section 2.2.
-    offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])
-    z = rng.normal(size=(n, n_latent)) + offset[d].sum(axis=1)  # eq. 1
-    decoder = _random_decoder(rng, z, n_genes, sparse_shift)
-    logits = decode(z, decoder)
-    of_batch = np.zeros((n, 1), int)
-    if batch:
-        of_batch = rng.random((n, 1)) < np.where(d == NONE, 0.75, 0.5).min(axis=1, keepdims=True)
-        logits = logits + of_batch * rng.normal(0, batch, n_genes)
-    over = 0 if sparse_shift else 1  # softmax
-    rho = np.exp(logits - logits.max(axis=over, keepdims=True))
-    rho /= rho.sum(axis=over, keepdims=True)
-    if sparse_shift:
-        x = rng.poisson(1e6 * rho)
-    else:
-        library = rng.lognormal(np.log(library), 0.3, (n, 1))
-        # Gamma noise of mean 1 and shape theta = 10 makes Poisson counts negative binomial ones.
-        x = rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
-
-    # The last name is that of NONE = -1: filter(None, ...) below leaves it out.
-    names = np.array([*(f"P{t + 1:03d}" for t in range(perturbations)), ""], dtype=object)
-    pathways = {}
-    for row in np.unique(mask, axis=0):
-        members = names[:-1][(mask == row).all(1)]
-        if len(members) >= 10:
-            pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
-    split = rng.choice(["train", "validation", "test"], n, p=[0.64, 0.16, 0.2])
-    obs = {"cell": [f"cell{i}" for i in range(n)],
-           "condition": ["+".join(filter(None, names[row])) or "control" for row in d],
-           "split": np.where(held_out, "test", split).astype(object)}
-    layers = {f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
-              for name, value in zip(("weight", "bias"), layer)}
-    write_h5ad(
-        path, X=x.astype(np.uint16 if x.max() < 2**16 else np.uint32),
-        obs=obs | ({"batch": of_batch[:, 0].astype(int)} if batch else {}),
-        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]}, obsm={"X_true_z": z},
-        uns={"simulation": {"perturbations": names[:-1], "mask": mask, "effect": effect} | layers,
-             "pathways": pathways})
+    return d[order], held_out[order]
 
 
 def _random_decoder(rng, z, n_genes, sparse_shift):
@@ -1883,6 +1657,18 @@ def decode(z, decoder):
     return z
 
 
+def _random_counts(rng, logits, library, sparse_shift):
+    """Counts x (N, G) of a simulation (2.2)."""
+    over = 0 if sparse_shift else 1  # softmax
+    rho = np.exp(logits - logits.max(axis=over, keepdims=True))
+    rho /= rho.sum(axis=over, keepdims=True)
+    if sparse_shift:
+        return rng.poisson(1e6 * rho)
+    library = rng.lognormal(np.log(library), 0.3, (len(logits), 1))
+    # Gamma noise of mean 1 and shape theta = 10 makes Poisson counts negative binomial ones.
+    return rng.poisson(library * rho * rng.gamma(10, 1 / 10, rho.shape))
+
+
 def read_simulation(path):
     """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z (cells, L))
     of a simulated screen; None for other files."""
@@ -1903,35 +1689,33 @@ def read_layers(path):
 
 def read_pathways(path):
     """{pathway: list of its genes} of uns/pathways, or of a .json file; None if there is none."""
-    if not os.fspath(path).endswith(".json"):
-        with _h5_file(path) as file:
-            group = _member(file, "uns/pathways", required=False)
-            return {name: [str(gene) for gene in _read(file, f"uns/pathways/{name}")]
-                    for name in _keys(group)} if isinstance(group, h5py.Group) else None
-    try:
-        with open(path, encoding="utf-8") as file:
-            pathways = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    # Either the pathways themselves, or an object that has them beside its source, say.
-    pathways = pathways.get("pathways", pathways) if isinstance(pathways, dict) else {"": None}
-    require(isinstance(pathways, dict) and all(
-        isinstance(genes, list) and all(isinstance(gene, str) for gene in genes)
-        for genes in pathways.values()), f"{path}: must hold an object of pathways, each a list of "
-            "genes")
-    return pathways
+    if os.fspath(path).endswith(".json"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                pathways = json.load(file)
+            # Either the pathways themselves, or an object that has them beside its source, say.
+            pathways = pathways.get("pathways", pathways)
+            require(all(isinstance(genes, list) for genes in pathways.values()), "no lists")
+        except (OSError, ValueError, AttributeError) as error:  # among these is DataError
+            raise DataError(f"{path}: is no JSON object of pathways, each a list of genes: "
+                            f"{error}") from None
+        return pathways
+    with _h5_file(path) as file:
+        group = _member(file, "uns/pathways", required=False)
+        return {name: [str(gene) for gene in _read(file, f"uns/pathways/{name}")]
+                for name in _keys(group)} if isinstance(group, h5py.Group) else None
 
 
 # ============================================================================================
 # prepare: write the wanted part of a large file, sparse
 # ============================================================================================
 
-# Replogle et al. 2022 as in the paper (4.1), whose text has 118,461 cells: targets and genes are
-# listed in a file beside this one; the controls are those that the authors' code draws.
+# Replogle et al. 2022 as in the paper (4.1), whose text has 118,461 cells; here 118,641 are left,
+# with 1,187 genes and 722 perturbations. Targets and genes are listed in a file beside this one;
+# the controls are those that the authors' code draws.
 RECIPES = {"replogle-filtered": dict(
-    perturbation_column="sgID_AB", control=["*non-targeting*"], gene_names="gene_name",
-    controls=2000, seed=0)}
-RECIPE_FILE, EXPECTED = "replogle_filtered.json", "118,641 cells, 1,187 genes, 722 perturbations"
+    perturbation_column="sgID_AB", control=["*non-targeting*"], gene_names="gene_name")}
+RECIPE_FILE = "replogle_filtered.json"
 
 
 def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options):
@@ -1946,71 +1730,51 @@ def prepare(path, out, genes=None, controls=None, seed=0, recipe=None, **options
     """
     lists = {}
     if recipe is not None:
-        options = dict(RECIPES[recipe])
-        controls, seed = options.pop("controls"), options.pop("seed")
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE_FILE)) as lines:
             lists = json.load(lines)
+        controls, seed, options = 2000, 0, RECIPES[recipe] | {
+            "subset": [f"gene={name}" for name in [*lists["perturbation_genes"], "non-targeting"]]}
     elif genes is not None:
         with open(genes, encoding="utf-8", errors="replace") as lines:
             lists = {"measured_gene_names": list(filter(None, map(str.strip, lines)))}
     how = reading(options)
     file = read_h5ad(path, how["layer"])
+    notes = [f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes"]
 
-    # Cells; what is wanted of their labels, if anything is.
-    wanted, notes, kept = _in_subset(file, how), [], ""
-    if "perturbation_genes" in lists:
-        wanted &= np.isin(_texts(file.obs("gene")), [*lists["perturbation_genes"], "non-targeting"])
     if controls is not None or any(how[name] for name in [*LABEL_OPTIONS, "min_cells"]):
-        labels = read_labels(file, how)
-        wanted, dropped = _choose_cells(wanted, labels, how)
-        notes = [*labels.notes, *dropped]
-        if controls is not None:
-            found = np.flatnonzero(wanted & [names == frozenset() for names in labels.sets])
-            surplus = np.random.RandomState(seed).permutation(len(found))[controls:]
-            wanted[found[surplus]] = False
-            notes.append(f"dropped {len(surplus):,} of {len(found):,} controls")
-        perturbations = set().union(*(labels.sets[i] for i in np.flatnonzero(wanted)))
-        wanted &= bool(perturbations)
-        kept = f", {len(perturbations):,} perturbations"
-    rows = np.flatnonzero(wanted)
-
-    # Genes.
-    places, names, gene_notes = _choose_genes(file, how)
-    if "measured_gene_names" in lists:
+        _, sets = read_labels(file, how, notes)
+        is_control = np.array([names == set() for names in sets])
+        drawn = np.random.RandomState(seed).permutation(is_control.sum())[:controls]
+        rows = np.union1d(np.flatnonzero([bool(names) for names in sets]),
+                          np.flatnonzero(is_control)[drawn])
+    else:
+        rows = np.flatnonzero(_in_subset(file, how))
+    places, names = _choose_genes(file, how)
+    if lists:
         listed = set(lists["measured_gene_names"])
         missing = sorted(listed - set(names))
         places = places[[name in listed for name in names]]
-        gene_notes.append(
+        notes.append(
             f"{len(listed) - len(missing):,} of the {len(listed):,} listed genes are there, where "
             f"genes are called {', '.join(names[:3])}; missing: {', '.join(missing[:5]) or 'none'}")
-    notes += gene_notes
-    require(len(rows) and len(places), f"{path}: no {'gene' if len(rows) else 'perturbed cell'} is "
-            f"left: {'; '.join(notes)}")
-    say(path, f"{file.found}: {file.shape[0]:,} cells x {file.shape[1]:,} genes", *notes)
+    require(len(rows) and len(places), f"{path}: no {'gene' if len(rows) else 'cell'} is left: "
+            + "; ".join(notes))
+    say(path, *notes)
 
-    with contextlib.suppress(DataError):  # damaged ones are in nobody's way here
-        lists.setdefault("pathways", read_pathways(path))
-    stored = file.counts(rows, places, stored=True)
     write_h5ad(
-        out, X=stored.parts(),
+        out, X=file.counts(rows, places, stored=True).parts(),
         obs={free("_index", file.obs_columns): file.cell_names[rows]} | {
             column: lambda column=column: file.obs(column)[rows] for column in file.obs_columns},
         var={free("_index", file.var_columns): file.gene_names[places]} | {
             column: lambda column=column: file.var(column)[places] for column in file.var_columns},
-        uns={"pathways": lists.get("pathways") or {}})
-    stored.say_rounded()
-    kept = f"{len(rows):,} cells, {len(places):,} genes{kept}"
-    print(f"{out}: {kept}")
-    if recipe and kept != EXPECTED:
-        print(f"  expected were {EXPECTED}: this is another file, or it has changed")
+        uns={"pathways": lists.get("pathways") or read_pathways(path) or {}})
+    print(f"{out}: {len(rows):,} cells, {len(places):,} genes")
 
 
 # ============================================================================================
 # The command line
 # ============================================================================================
 
-AT_LEAST_0 = (0, 2**32 - 1, "at least 0 and below 2^32")  # least, largest, the same in words
-AT_LEAST_1 = (1, 2**32 - 1, "at least 1 and below 2^32")
 _default = {name: p.default for name, p in inspect.signature(simulate).parameters.items()}
 SIMULATION_OPTIONS = [(f"--{name.replace('_', '-')}", _default[name], allowed, text)
                       for name, allowed, text in (
@@ -2026,29 +1790,26 @@ SIMULATION_OPTIONS = [(f"--{name.replace('_', '-')}", _default[name], allowed, t
 
 def add_screen_options(parser, training=True):
     """The options of READING; if not training, without the ones that only training uses."""
-    group = parser.add_argument_group("reading the file")
-    for name, (default, metavar, text) in READING.items():
-        if training or name not in ("split_column", "covariate"):
-            how = {"action": "append"} if default == [] else {
-                "type": number_within(int, *AT_LEAST_0) if default == 0 else str}
-            text += "; may be repeated" * (default == []) + (
-                f" (default: {MIN_CELLS}; none with a preset of the paper, or to prepare)"
-                * (name == "min_cells"))
-            group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text, **how)
+    add_options(parser.add_argument_group("reading the file"), [
+        (f"--{name.replace('_', '-')}", MIN_CELLS if name == "min_cells" else default, *row)
+        for name, (default, *row) in READING.items()
+        if training or name not in ("split_column", "covariate")])
 
 
 def add_options(parser, rows):
     """Add options given as (--name, default, what is allowed, text): bool for a switch, a list of
-    words, or (least, largest, the same in words). One that is not given is absent from the result.
-    """
+    words, (least, largest, the same in words), or a placeholder where any text is; [] for an option
+    that may be repeated. One that is not given is absent from the result."""
     for flag, default, allowed, text in rows:
         if allowed is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(allowed, str):
+            how = {"metavar": allowed, "action": "append" if default == [] else "store"}
         elif isinstance(allowed[0], str):
             how = {"choices": allowed}
         else:
-            how = {"type": number_within(type(default), *allowed)}
-        text += "" if default is None else f" [{default}]"
+            how = {"type": number_within(int if default is None else type(default), *allowed)}
+        text += {"[]": "; may be repeated", "None": ""}.get(str(default), f" [{default}]")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
@@ -2080,14 +1841,10 @@ MACHINE = {  # what a MemoryError or a RuntimeError of torch says, and what it m
 def run(main):
     """Run a command; what is wrong with a file, an option or the machine becomes one sentence on
     standard error and exit status 2."""
-    global WATCHDOG
-    WATCHDOG = 180
     try:
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
         main()
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return
     except DataError as error:
         problem = str(error)
@@ -2098,63 +1855,49 @@ def run(main):
         problem = (f"{os.fsdecode(error.filename or 'reading or writing failed')}: "
                    f"{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        lines = [*str(error).splitlines(), type(error).__name__]
-        found = [(words, line) for pattern, words in MACHINE.items() for line in lines
-                 if re.search(pattern, line)]
+        found = [text for words, text in MACHINE.items() if re.search(words, repr(error))]
         if not found:
             raise
-        problem = "{} ({:.200})".format(*found[0])
+        problem = found[0]
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 
-def options_of(command, arguments, description, files, add):
-    """The options that the arguments give a command of data.py, a dict, with its files."""
-    parser = argparse.ArgumentParser(prog=f"data.py{command}", allow_abbrev=False,
-                                     description=description)
-    for name, metavar in files.items():
-        parser.add_argument(name, metavar=metavar)
-    add(parser)
-    return {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-
-
 def main_of_prepare(arguments):
     """The command line of `prepare`."""
-    def add(parser):
-        parser.add_argument("--recipe", choices=list(RECIPES), help="the paper's cells and genes; "
-                            "leave out all that follows")
-        parser.add_argument("--genes", metavar="FILE", help="the genes to keep, a name a line")
-        parser.add_argument("--controls", metavar="N", type=number_within(int, *AT_LEAST_1),
-                            help="keep at most N control cells")
-        parser.add_argument("--seed", type=number_within(int, *AT_LEAST_0), help="which ones [0]")
-        add_screen_options(parser, training=False)
-
-    options = options_of(
-        " prepare", arguments, "Write some cells and genes of an .h5ad file of any size to another "
-        "one: X sparse by rows, in the narrowest integer type (cast before computing), all columns "
-        "of obs and var, and uns/pathways. An option about labels (--controls, --min-cells, "
-        "--exclude and the like) leaves out cells without a label.",
-        {"path": "IN.h5ad", "out": "OUT.h5ad"}, add)
-    path, out = options["path"], options["out"]
-    require("recipe" not in options or len(options) == 3,
-            "--recipe says which cells and genes are kept: leave the other options out")
-    require(not os.path.exists(out) or not os.path.exists(path) or not os.path.samefile(path, out),
-            f"{out} is the file that is read: choose another name")
-    prepare(**options)
+    parser = argparse.ArgumentParser(
+        prog="data.py prepare", allow_abbrev=False, description="Write some cells and genes of an "
+        ".h5ad file of any size to another one: X sparse by rows, in the narrowest integer type "
+        "(cast before computing), all columns of obs and var, and uns/pathways. An option about "
+        "labels (--controls, --min-cells, --exclude and the like) leaves out cells without one.")
+    parser.add_argument("path", metavar="IN.h5ad")
+    parser.add_argument("out", metavar="OUT.h5ad")
+    add_options(parser, [
+        ("--recipe", None, list(RECIPES), "the paper's cells and genes, in place of what follows"),
+        ("--genes", None, "FILE", "the genes to keep, a name a line"),
+        ("--controls", None, AT_LEAST_1, "keep at most so many control cells"),
+        ("--seed", 0, AT_LEAST_0, "which ones")])
+    add_screen_options(parser, training=False)
+    args = parser.parse_args(arguments)
+    require(not os.path.exists(args.out) or not os.path.samefile(args.path, args.out),
+            f"{args.out} is the file that is read: choose another name")
+    prepare(**vars(args))
 
 
 def main_of_simulate(arguments):
     """The command line of `simulate`."""
-    options = options_of(
-        " simulate", arguments, "Write a simulated screen, and the truth with it: train.py without "
-        "--data makes the same. A file that is there is replaced.",
-        {"path": "OUT.h5ad"}, lambda parser: add_options(parser, SIMULATION_OPTIONS))
+    parser = argparse.ArgumentParser(
+        prog="data.py simulate", allow_abbrev=False, description="Write a simulated screen, and "
+        "the truth with it: train.py without --data makes the same. A file that is there is "
+        "replaced.")
+    parser.add_argument("path", metavar="OUT.h5ad")
+    add_options(parser, SIMULATION_OPTIONS)
+    options = vars(parser.parse_args(arguments))
     simulate(**(SPARSE_SHIFT if options.get("sparse_shift") else {}) | options)
-    file = read_h5ad(options["path"])
-    say(f"written: {file.path}, {file.shape[0]:,} cells x {file.shape[1]:,} genes; their split is "
-        "obs column split, and the truth is in obsm/X_true_z and uns/simulation")
+    print(f"{options['path']}: the split is obs column split, and the truth is in obsm/X_true_z "
+          "and uns/simulation")
 
 
 def main(arguments=None):
@@ -2163,13 +1906,16 @@ def main(arguments=None):
     commands = {"prepare": main_of_prepare, "simulate": main_of_simulate}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
-    options = {"min_cells": MIN_CELLS} | options_of(
-        "", arguments, "Print what the reader makes of an .h5ad file. (python data.py prepare "
-        "--help: write some of its cells and genes to another; python data.py simulate --help: a "
-        "simulated screen.)", {"path": "FILE.h5ad"}, add_screen_options)
+    parser = argparse.ArgumentParser(
+        prog="data.py", allow_abbrev=False, description="Print what the reader makes of an .h5ad "
+        "file. (python data.py prepare --help: write some of its cells and genes to another; "
+        "python data.py simulate --help: a simulated screen.)")
+    parser.add_argument("path", metavar="FILE.h5ad")
+    add_screen_options(parser)
+    options = {"min_cells": MIN_CELLS} | vars(parser.parse_args(arguments))
     screen = read_screen(**options)
-    say(screen.path, *screen.notes, *unbalanced(screen, [
-        screen.label_column, options.get("split_column"), *options.get("covariate", [])]))
+    say(screen.path, *screen.notes,
+        *unbalanced(screen, [screen.label_column, options.get("split_column")]))
     sizes = {name: len(cells) for name, cells in split_cells(screen).items()}
     print("  split: " + ", ".join(f"{n:,} {name}" for name, n in sizes.items()))
 

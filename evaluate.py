@@ -23,6 +23,7 @@ import contextlib
 import csv
 import difflib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -40,7 +41,7 @@ from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, 
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 9  # of metrics.json; a file of another format is not read
+FORMAT = 10  # of metrics.json; a file of another format is not read
 OURS = (None, "simulated", "sparse-shift")  # presets that are no experiment of the paper
 SCALES = ("log_normalised", "counts")  # see `mean_expression`
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
@@ -49,8 +50,25 @@ BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "addi
 
 
 # ============================================================================================
-# Metrics of effects: predicted and observed (C, G)
+# Metrics of effects
 # ============================================================================================
+
+
+class Said(typing.NamedTuple):
+    """What the data say of C conditions on one scale, (C, G) each (`effects_by_data`)."""
+
+    effect: np.ndarray
+    variance: np.ndarray            # its squared standard error
+    from_mean: np.ndarray           # minus the mean effect of the other training conditions
+    variance_from_mean: np.ndarray
+    t: np.ndarray                   # see `t_against_others`
+
+
+class Prediction(typing.NamedTuple):
+    """Effects of C conditions by a model or a baseline, (C, G) each."""
+
+    effect: np.ndarray
+    from_mean: np.ndarray  # minus the mean of its effects for the other training conditions
 
 
 def pearson(a, b):
@@ -87,8 +105,9 @@ def weighted_r_squared(squared_error, observed, weights):
     """R2 of each condition over genes, weighted, and then averaged over conditions:
     1 - sum w (observed - predicted)^2 / sum w (observed - its weighted mean)^2.
 
-    All (C, G). With effects from the mean of the other conditions this is the R2_w(delta) of Mejia
-    et al. (2025), weighted_r2_pert_exp2 in scPertEval: predicting that mean for all gets 0 or less.
+    All (C, G); a condition of weights 0 is left out. With effects from the mean of the other
+    conditions this is the R2_w(delta) of Mejia et al. (2025), weighted_r2_pert_exp2 in scPertEval:
+    predicting that mean for all gets 0 or less.
     """
     mean = (weights * observed).sum(1, keepdims=True)
     total = (weights * (observed - mean) ** 2).sum(1)
@@ -96,10 +115,10 @@ def weighted_r_squared(squared_error, observed, weights):
     return float(np.mean(1 - error)) if len(error) else math.nan
 
 
-def discrimination_scores(predicted, observed, left_out, device="cpu", most=1000):
+def discrimination_scores(predicted, observed, device="cpu", most=1000):
     """How well a predicted effect is told from those of other conditions, in both orientations.
 
-    All (C, G); distances are L1, without the genes that are left_out (bool) for the condition.
+    All (C, G); distances are L1.
 
         first    the rank of its own prediction among all, by distance to its observed effect
         second   the rank of its own observed effect among all, by distance to its prediction (the
@@ -108,81 +127,90 @@ def discrimination_scores(predicted, observed, left_out, device="cpu", most=1000
 
     A rank goes from 0 (nearest) to C - 1, ties at half, is divided by C - 1 and taken from one: 1
     is perfect, 1/2 is chance. At most `most` conditions, drawn at random, are the rivals of each:
-    more would take hours. Returns (2, C).
+    more would take hours. Returns (2, C), NaN for a single condition, which has no rival.
     """
     predicted, observed = (torch.as_tensor(v, dtype=torch.float32, device=device)
                            for v in (predicted, observed))
     n, scores = len(observed), []
     rivals = torch.from_numpy(np.random.default_rng(0).permutation(n)[:most]).to(device)
-    condition, gene = (torch.from_numpy(v).to(device) for v in np.nonzero(left_out))
     is_other = rivals != torch.arange(n, device=device)[:, None]  # (C, rivals)
+    mine = (predicted - observed).abs().sum(1, keepdim=True)
     for own, others in ((observed, predicted), (predicted, observed)):
         distance = torch.cdist(own, others[rivals], p=1)
-        distance.index_add_(0, condition, alpha=-1, source=(
-            own[condition, gene, None] - others[rivals][:, gene].T).abs())
-        mine = (own - others).abs()
-        mine[condition, gene] = 0
-        mine = mine.sum(1, keepdim=True)
         is_tie = (distance - mine).abs() <= 1e-5 * mine
         rank = torch.where(is_tie, 0.5, (distance < mine).float()) * is_other
-        scores.append(1 - rank.sum(1) / is_other.sum(1))  # a single condition has no rival: NaN
+        scores.append(1 - rank.sum(1) / is_other.sum(1))
     return torch.stack(scores).double().cpu().numpy()
 
 
-class Said(typing.NamedTuple):
-    """What the data say of C conditions on one scale, (C, G) each (`effects_by_data`)."""
-
-    effect: np.ndarray
-    variance: np.ndarray            # its squared standard error
-    from_mean: np.ndarray           # minus the mean effect of the other training conditions
-    variance_from_mean: np.ndarray
-    weights: np.ndarray             # `response_weights`
-
-
-def effect_metrics(predicted, from_mean, said):
-    """Metrics of predicted effects, a dict; said is what the data say of them (`Said`).
+def effect_metrics(prediction, said, weights):
+    """Metrics of a Prediction beside what the data have Said, a dict; weights (C, G).
 
     The first two are of effects minus the mean effect of the other training conditions, as
     predicted and by the data: without the shift that all perturbations share, which flatters
     trivial predictions (Vinas Torne et al. 2025, "Systema")."""
-    return {"n_conditions": len(predicted),
+    effect, from_mean = prediction
+    return {"n_conditions": len(effect),
             "from_mean": pearson(from_mean, said.from_mean),
             "weighted_r_squared": weighted_r_squared(
-                (from_mean - said.from_mean) ** 2, said.from_mean, said.weights),
-            "pearson": pearson(predicted, said.effect),
-            "r_squared": r_squared(predicted, said.effect)}
+                (from_mean - said.from_mean) ** 2, said.from_mean, weights),
+            "pearson": pearson(effect, said.effect),
+            "r_squared": r_squared(effect, said.effect)}
 
 
-def noise_limit(said, independent):
+def noise_limit(said, weights):
     """What `effect_metrics` would say of a perfect prediction, estimated: a dict.
 
     The data's effects are the true ones plus noise. V is their variance over all entries, N the
-    noise's, the mean of squared standard errors; V - N is left for the true effects. So these have
-    R2 = 1 - N / V with the data's, and r = sqrt(1 - N / V), 0 where that is negative. pearson_se is
-    one standard error of 1 - N / V further up in the root: a jackknife over conditions and one over
-    genes, since all conditions share the control cells. The weighted R2 is an average over the
-    conditions whose weights are independent of the noise, (C,) bool. Ranks have no such estimate.
-    (In screens simulated from trained models r was within 0.01 of the true effects' r with hundreds
-    of controls, up to 0.08 below it with 8.)"""
-    def explained(effect, variance, axis=None):
-        """1 - N / V of all entries; given an axis, without each of the sums along it in turn."""
-        n, total, squares, noise = (
-            np.sum(v, dtype=np.float64) - (0 if axis is None else np.sum(v, axis, np.float64))
-            for v in (np.ones_like(effect), effect, effect**2, variance))
-        v = squares - total**2 / np.maximum(n, 1)
-        return 1 - noise / np.where(v > 0, v, math.nan)
+    noise's, the mean of squared standard errors; V - N is left for the true effects. So the true
+    effects have R2 = 1 - N / V with the data's, and r = sqrt(1 - N / V), 0 where that is negative.
+    Ranks have no such estimate, nor has the weighted R2 of a condition whose weights come from the
+    same noisy cells: these weights must be 0. (In screens simulated from trained models r was
+    within 0.01 of the true effects' r with hundreds of controls, up to 0.08 below it with 8.)
+    """
+    def explained(effect, variance):
+        """1 - N / V."""
+        v = np.var(effect, dtype=np.float64)
+        return float(1 - np.mean(variance, dtype=np.float64) / v) if v > 0 else math.nan
 
-    of_all, squared_error = float(explained(said.effect, said.variance)), 0.0
-    for axis in np.flatnonzero(np.array(said.effect.shape[::-1]) > 1):
-        without_one = explained(said.effect, said.variance, axis)
-        squared_error += (len(without_one) - 1) * without_one.var()
-    r, further, from_mean = np.sqrt(np.maximum(0, [
-        of_all, max(of_all, 0) + math.sqrt(squared_error),
-        explained(said.from_mean, said.variance_from_mean)]))
-    return {"n_conditions": len(said.effect), "pearson": r, "r_squared": of_all,
-            "pearson_se": further - r, "from_mean": from_mean,
-            "weighted_r_squared": weighted_r_squared(*(v[independent] for v in (
-                said.variance_from_mean, said.from_mean, said.weights)))}
+    of_effects = explained(said.effect, said.variance)
+    of_from_mean = explained(said.from_mean, said.variance_from_mean)
+    return {"n_conditions": len(said.effect), "r_squared": of_effects,
+            "pearson": np.sqrt(np.maximum(0, of_effects)),
+            "from_mean": np.sqrt(np.maximum(0, of_from_mean)),
+            "weighted_r_squared": weighted_r_squared(
+                said.variance_from_mean, said.from_mean, weights)}
+
+
+def scores(groups, predictions, said, independent, is_left_out, device):
+    """Rows of metrics, dicts, of {row: Prediction} in groups of conditions {name: (C,) bool}.
+
+    Entries of is_left_out (C, G) do not count: they are zero on both sides. independent (C,): which
+    conditions have weights from other cells than the compared ones. Discrimination ranks all
+    conditions that can be compared, whatever their group, unless a prediction is the same for all.
+    """
+    known, rows = groups["all"], []
+    said = Said(*(np.where(is_left_out, 0, v) for v in said))
+    predictions = {row: Prediction(*(np.where(is_left_out, 0, v) for v in prediction))
+                   for row, prediction in predictions.items()}
+    weights, ranks = response_weights(said.t), np.full((len(predictions), 2, len(known)), math.nan)
+    for rank, prediction in zip(ranks, predictions.values()):
+        if prediction.from_mean.any():
+            rank[:, known] = discrimination_scores(
+                prediction.effect[known], said.effect[known], device)
+    for group, chosen in groups.items():
+        if not chosen.any():
+            continue
+        by_data = Said(*(v[chosen] for v in said))
+        for rank, (row, prediction) in zip(ranks, predictions.items()):
+            by_row = Prediction(*(v[chosen] for v in prediction))
+            first, second = rank[:, chosen].mean(1)
+            rows.append({"group": group, "row": row,
+                         **effect_metrics(by_row, by_data, weights[chosen]),
+                         "discrimination": first, "discrimination_by_prediction": second})
+        rows.append({"group": group, "row": "noise_limit", **noise_limit(
+            by_data, (weights * independent[:, None])[chosen])})
+    return rows
 
 
 # ============================================================================================
@@ -192,43 +220,40 @@ def noise_limit(said, independent):
 
 def best_matching(score):
     """Rows and columns of score (n, m) in pairs, min(n, m) of each, so that the sum of
-    score[best_matching(score)] is the largest: the Hungarian method, exact, O(n^2 m)."""
+    score[best_matching(score)] is the largest (exact, by augmenting paths)."""
     n, m = score.shape
     if n > m:
         return best_matching(score.T)[::-1]
-    cost = -np.pad(score.astype(float), ((0, 0), (0, 1)))  # in column m the next row waits
-    row_of = np.full(m + 1, -1)  # the row matched to each column
-    u, v = np.zeros(n), np.zeros(m + 1)  # potentials: cost - u - v >= 0, and 0 on matched pairs
+    row_of = np.full(m, -1)  # the row matched to each column
     for new_row in range(n):
-        # Dijkstra from the new row to the nearest free column: each step settles a column, and if
-        # that is taken goes on from the row that has it.
-        row_of[m], column, done = new_row, m, np.zeros(m + 1, bool)
-        distance, before = np.full(m + 1, np.inf), np.full(m + 1, m)
-        while row_of[column] != -1:
-            done[column] = True
-            reach = cost[row_of[column]] - u[row_of[column]] - v
-            closer = ~done & (reach < distance)
-            distance[closer], before[closer] = reach[closer], column
-            column = np.argmin(np.where(done, np.inf, distance))
-            step = distance[column]  # potentials: no edge that is left goes below zero
-            u[row_of[done]] += step
-            v[done] -= step
-            distance[~done] -= step
-        while column != m:  # shift the matches along the path
+        # The new row takes a column, its row moves on to another one, and so on to a free column:
+        # the most that such moves gain up to each column (Bellman and Ford), and the column before.
+        taken = np.flatnonzero(row_of >= 0)
+        rows, before = row_of[taken], np.full(m, -1)
+        gain = score[new_row].astype(float)
+        while len(taken):
+            moved = (gain[taken] - score[rows, taken])[:, None] + score[rows]
+            better = moved.max(0) > gain + 1e-9
+            if not better.any():
+                break
+            gain[better], before[better] = moved.max(0)[better], taken[moved.argmax(0)][better]
+        column = np.argmax(np.where(row_of < 0, gain, -np.inf))
+        while before[column] >= 0:  # move the rows along the path
             row_of[column] = row_of[before[column]]
             column = before[column]
-    return np.arange(n), np.argsort(row_of[:m])[m - n:]
+        row_of[column] = new_row
+    return np.arange(n), np.argsort(row_of)[m - n:]
 
 
-def mask_recovery(true_mask, mask, score=None):
+def mask_recovery(true_mask, mask):
     """Precision, recall and F1 of masks, (T, L) and (T, L') bool, under a matching of latents.
 
     Latents have no names, so each true one is matched with at most one of the model's: to the
-    largest sum of score (L, L') or, by default, of entries that agree on 1, which gives the best
-    F1. Entries of latents without a partner count as errors. NaN where nothing is to be found.
+    largest number of entries that agree on 1, which gives the best F1. Entries of latents without
+    a partner count as errors. NaN where nothing is to be found.
     """
     agree = true_mask.T.astype(float) @ mask  # (L, L'): perturbations that both touch
-    hits = agree[best_matching(agree if score is None else score)].sum()
+    hits = agree[best_matching(agree)].sum()
     n_true, n_found = int(true_mask.sum()), int(mask.sum())
     return {name: float(hits / n) if n else math.nan for name, n in (
         ("precision", n_found), ("recall", n_true), ("f1", (n_true + n_found) / 2))}
@@ -251,39 +276,25 @@ def mask_agreement(masks, n_permutations=10):
                                     for _ in range(n_permutations)])
 
 
-def correlations(a, b):
-    """|Pearson's r| of columns of a (N, L) and b (N, L'), (L, L'); 0 where one is constant."""
-    a, b = (v - v.mean(0) for v in (a, b))
-    size = np.sqrt(np.outer((a**2).sum(0), (b**2).sum(0)))
-    return np.abs(a.T @ b) / np.where(size > 0, size, 1)
-
-
 def latent_recovery(true, learned):
     """How well latent states of simulated cells are found, true (N, L) and learned (N, L'), as
     Lopez et al. (2023) ask: a dict.
 
-    mcc         mean over true latents of the absolute correlation with a learned one of its own,
-                matched to the largest sum; 0 for one without a partner, where L' < L
-    mcc_ranks   the same of ranks (Spearman)
+    mcc         mean over true latents of |Pearson's r| with a learned one of its own, matched to
+                the largest sum; 0 for one that is constant or without a partner, where L' < L
     r_squared   R2 of true latents by a linear map of all learned ones, fitted to every other cell,
                 in the others: the mean over true ones. NaN where these are too few
     """
-    def ranks(column):
-        """Ranks of its values, a mean where some are the same."""
-        _, place, n = np.unique(column, return_inverse=True, return_counts=True)
-        return (np.cumsum(n) - n / 2)[place]
-
-    found = {}
-    for name, a, b in (("mcc", true, learned), ("mcc_ranks", *(
-            np.apply_along_axis(ranks, 0, v) for v in (true, learned)))):
-        score = correlations(a, b)
-        found[name] = float(score[best_matching(score)].sum() / a.shape[1])
+    a, b = (v - v.mean(0) for v in (true, learned))
+    size = np.sqrt(np.outer((a**2).sum(0), (b**2).sum(0)))
+    r = np.abs(a.T @ b) / np.where(size > 0, size, 1)  # (L, L')
+    found = {"mcc": float(r[best_matching(r)].sum() / len(r)), "r_squared": math.nan}
     inputs = np.column_stack([learned, np.ones(len(learned))])
-    if len(inputs) <= 2 * inputs.shape[1]:
-        return found | {"r_squared": math.nan}
-    weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
-    error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
-    return found | {"r_squared": float((1 - error / true[1::2].var(0)).mean())}
+    if len(inputs) > 2 * inputs.shape[1]:
+        weight, *_ = np.linalg.lstsq(inputs[::2], true[::2], rcond=None)
+        error = ((true[1::2] - inputs[1::2] @ weight) ** 2).mean(0)
+        found["r_squared"] = float((1 - error / true[1::2].var(0)).mean())
+    return found
 
 
 def mask_pathway_accuracy(mask, pathway, n_splits=10):
@@ -364,6 +375,10 @@ class Arms:
         share = n / np.maximum(self.of_condition(n), 1)[self.condition]
         return share[:, None].astype(np.float32)  # of large arrays there are many
 
+    def have_some(self, share):
+        """Which conditions have cells and control cells, (C,) bool."""
+        return self.of_condition(share)[:, 0] > 0
+
     def compared(self, y, share):
         """Means over arms y (A, G) of conditions, and of their controls, (C, G) each."""
         return (self.of_condition(share * y[self.n_controls:]),
@@ -402,8 +417,8 @@ def mean_expression(batches, cells, arms):
 
 
 def with_controls(cells, train, is_control):
-    """Test cells with control cells: if they have hardly any (in the Norman splits none), with the
-    controls that are not in `train`, or else with all. is_control (N,) bool."""
+    """Test cells with control cells: their own, or, if they have hardly any (none in the Norman
+    splits), the controls that are not in `train`, or else all. is_control (N,) bool."""
     controls = np.flatnonzero(is_control)
     for chosen in (np.intersect1d(cells, controls), np.setdiff1d(controls, train), controls):
         if len(chosen) > 1:
@@ -425,6 +440,11 @@ def mean_of_others(effect, seen):
     bool; 0 where there are none."""
     own = np.where(seen[:, None], effect, 0)
     return (own.sum(0) - own) / np.maximum(seen.sum() - seen, 1)[:, None]
+
+
+def prediction(effect, seen):
+    """The Prediction of these effects (C, G); seen (C,): which conditions training has seen."""
+    return Prediction(effect, effect - mean_of_others(effect, seen))
 
 
 def t_against_others(arms, means):
@@ -451,15 +471,12 @@ def t_against_others(arms, means):
                      out=np.zeros_like(error), where=error > 0)
 
 
-def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
-    """On one scale, what predictions are compared with (`Said`) and by how many baselines.
+def effects_by_data(arms, observed, trained, enough):
+    """On one scale, what predictions are compared with, Said, and the baselines {row: Prediction}.
 
-    observed, trained    Means of the cells to compare with, and of the training cells
-    is_left_out (C, G)   genes that do not count for a condition's weights
-
-    Weights are from the training cells of conditions that have n_enough of them, else from the
-    compared cells. Returns Said, the baselines {name: (C, G)}, which conditions training has seen,
-    and which have weights from training cells, (C,) bool each.
+    observed, trained   Means of the cells to compare with, and of the training cells
+    enough (C,)         which conditions have training cells enough for their t; others have the t
+                        of the compared cells
     """
     S = arms.n_controls
     share, share_trained = arms.shares(observed.n), arms.shares(trained.n)
@@ -467,11 +484,11 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
     noise, noise_of_control = arms.compared(observed.variance, share**2)
     own = np.subtract(*arms.compared(trained.mean, share_trained))
     noise_trained, noise_trained_control = arms.compared(trained.variance, share_trained**2)
-    seen = arms.of_condition(share_trained)[:, 0] > 0
+    seen = arms.have_some(share_trained)
     others = mean_of_others(own, seen)
 
-    # From the mean of others: with the same control cells on both sides, the training cells' where
-    # there are some, so that their noise matters only as far as covariates differ.
+    # From the mean of others: both sides have the same control cells, those in training where there
+    # are some, so that the controls' noise matters only as far as covariates differ.
     has_control = trained.n[:S, None] > 0
     controls = np.where(has_control, trained.mean[:S], observed.mean[:S])
     noise_of_controls = np.where(has_control, trained.variance[:S], observed.variance[:S])
@@ -480,16 +497,13 @@ def effects_by_data(arms, observed, trained, is_left_out, n_enough=10):
         arms.of_condition(share_trained * which), seen)  # (C, S)
     n_others = np.maximum(seen.sum() - seen, 1)[:, None]
 
-    by_training = arms.of_condition(trained.n[S:]) >= n_enough
-    t = np.where(by_training[:, None], t_against_others(arms, trained),
-                 t_against_others(arms, observed))
-    said = Said(treated - control, noise + noise_of_control,
-                treated - arms.of_condition(share * controls[arms.control]) - others,
-                noise + mean_of_others(noise_trained, seen) / n_others
-                + differ**2 @ noise_of_controls,
-                response_weights(np.where(is_left_out, 0, t)))
-    return said, baseline_effects(own, noise_trained + noise_trained_control, seen, others,
-                                  arms.dosages), seen, by_training
+    said = Said(
+        treated - control, noise + noise_of_control,
+        treated - arms.of_condition(share * controls[arms.control]) - others,
+        noise + mean_of_others(noise_trained, seen) / n_others + differ**2 @ noise_of_controls,
+        np.where(enough[:, None], t_against_others(arms, trained),
+                 t_against_others(arms, observed)))
+    return said, baseline_effects(own, noise_trained + noise_trained_control, seen, arms.dosages)
 
 
 def shrunken(effect, variance, seen):
@@ -509,11 +523,11 @@ def shrunken(effect, variance, seen):
     return effect * np.divide(s, s + variance, out=np.zeros_like(s), where=s > 0)
 
 
-def baseline_effects(effect, variance, seen, others, dosages):
-    """Effects that need no model, from training cells on one scale: six baselines {name: (C, G)}.
+def baseline_effects(effect, variance, seen, dosages):
+    """Six predictions that need no model, from training cells, on one scale: {row: Prediction}.
 
-    effect, variance (C, G), of conditions that training has seen, (C,) bool; others (C, G), see
-    `mean_of_others`; dosages (C, P).
+    effect, variance (C, G) in the training cells; seen (C,): which conditions have some;
+    dosages (C, P).
 
         no_change       0: the prediction is the control
         perturbed_mean  the mean effect of the other training conditions
@@ -534,11 +548,15 @@ def baseline_effects(effect, variance, seen, others, dosages):
         return sum(np.where(part[:, None] >= 0, effect[part], 0) for part in parts.T)
 
     unknown = (n_parts - (parts >= 0).sum(1))[:, None]
-    of_parts, shrunk = additive(effect), shrunken(effect, variance, seen)
-    return {"no_change": np.zeros_like(effect), "perturbed_mean": others, "additive": of_parts,
-            "matching_mean": (of_parts + unknown * others) / n_parts[:, None],
-            "own_mean": np.where(seen[:, None], effect, of_parts),
-            "shrunken_mean": np.where(seen[:, None], shrunk, additive(shrunk))}
+    others, shrunk = mean_of_others(effect, seen), shrunken(effect, variance, seen)
+    of_parts = additive(effect)
+    matching = (of_parts + unknown * others) / n_parts[:, None]
+    return {"no_change": Prediction(0 * effect, 0 * effect),
+            "perturbed_mean": Prediction(others, 0 * effect),
+            "additive": prediction(of_parts, seen),
+            "matching_mean": Prediction(matching, matching - others),  # of which others are a part
+            "own_mean": prediction(np.where(seen[:, None], effect, of_parts), seen),
+            "shrunken_mean": prediction(np.where(seen[:, None], shrunk, additive(shrunk)), seen)}
 
 
 # ============================================================================================
@@ -552,11 +570,9 @@ OPTIONS = [  # name, default, what is allowed, what it is and where the default 
      "the paper (authors' code), else for the median of the data's cells"),
     ("--effects-from", None, ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1, and with a preset of the paper: all; else test)"),
-    ("--own-targets", None, bool, "also score the gene that a perturbation "
-     "targets (with a preset of the paper; else not)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
-DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS}
+DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS} | {"pathways": None}
 
 
 def open_run(folder, device=None, data_path=None):
@@ -569,15 +585,16 @@ def open_run(folder, device=None, data_path=None):
 
 
 def library_of(run):
-    """Total counts of simulated cells: by a preset of the paper as in the authors' code, else the
-    data's median, at which logarithms of model and data are alike."""
+    """Total counts of simulated cells: 10,000 with a preset of the paper, as in the authors' code,
+    else the data's median, at which logarithms of model and data are alike."""
     return int(np.median(run.screen.library)) if run.config["preset"] in OURS else 10_000
 
 
 def evaluate(run, pathways=None, **options):
     """Evaluate a run, write its metrics.json and tables, and return the metrics, a flat dict:
 
-        config, options     of the run, and of this evaluation (OPTIONS)
+        config, options     of the run, and of this evaluation (OPTIONS; own_targets: whether the
+                            gene that a perturbation targets counts, as with the paper's presets)
         step, masks_from    where best.pt was, and where masks began; last_step, done: how far
                             training has come, and whether it has ended
         iwelbo ... see `likelihood`; effects ... see `effects`; mask ... see `masks`; and, of
@@ -587,23 +604,19 @@ def evaluate(run, pathways=None, **options):
     """
     last = train.load_checkpoint(run.folder, "last.pt")["progress"]
     ours = run.config["preset"] in OURS
-    options = DEFAULTS | {"own_targets": not ours, "effects_from": "test" if ours else "all"} | {
-        name: value for name, value in options.items() if value is not None}
-    options["library"] = options["library"] or library_of(run)
+    options = DEFAULTS | {
+        "library": library_of(run), "effects_from": "test" if ours else "all",
+        "own_targets": not ours, "pathways": pathways} | {k: v for k, v in options.items() if v}
     known_pathways = data.read_pathways(pathways or run.config["data"])  # it may be wrong
     metrics = {"format": FORMAT, "checkpoints": checkpoints(run.folder), "config": run.config,
-               "fingerprint": run.fixed["fingerprint"], "options": options | {"pathways": pathways},
+               "fingerprint": run.fixed["fingerprint"], "options": options,
                "step": run.progress.step, "masks_from": run.progress.masks_from,
                "validation_loss": run.progress.best, "last_step": last["step"],
                "done": run.has_ended(train.Progress(**last))}
     torch.manual_seed(options["evaluation_seed"])
     truth = data.read_simulation(run.config["data"])
     metrics |= likelihood(run, options) | effects(run, options)
-    row = {name: t for t, name in enumerate(truth[0])} if truth else {}
-    names = run.model_screen.perturbations  # (SVAE+ knows labels, which the truth does not)
-    true_mask = truth[1][[row[t] for t in names]] if truth and row.keys() >= {*names} else None
-    metrics |= masks(run, known_pathways, true_mask)
-    metrics |= latents(run, truth, true_mask) if truth else {}
+    metrics |= masks(run, known_pathways, truth) | (latents(run, truth) if truth else {})
     metrics["warnings"] = warnings_of(metrics)
     metrics = json.loads(json.dumps(metrics), parse_constant=lambda nan: None)
     with data.replacing(os.path.join(run.folder, "metrics.json")) as path:
@@ -613,8 +626,18 @@ def evaluate(run, pathways=None, **options):
 
 def checkpoints(folder):
     """The hashes at the end of best.pt and last.pt, which tell whether metrics are still theirs."""
-    return {name: pathlib.Path(folder, name).read_bytes()[-64:].decode(errors="replace")
-            for name in ("best.pt", "last.pt")}
+    return [pathlib.Path(folder, name).read_bytes()[-64:].decode(errors="replace")
+            for name in ("best.pt", "last.pt")]
+
+
+def evaluated(folder, options):
+    """The metrics of metrics.json, if they are of these checkpoints and options; else None."""
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        metrics = json.loads(pathlib.Path(folder, "metrics.json").read_text())
+        if metrics["format"] == FORMAT and metrics["checkpoints"] == checkpoints(folder) and (
+                metrics["options"].items() >= options.items()):
+            return metrics
+    return None
 
 
 def write_csv(run, name, header, rows):
@@ -631,13 +654,13 @@ def likelihood(run, options):
     predictive one of each test cell.
 
     Its Monte Carlo error is the standard deviation of the mean over repeats, with some of the cells
-    (the delta method gave half of it). With --adapt, iwelbo_new is of test cells with perturbations
-    that the run has learned, and iwelbo_new_before before they are learned, under the prior (by
-    SVAE+ and the conditional VAE, which have none, they are taken for controls)."""
+    (the delta method gave half of it). With --adapt, iwelbo_new is of test cells with new
+    perturbations, and iwelbo_new_before is the same before these were learned, under their prior
+    (SVAE+ and the conditional VAE have no such prior: they take these cells for controls)."""
     test, n_particles = run.split["test"], options["iwelbo_particles"]
 
     def predictive(cells):
-        """The predictive IWELBO of each cell, and what belongs to the joint one."""
+        """The predictive IWELBO of each cell, the joint one, and its effective sample size."""
         values, *joint = iwelbo(run.model, run.batches.in_order(cells), n_particles)
         return values.double().cpu().numpy(), *joint
 
@@ -652,23 +675,32 @@ def likelihood(run, options):
                "iwelbo_joint_per_cell": joint / len(test),
                "iwelbo_joint_effective_sample_size": effective_sample_size}
     if run.config["adapt"]:
-        n_cells, n_known = run.model.n_cells, run.n_known
-        learned = n_known + np.flatnonzero(n_cells[n_known:].numpy(force=True) > 0)
-        is_new = np.isin(run.model_screen.d[test], learned).any(1)
-        metrics |= {"n_new_perturbations": len(learned), "n_new_cells": int(is_new.sum()),
-                    "new_conditions": sorted(set(run.screen.conditions[test[is_new]]))}
+        is_new = (run.model_screen.d[test] >= run.n_known).any(1)
+        n_cells, learned = run.model.n_cells, run.model.n_cells.clone()
         if is_new.any():
-            trained = n_cells.clone()
-            n_cells[n_known:] = 0
-            metrics |= {"iwelbo_new_before": predictive(test[is_new])[0].mean(),
-                        "iwelbo_new": values[is_new].mean()}
-            n_cells.copy_(trained)
+            n_cells[run.n_known:] = 0
+            metrics |= {"n_new_cells": int(is_new.sum()), "iwelbo_new": values[is_new].mean(),
+                        "iwelbo_new_before": predictive(test[is_new])[0].mean()}
+            n_cells.copy_(learned)
     return metrics
 
 
-def expected(*arguments, **options):
+@torch.no_grad()
+def basal_states(run, n, batches=()):
+    """Basal states (n, L): draws of the prior N(0, I) or, of batches of n control cells, a draw of
+    q(z_basal | x) for each cell."""
+    if not batches:
+        return sobol_normal(n, run.model.n_latent, run.device)
+    basal = []
+    for x, d, c in batches:
+        loc, var = run.model.encode(x, x.new_zeros(1, len(x), run.model.n_latent), d, c)
+        basal.append((loc + var.sqrt() * torch.randn_like(loc)).reshape(len(x), -1))
+    return torch.cat(basal)
+
+
+def expected(run, d, c, basal, library):
     """`expected_expression` by the names of SCALES, as arrays."""
-    y = expected_expression(*arguments, **options)
+    y = expected_expression(run.model, d, c, library=library, basal=basal)
     return {"log_normalised": y["log_normalised"].float().cpu().numpy(),
             "counts": y["per_10k"].float().cpu().numpy()}
 
@@ -682,90 +714,53 @@ def effects(run, options):
     or noise_limit. ["n_pairs"]: how many pairs have training cells, and of how many both parts have
     some alone. ["on_target"]: the sum of effects on counts over the n_targets genes that
     perturbations target, divided by the controls' sum: -0.6 for a fall by 60 %.
-    ["n_not_compared"]: conditions without controls of their covariates.
     """
-    screen, split, library = run.screen, run.split, options["library"]
-    arms, cells = Arms(run), np.arange(len(screen.d))
-    n_all = arms.n_cells(cells)
-    if options["effects_from"] == "test":
-        cells = with_controls(split["test"], split["train"], screen.conditions == "control")
-    observed, trained = (mean_expression(run.batches, some, arms)
-                         for some in (cells, split["train"]))
+    screen, split, arms = run.screen, run.split, Arms(run)
+    every, from_test = np.arange(len(screen.d)), options["effects_from"] == "test"
+    cells = with_controls(split["test"], split["train"],
+                          screen.conditions == "control") if from_test else every
     n_cells, n_trained, n_test = (arms.of_condition(arms.n_cells(some)[arms.n_controls:])
                                   for some in (cells, split["train"], split["test"]))
-
-    # By the model: where the data say nothing, the arms count by the cells of all the screen.
-    y = expected(run.model, arms.d, arms.c, options["ate_particles"], library)
-    share = arms.shares(observed["counts"].n)
-    known = arms.of_condition(share)[:, 0] > 0
-    share = np.where(known[arms.condition, None], share, arms.shares(np.maximum(n_all, 1)))
-
+    share, share_trained, share_of_all = (arms.shares(n) for n in (
+        arms.n_cells(cells), arms.n_cells(split["train"]), np.maximum(arms.n_cells(every), 1)))
+    known, seen, enough = arms.have_some(share), arms.have_some(share_trained), n_trained >= 10
     n_parts = (arms.dosages != data.NONE).sum(1)
     groups = {"all": known, "pairs": known & (n_parts == 2), "held_out": known & (n_trained == 0),
               "test": known & (n_test > 0)}
     is_target = own_targets(arms.dosages, screen.perturbations, screen.gene_names)
-    is_left_out = np.zeros_like(is_target) if options["own_targets"] else is_target
+    left_out = is_target & (not options["own_targets"])
+
+    observed, trained = (mean_expression(run.batches, some, arms)
+                         for some in (cells, split["train"]))
+    basal = basal_states(run, options["ate_particles"])
+    y = expected(run, arms.d, arms.c, basal, options["library"])
+    # Where the data say nothing, the model's arms count by the cells of all the screen.
+    share = np.where(known[arms.condition, None], share, share_of_all)
     rows, layers = [], {}
     for scale in SCALES:
-        said, baselines, seen, by_training = effects_by_data(
-            arms, observed[scale], trained[scale], is_left_out)
-        predictions = {"model": np.subtract(*arms.compared(y[scale], share)), **baselines}
+        said, baselines = effects_by_data(arms, observed[scale], trained[scale], enough)
+        treated, control = arms.compared(y[scale], share)
+        predictions = {"model": prediction(treated - control, seen), **baselines}
         rows += [{"scale": scale, **row} for row in scores(
-            groups, predictions, said, seen, by_training & (options["effects_from"] == "test"),
-            is_left_out, run.device)]
+            groups, predictions, said, enough & from_test, left_out, run.device)]
         layers |= {f"{name}_{scale}": values.astype(np.float32) for name, values in (
-            ("model", predictions["model"]),
-            ("data", np.where(known[:, None], said.effect, np.nan)),
+            ("model", treated - control), ("data", np.where(known[:, None], said.effect, np.nan)),
             ("data_se", np.where(known[:, None], np.sqrt(said.variance), np.nan)))}
-
     data.write_h5ad(os.path.join(run.folder, "effects.h5ad"), X=layers["model_log_normalised"],
                     obs={"condition": arms.names.astype(object), "n_cells": n_cells,
                          "n_training_cells": n_trained, "n_perturbations": n_parts},
                     var={"gene": screen.gene_names}, layers=layers,
-                    uns={"effects_from": options["effects_from"], "library": library})
-    treated, control = arms.compared(y["counts"], share)
-    write_top_genes(run, arms, np.log2(treated / control), layers, library)
-    on_target, (_, control) = is_target & known[:, None], arms.compared(
-        observed["counts"].mean, share)
-    before = float(control[on_target].sum())
+                    uns={"effects_from": options["effects_from"], "library": options["library"]})
+    # What follows is of counts, the last scale.
+    write_top_genes(run, arms.names, np.log2(treated / control), layers, options["library"])
+    on_target = is_target & known[:, None]
+    before = float(arms.compared(observed["counts"].mean, share)[1][on_target].sum())
     alone = arms.dosages[(n_parts == 1) & (n_trained > 0)].max(1)
     both_alone = np.isin(arms.dosages, [*alone, data.NONE]).all(1)
-    return {"effects": rows, "n_not_compared": int((~known & (n_cells > 0)).sum()),
-            "n_pairs": [int((groups["pairs"] & so).sum()) for so in (n_trained > 0, both_alone)],
-            "n_targets": int(on_target.sum()) if before else 0,
-            "on_target": {row: float(effect[on_target].sum()) / before for row, effect in (
-                ("data", said.effect), *predictions.items())} if before else {}}
-
-
-def scores(groups, predictions, said, seen, independent, is_left_out, device):
-    """Rows of metrics, dicts, of predictions {row: (C, G)} in groups of conditions {name: (C,)
-    bool}, without entries that is_left_out (C, G); seen: which conditions training has seen;
-    independent: whose weights no noise of the compared cells has chosen. Discrimination ranks all
-    conditions that can be compared, whatever their group."""
-    known, rows = groups["all"], []
-    said = Said(*(np.where(is_left_out, 0, v) for v in said))  # entries that do not count are zero
-    ranked, from_mean = {}, {}
-    for row, predicted in predictions.items():
-        if row in ("no_change", "perturbed_mean"):  # the same for all conditions
-            ranked[row], from_mean[row] = np.full((2, known.sum()), math.nan), 0 * predicted
-        else:
-            ranked[row] = discrimination_scores(predicted[known], said.effect[known],
-                                                is_left_out[known], device)
-            mean = predictions["perturbed_mean"] if row == "matching_mean" else mean_of_others(
-                predicted, seen)  # matching_mean takes its place where a part is not known
-            from_mean[row] = np.where(is_left_out, 0, predicted - mean)
-    for group, chosen in groups.items():
-        if not chosen.any():
-            continue
-        by_data = Said(*(v[chosen] for v in said))
-        for row, predicted in predictions.items():
-            first, second = ranked[row][:, chosen[known]].mean(1)
-            rows.append({"group": group, "row": row, **effect_metrics(
-                np.where(is_left_out, 0, predicted)[chosen], from_mean[row][chosen], by_data),
-                "discrimination": first, "discrimination_by_prediction": second})
-        rows.append({"group": group, "row": "noise_limit",
-                     **noise_limit(by_data, independent[chosen])})
-    return rows
+    return {"effects": rows, "n_targets": int(on_target.sum()) if before else 0,
+            "on_target": {row: float(effect[on_target].sum()) / before for row, (effect, *_) in (
+                {"data": said} | predictions).items()} if before else {},
+            "n_pairs": [int((groups["pairs"] & so).sum()) for so in (n_trained > 0, both_alone)]}
 
 
 def strongest(effect, n):
@@ -773,22 +768,22 @@ def strongest(effect, n):
     return [g for g in np.argsort(-np.abs(effect), kind="stable")[:n] if effect[g] != 0]
 
 
-def write_top_genes(run, arms, log2_fold_change, layers, library, n_top=20, n_particles=500):
-    """Write top_genes.csv: the n_top genes of largest effect on log-normalised expression, by the
-    model, of each condition, and of each latent dimension: the effect of moving the basal state by
-    +1, its standard deviation a priori, along this axis of the masks."""
+def write_top_genes(run, names, log2_fold_change, layers, library, n_top=20, n_particles=500):
+    """Write top_genes.csv: for each condition and each latent dimension the n_top genes whose
+    log-normalised expression changes most by the model. For a latent, the basal state moves by +1,
+    its standard deviation a priori, along this axis of the masks."""
     model, genes = run.model, run.screen.gene_names
     found = [("condition", *of_condition) for of_condition in zip(
-        arms.names, layers["model_log_normalised"], log2_fold_change,
+        names, layers["model_log_normalised"], log2_fold_change,
         layers["data_log_normalised"], layers["data_se_log_normalised"])]
     if model.has_effects:
         nothing = torch.full((1, 1), data.NONE, device=run.device)
         cells = np.resize(np.random.default_rng(0).permutation(len(run.screen.c)), n_particles)
         c = torch.from_numpy(run.screen.c[cells][None]).to(run.device)
-        basal, moved = sobol_normal(n_particles, model.n_latent, run.device), []
+        basal, moved = basal_states(run, n_particles), []
         for move in [0, *model.axes.T]:
             torch.manual_seed(0)  # the same noise for all
-            y = expected(model, nothing, c, library=library, basal=basal + move)
+            y = expected(run, nothing, c, basal + move, library)
             moved.append([y["log_normalised"][0], np.log2(y["counts"][0])])
         not_by_data = np.full(len(genes), "")
         found += [("latent", latent, *np.subtract(y, moved[0]), not_by_data, not_by_data)
@@ -814,11 +809,11 @@ def probability_and_offset(model):
     return model.mask_probability().numpy(force=True), (mask * effect).mean(0).numpy(force=True)
 
 
-def masks(run, pathways, true_mask=None):
-    """Metrics of masks, where a model has them: of perturbations with training cells the mean
-    probability, size and number of empty ones; `mask_recovery` where the screen is simulated;
-    `mask_pathway_accuracy` where there are pathways. Writes masks.csv: entries of probability above
-    0.01, the likeliest of a perturbation first, with their mean offset E[m e]."""
+def masks(run, pathways, truth=None):
+    """Metrics of masks, a dict, empty for a model without masks: over perturbations with training
+    cells the mean probability and size, and how many masks are empty; `mask_recovery` on a
+    simulated screen; `mask_pathway_accuracy` with pathways. Writes masks.csv: the entries of
+    probability above 0.01, the likeliest first, with their mean offset E[m e]."""
     model, names = run.model, run.model_screen.perturbations
     if not model.has_effects:
         return {}
@@ -835,8 +830,10 @@ def masks(run, pathways, true_mask=None):
                "n_empty_masks": int((~mask[trained].any(1)).sum()),
                "mask_mean_size": float(mask[trained].sum(1).mean()),
                "mask": [" ".join(map(str, np.flatnonzero(row))) for row in mask]}
-    if true_mask is not None:
-        metrics |= {f"mask_{name}": v for name, v in mask_recovery(true_mask, mask).items()}
+    true_mask = dict(zip(*truth[:2])) if truth else {}
+    if true_mask.keys() >= {*names}:  # (SVAE+ may have labels for pairs)
+        found = mask_recovery(np.stack([true_mask[name] for name in names]), mask)
+        metrics |= {f"mask_{name}": value for name, value in found.items()}
     pathway = pathway_of(names, pathways)
     known = pathway != ""
     if known.sum() >= 10:
@@ -847,34 +844,19 @@ def masks(run, pathways, true_mask=None):
     return metrics
 
 
-def latents(run, truth, true_mask):
+def latents(run, truth):
     """`latent_recovery` in the test cells of a simulated screen, of posterior means in the axes of
-    the masks: latent_* of z (as Lopez et al. have it), label_* of z by the label alone, E[z_pert],
-    which supplies most of that, and basal_* of z_basal.
-
-    target_*: `mask_recovery` by the matching of latent_mcc. A perturbation with training cells
-    touches the latents of mask probability above 0.5 or, where there are no masks, the two of
-    largest offset (as in Lopez et al.).
-    """
-    model, test, metrics = run.model, run.split["test"], {}
+    the masks: latent_* of z (as in Lopez et al.), and basal_* of z_basal."""
+    test = run.split["test"]
     names, mask, effect, z = truth
     z = z[run.screen.rows[test]].astype(float)
-    row = {name: t for t, name in enumerate(names)}
-    offsets = np.vstack([mask * effect, np.zeros(z.shape[1])])  # the last: no effect
-    place = np.array([row.get(name, -1) for name in run.screen.perturbations] + [-1])
-    z_basal = z - offsets[place[run.screen.d[test]]].sum(1)
+    offset = dict(zip(names, mask * effect))
+    offsets = np.stack([*map(offset.get, run.screen.perturbations), 0 * z[0]])  # NONE: the last
+    z_basal = z - offsets[run.screen.d[test]].sum(1)
     basal, total = (v.astype(float) for v in posterior_means(run, test))
-    for of, true, learned in (("latent", z, total), ("label", z, total - basal),
-                              ("basal", z_basal, basal)):
-        metrics |= {f"{of}_{name}": v for name, v in latent_recovery(true, learned).items()}
-    if true_mask is not None and model.has_effects:
-        probability, offset = probability_and_offset(model)
-        third = np.sort(np.pad(np.abs(offset), ((0, 0), (3, 0))), axis=1)[:, [-3]]
-        touches = probability > 0.5 if model.has_mask else np.abs(offset) > third
-        trained = model.n_cells.numpy(force=True) > 0
-        metrics |= {f"target_{name}": v for name, v in mask_recovery(
-            true_mask[trained], touches[trained], correlations(z, total)).items()}
-    return metrics
+    return {f"{of}_{name}": value for of, pair in (
+        ("latent", (z, total)), ("basal", (z_basal, basal)))
+        for name, value in latent_recovery(*pair).items()}
 
 
 @torch.no_grad()
@@ -894,32 +876,26 @@ def warnings_of(m):
     """Sentences on what a user should know before believing anything of metrics m: a list."""
     found = []
     if "mask" in m and not m["config"]["adapt"]:
-        steps = m["step"] - m["masks_from"]
-        if m["config"]["axes"] == "sparsest" and steps < 100:
-            found.append("masks have hardly been trained and are a first guess: the lowest "
-                         f"validation loss was {steps:,} steps after they began" + (
-                             ", and rose from there: training cells may be too few to say which "
-                             "latent dimensions a perturbation touches"
-                             if m["step"] < m["last_step"] else ", where training ended"))
-        elif m["config"]["axes"] == "learned" and m["mask_mean_probability"] > 0.45:
-            found.append(f"masks have hardly been trained: their mean probability is "
-                         f"{m['mask_mean_probability']:.3f}, where training starts at 0.5, so "
-                         "that effects mean little yet: more --steps, or a higher --lr")
+        n_steps, probability = m["step"] - m["masks_from"], m["mask_mean_probability"]
+        learned = m["config"]["axes"] == "learned"
+        if probability > 0.45 if learned else n_steps < 100:
+            found.append(f"masks have hardly been trained, in {n_steps:,} steps: their mean "
+                         f"probability is {probability:.3f}" + ", where training starts at 0.5"
+                         * learned + "; more cells or --steps may help")
         elif m["n_empty_masks"] > 0.5 * m["n_trained_perturbations"]:
             found.append(f"the masks of {m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} "
                          "perturbations are empty: they have no effect, too few cells for it, or "
                          "--alpha is too small")
-    # Baselines of cells that they are compared with are no rivals.
-    rivals = [row for row in BASELINES if m["options"]["effects_from"] == "test"
-              or row in ("no_change", "perturbed_mean")]
+    source = m["options"]["effects_from"]  # baselines of the cells compared with are no rivals
+    rivals = BASELINES if source == "test" else ("no_change", "perturbed_mean")
     for scale in SCALES:
-        limit, words = score(m, scale, "all", "noise_limit"), f"effects ({scale.replace('_', '-')})"
+        words = f"effects ({scale.replace('_', '-')})"
         r2, *of_rivals = (score(m, scale, "all", row).get("r_squared", math.nan)
                           for row in ("model", *rivals))
         better = [f"{BASELINES[row]} ({v:.3f})" for row, v in zip(rivals, of_rivals) if v >= r2]
-        if limit.get("pearson", 1) <= limit.get("pearson_se", 0):
-            found.append(f"{words} by the data in {m['options']['effects_from']} cells do not "
-                         "stand out of their noise: comparing with them says nothing")
+        if score(m, scale, "all", "noise_limit").get("pearson") == 0:
+            found.append(f"{words} by the data in {source} cells do not stand out of their noise: "
+                         "comparing with them says nothing")
         elif better:
             found.append(f"predicted {words} have an R2 of {r2:.3f} with the data's, no better "
                          f"than {', '.join(better)}, which need no model")
@@ -944,28 +920,26 @@ CAUTION = ("(ATE-Pearson and R2, the paper's, take the control as reference, and
            "conditions share flatters them: the columns before tell conditions apart)")
 OPTIONS_LINE = ("(IWELBO with {options[iwelbo_particles]:,} particles; effects with "
                 "{options[ate_particles]:,} particles, cells of {options[library]:,} counts)")
-LINES = {  # of one run: the metric that a line needs, not 0, and the line
+LINES = {  # of one run: the metric that a line needs, and the line
     "options": OPTIONS_LINE,
     "iwelbo": "test IWELBO, predictive: {iwelbo:.2f} per cell, standard error {iwelbo_se:.2f} over "
     "{n_test_cells:,} cells, {iwelbo_monte_carlo_error:.2f} by Monte Carlo\n"
     "test IWELBO, joint:      {iwelbo_joint_per_cell:.2f} per cell, effective sample size "
     "{iwelbo_joint_effective_sample_size:.2f}",
-    "iwelbo_new": "{n_new_cells:,} of them with the {n_new_perturbations:,} new perturbations: "
-    "predictive {iwelbo_new_before:.2f} before these were learned, {iwelbo_new:.2f} after",
+    "iwelbo_new": "{n_new_cells:,} of them with new perturbations: predictive "
+    "{iwelbo_new_before:.2f} before these were learned, {iwelbo_new:.2f} after",
     "mask": "masks: {mask_mean_size:.2f} latent dimensions per perturbation; {n_empty_masks:,} of "
     "{n_trained_perturbations:,} are empty",
+    "mask_f1": "true masks: precision {mask_precision:.3f}, recall {mask_recall:.3f}, "
+    "F1 {mask_f1:.3f}",
+    "latent_mcc": "latents z: MCC {latent_mcc:.3f}, R2 {latent_r_squared:.3f}",
+    "basal_mcc": "basal states: MCC {basal_mcc:.3f}, R2 {basal_r_squared:.3f}",
     "n_annotated": "mask pathway accuracy: {mask_pathway_accuracy:.3f}, sd over splits "
     "{mask_pathway_accuracy_sd:.3f} ({n_annotated:,} annotated; the commonest pathway for all: "
     "{mask_pathway_chance:.3f})",
-    "n_targets": "targeted genes ({n_targets:,}): counts change by {on_target[data]:+.0%} (data), "
-    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); left out "
-    "below unless --own-targets is on",
-    "n_not_compared": "{n_not_compared:,} conditions have no control cell with their covariates: "
-    "they are compared with nothing"}
-RECOVERED = {"mask": "true masks", "latent": "latents z", "label": "z by the label alone",
-             "basal": "basal states", "target": "true targets, matched by latents"}
-RECOVERY = {"precision": "precision", "recall": "recall", "f1": "F1",
-            "mcc": "MCC", "mcc_ranks": "of ranks", "r_squared": "R2"}
+    "on_target": "targeted genes ({n_targets:,}): counts change by {on_target[data]:+.0%} (data), "
+    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); counted below: "
+    "{options[own_targets]}"}
 
 
 def markdown(rows):
@@ -992,21 +966,11 @@ def in_columns(runs, scale, group, row):
             for column, title in COLUMNS.items()}
 
 
-class Undefined(float):
-    """NaN, which metrics.json has as null; in words it is -."""
-
-    def __format__(self, spec):
-        return "-"
-
-
 def table(m, scale="log_normalised"):
     """The metrics of one run as text: likelihood, masks, effects beside baselines, warnings."""
-    m = {name: Undefined("nan") if value is None else value for name, value in m.items()}
-    lines = [text.format(**m) for name, text in LINES.items() if m.get(name)]
-    for of, words in RECOVERED.items():
-        found = [f"{by} {m[f'{of}_{name}']:.3f}" for name, by in RECOVERY.items()
-                 if f"{of}_{name}" in m]
-        lines += [f"{words}: {', '.join(found)}"] * bool(found)
+    numbers = {name: math.nan if value is None else value for name, value in m.items()}
+    lines = [text.format(**numbers).replace("nan", "-") for name, text in LINES.items()
+             if m.get(name, {}) != {}]
     source = m["options"]["effects_from"]
     for group, words, without in (
             ("all", "conditions", "matching_mean"),
@@ -1015,24 +979,25 @@ def table(m, scale="log_normalised"):
                 *m["n_pairs"]), "")):
         of_model = score(m, scale, group, "model")
         if of_model:
-            rows = [{"predicted by": label} | in_columns([m], scale, group, row) for row, label in {
-                "model": f"**{m['config']['model']}**", **ROWS}.items() if row != without]
-            rows[-1]["ATE-Pearson"] += (
-                f" ± {in_words(score(m, scale, group, 'noise_limit')['pearson_se'])}")
+            rows = {"model": f"**{m['config']['model']}**", **ROWS}
             lines += [f"\neffects of {of_model['n_conditions']:,} {words}, "
-                      f"{scale.replace('_', '-')}, by the data in {source} cells\n", markdown(rows)]
+                      f"{scale.replace('_', '-')}, by the data in {source} cells\n",
+                      markdown([{"predicted by": label} | in_columns([m], scale, group, row)
+                                for row, label in rows.items() if row != without])]
     lines += ["", CAUTION]
     if source == "all":
         lines.append("(predictions may exceed the noise limit: they were trained on most cells)")
-    if m["config"]["adapt"]:
-        lines.append(f"(cells that {m['config']['adapt']} was trained on are no test of this run)")
     return "\n".join(lines + [f"\nwarning: {w}" for w in m["warnings"]])
 
 
-SEEDS = ("seed", "split_seed", "simulated_seed", "base_seed")  # a row is a mean over these
+SEEDS = ("seed", "split_seed", "simulated_seed")  # a row is a mean over these
 IN_COLUMNS = ("model", "axes", "correlated_basal", "correlated_effects", "train_combinations")
-NO_MATTER = ("data", "name", "preset", "adapt", "simulated", "log_every", "validate_every",
-             "precision", "stream")
+NO_MATTER = ("data", "name", "preset", "simulated", "log_every", "validate_every", "precision",
+             "stream")
+OF_MODELS = {"iwelbo_joint_per_cell": ("joint IWELBO", 2),
+             "mask_pathway_accuracy": ("mask pathway acc.", 3), "mask_f1": ("mask F1", 3),
+             "latent_mcc": ("MCC", 3), "basal_mcc": ("basal", 3),
+             "latent_r_squared": ("R2 of z", 3)}
 
 
 def model_and_guide(config):
@@ -1045,17 +1010,15 @@ def model_and_guide(config):
 
 
 def settings(m):
-    """What runs of one row of a table have in common, a dict: all options of training but the
-    seeds. (How a file was read is in its fingerprint, or does not change the numbers.)"""
+    """What the runs in one row of a table share, a dict: all options of training but the seeds.
+    (How a file was read is in its fingerprint, or does not change the numbers.)"""
     left_out = {*SEEDS, *NO_MATTER, *data.READING} - {"covariate", "split_column"}
     config = {k: v for k, v in m["config"].items() if k not in left_out}
-    for k, v in config.pop("base", {}).items():  # with --adapt: how the other run was trained
-        config |= {f"base {k}": v} if k not in {*left_out, "base"} else {}
     return config | ({} if m["done"] else {"stopped at step": m["last_step"]})
 
 
 def grouped(runs, key):
-    """Runs by what key(run) says of each, lists."""
+    """Lists of the runs that have the same key(run)."""
     groups = {}
     for m in runs:
         groups.setdefault(json.dumps(key(m), sort_keys=True), []).append(m)
@@ -1064,22 +1027,19 @@ def grouped(runs, key):
 
 def tables_of(runs):
     """Runs in lists, one for each table, in the order of Table 1: of one screen (simulated ones
-    differ by their seeds) and split, evaluated alike. Of runs that differ in nothing the first
-    stays, and a line names the others: the same seed twice would be a spread of zero."""
+    differ by their seeds) and split, evaluated alike."""
     def of_table(m):
         """What a table has in common."""
         config = m["config"]
         screen = [v for k, v in config.items() if k.startswith("simulated_") and k not in SEEDS]
         return screen if config["simulated"] else m["fingerprint"], config["split"], m["options"]
 
-    repeats = grouped(runs, lambda m: (
-        of_table(m), settings(m), [m["config"].get(k) for k in SEEDS]))
-    for first, *others in repeats:
-        for m in others:
-            print(f"{m['folder']} is {first['folder']} once more: it is left out of the tables")
-    different = [first for first, *_ in repeats]
-    return grouped(sorted(different, key=lambda m: (list(MODELS).index(m["config"]["model"]), [
-        m["config"][k] for k in (*IN_COLUMNS[1:], "split_seed", "seed")])), of_table)
+    def place(m):
+        """What the rows of a table are sorted by."""
+        return [list(MODELS).index(m["config"]["model"]), *(
+            m["config"][k] for k in (*IN_COLUMNS[1:], "split_seed", "seed"))]
+
+    return grouped(sorted(runs, key=place), of_table)
 
 
 def of_reference(m):
@@ -1088,16 +1048,15 @@ def of_reference(m):
         "sams-vae", "corr. z_basal and E")
 
 
-def iwelbo_of_cells(runs, conditions=None):
-    """{(screen, seed of the split, number and name of a test cell): predictive IWELBO, a mean over
-    runs} of the runs' iwelbo.csv; of all conditions or of some."""
+def iwelbo_of_cells(runs):
+    """Predictive IWELBO of each test cell, a mean over the runs' iwelbo.csv: {(screen, seed of the
+    split, number and name of the cell): nats}."""
     values = {}
     for m in runs:
         with open(os.path.join(m["folder"], "iwelbo.csv"), encoding="utf-8") as file:
             for i, row in enumerate(csv.DictReader(file)):
-                if conditions is None or row["condition"] in conditions:
-                    cell = m["fingerprint"], m["config"]["split_seed"], i, row["cell"]
-                    values.setdefault(cell, []).append(float(row["iwelbo"]))
+                cell = m["fingerprint"], m["config"]["split_seed"], i, row["cell"]
+                values.setdefault(cell, []).append(float(row["iwelbo"]))
     return {cell: np.mean(of_cell) for cell, of_cell in values.items()}
 
 
@@ -1119,15 +1078,28 @@ def iwelbo_difference(runs, others):
 
 
 def one_of_each_split(members):
-    """Baselines depend on data and split, not on the model: one run of each split."""
+    """One run of each split: baselines depend on data and split, not on the model."""
     return [same[0] for same in grouped(members, lambda m: [
         m["config"].get(k) for k in ("train_combinations", "split_seed", "simulated_seed")])]
 
 
-OF_MODELS = {"iwelbo_joint_per_cell": ("joint IWELBO", 2),
-             "mask_pathway_accuracy": ("mask pathway acc.", 3), "mask_f1": ("mask F1", 3),
-             "latent_mcc": ("MCC", 3), "label_mcc": ("by label", 3), "basal_mcc": ("basal", 3),
-             "latent_r_squared": ("R2 of z", 3), "target_f1": ("target F1", 3)}
+def row_of_runs(same, reference, differing, scale, group):
+    """A row of `table_of_runs`: runs of the same settings."""
+    own, (model, guide) = settings(same[0]), model_and_guide(same[0]["config"])
+    difference, *errors = iwelbo_difference(same, reference)
+    one_screen = len({m["fingerprint"] for m in same}) == 1
+    agreement, chance = mask_agreement([m["mask"] for m in same if "mask" in m and one_screen])
+    return {"model": model, "guide": guide,
+            "settings": ", ".join(f"{k} {own[k]}" for k in differing if k in own),
+            "f": f"{own['train_combinations']:g}" * (group == "test"), "runs": str(len(same)),
+            "test IWELBO": in_words([m["iwelbo"] for m in same], 2),
+            "difference": "reference" if same is reference else
+            f"{difference:+.2f} ({', '.join(in_words(v, 2) for v in errors)})",
+            **{title: in_words([m.get(name) for m in same], digits)
+               for name, (title, digits) in OF_MODELS.items()},
+            "masks agree": "-" if math.isnan(agreement) else
+            f"{agreement:.3f} (chance {chance:.3f})",
+            **in_columns(same, scale, group, "model")}
 
 
 def table_of_runs(runs, scale="log_normalised"):
@@ -1139,64 +1111,23 @@ def table_of_runs(runs, scale="log_normalised"):
     """
     tables = []
     for members in tables_of(runs):
-        config, rows_of, rows = members[0]["config"], grouped(members, settings), []
+        config, rows_of = members[0]["config"], grouped(members, settings)
         norman = config["split"] != "random"
-        group, fractions = "test" if norman else "all", {
-            m["config"]["train_combinations"] for m in members}
+        group, source = "test" if norman else "all", members[0]["options"]["effects_from"]
         differing = [k for k in settings(members[0]) | {"stopped at step": 0} if k not in IN_COLUMNS
                      and len(grouped(members, lambda m: settings(m).get(k))) > 1]
         reference = ([same for same in rows_of if norman and of_reference(same[0])] or [max(
             rows_of, key=lambda same: np.mean([m["iwelbo"] or -math.inf for m in same]))])[0]
-        for same in rows_of:
-            own, (model, guide) = settings(same[0]), model_and_guide(same[0]["config"])
-            difference, *errors = iwelbo_difference(same, reference)
-            one_screen = len({m["fingerprint"] for m in same}) == 1
-            agreement, chance = mask_agreement([
-                m["mask"] for m in same if "mask" in m and one_screen])
-            rows.append({
-                "model": model, "guide": guide,
-                "settings": ", ".join(f"{k} {own[k]}" for k in differing if k in own),
-                "f": f"{own['train_combinations']:g}" * norman, "runs": str(len(same)),
-                "test IWELBO": in_words([m["iwelbo"] for m in same], 2),
-                "difference": "reference" * (len(rows_of) > 1) if same is reference else
-                f"{difference:+.2f} ({', '.join(in_words(v, 2) for v in errors)})",
-                **{title: in_words([m.get(name) for m in same], digits)
-                   for name, (title, digits) in OF_MODELS.items()},
-                "masks agree": "-" if math.isnan(agreement) else
-                f"{agreement:.3f} (chance {chance:.3f})",
-                **in_columns(same, scale, group, "model")})
-        for row, label in ROWS.items():
-            for f in sorted(fractions) if norman or row != "matching_mean" else ():
-                of_f = one_of_each_split([
-                    m for m in members if m["config"]["train_combinations"] == f])
-                rows.append({"model": label, "f": f"{f:g}" * norman}
-                            | in_columns(of_f, scale, group, row))
+        rows = [row_of_runs(same, reference, differing, scale, group) for same in rows_of]
+        fractions = grouped(members, lambda m: m["config"]["train_combinations"])
+        for (row, label), of_f in itertools.product(ROWS.items(), fractions):
+            if norman or row != "matching_mean":
+                rows.append({"model": label, "f": f"{of_f[0]['config']['train_combinations']:g}"
+                             * norman} | in_columns(one_of_each_split(of_f), scale, group, row))
         tables.append(f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
-                      f"{group} conditions, {scale.replace('_', '-')}, by the data in "
-                      f"{members[0]['options']['effects_from']} cells\n"
-                      f"{OPTIONS_LINE.format(**members[0])}\n\n{markdown(rows)}")
+                      f"{group} conditions, {scale.replace('_', '-')}, by the data in {source} "
+                      f"cells\n{OPTIONS_LINE.format(**members[0])}\n\n{markdown(rows)}")
     return "\n\n".join([*tables, CAUTION])
-
-
-def table_of_adapted(runs):
-    """Markdown of runs that adapt others: predictive IWELBO of test cells with new perturbations,
-    before, after, and by a run among these of the same model, guide and seed that was trained on
-    all of the same file. Empty without runs that adapt others."""
-    rows = []
-    for m in (m for m in runs if m.get("iwelbo_new") is not None):
-        config = m["config"] | {"adapt": None}
-        cells, by, mean = iwelbo_of_cells([m], m["new_conditions"]), "-", math.nan
-        for other in (other for other in runs if not other["config"]["adapt"]):
-            values = iwelbo_of_cells([other], m["new_conditions"])
-            if by == "-" and values.keys() == cells.keys() and (
-                    other["config"]["seed"] == config["seed"]
-                    and model_and_guide(other["config"]) == model_and_guide(config)):
-                by, mean = other["folder"], np.mean([*values.values()])
-        rows.append({"adapted": m["folder"], "cells": f"{m['n_new_cells']:,}",
-                     "before": in_words(m["iwelbo_new_before"], 2),
-                     "after": in_words(m["iwelbo_new"], 2),
-                     "trained on all": in_words(mean, 2), "by": by})
-    return markdown(rows) if rows else ""
 
 
 # ============================================================================================
@@ -1208,18 +1139,16 @@ def dosages_of(run, conditions):
     """Dosages (C, P), for the run's model, of conditions such as "B+A" or "control", each once; and
     how the screen spells them, "A+B". Raises DataError for names that the screen does not have."""
     screen, index = run.screen, {name: t for t, name in enumerate(run.model_screen.perturbations)}
-    names_known, rows = {*screen.perturbations, *index}, {}
+    known, rows = {name.upper(): name for name in sorted({*screen.perturbations, *index})}, {}
     for condition in conditions:
-        names = [condition] if condition in names_known else sorted(
+        names = [condition] if condition in known.values() else sorted(
             {name.strip() for name in condition.split(screen.joiner)} - {"control"})
-        for name in names:
-            if name not in names_known:
-                known = {n.upper(): n for n in sorted(names_known)}
-                near = difflib.get_close_matches(name.upper(), known, 5, 0.5) or list(known)[:5]
-                raise DataError(
-                    f"{run.folder}: no perturbation is called {name!r}; of {len(known):,}, these "
-                    f"come near: {', '.join(known[n] for n in near)} (the control is called "
-                    f"control, a combination A{screen.joiner}B)")
+        for name in {*names} - {*known.values()}:
+            near = difflib.get_close_matches(name.upper(), known, 5, 0.5) or list(known)[:5]
+            raise DataError(
+                f"{run.folder}: no perturbation is called {name!r}; of {len(known):,}, these come "
+                f"near: {', '.join(known[n] for n in near)} (the control is called control, a "
+                f"combination A{screen.joiner}B)")
         spelled = screen.joiner.join(names) or "control"
         if not run.model.adds_effects:  # it has one label per cell
             names = {spelled} & index.keys()
@@ -1241,7 +1170,6 @@ def controls_of_file(run, path):
     return screen
 
 
-@torch.no_grad()
 def population(run, condition, n, seed, other=None):
     """n cells to receive a condition: basal states (n, L), covariates (n, columns), and library
     sizes (n,). The same for the same arguments.
@@ -1251,18 +1179,15 @@ def population(run, condition, n, seed, other=None):
     `controls_of_file`) all are from its cells, and basal states from q(z_basal | x).
     """
     torch.manual_seed(seed)
-    model, screen = run.model, other or run.screen
+    screen = other or run.screen
     parts = [t for t, name in enumerate(screen.perturbations)
              if name in condition.split(screen.joiner)]
     every = np.ones(len(screen.d), bool)
     chosen = every if other else next(cells for cells in (
         screen.conditions == condition, np.isin(screen.d, parts).any(1), every) if cells.any())
     cells = np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(chosen)), n)
-    basal = [] if other else [sobol_normal(n, model.n_latent, run.device)]
-    for x, d, c in data.Batches(other, run.device).in_order(cells) if other else ():
-        loc, var = model.encode(x, x.new_zeros(1, len(x), model.n_latent), d, c)
-        basal.append((loc + var.sqrt() * torch.randn_like(loc)).reshape(len(x), -1))
-    return torch.cat(basal), torch.from_numpy(screen.c[cells]).to(run.device), screen.library[cells]
+    basal = basal_states(run, n, data.Batches(other, run.device).in_order(cells) if other else ())
+    return basal, torch.from_numpy(screen.c[cells]).to(run.device), screen.library[cells]
 
 
 @torch.no_grad()
@@ -1292,7 +1217,7 @@ def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
         basal, c, libraries = population(run, name, ate_particles, seed, other)
         depth = library or (int(np.median(libraries)) if other else library_of(run))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
-        y = expected(run.model, arms, c.expand(2, -1, -1), library=depth, basal=basal)
+        y = expected(run, arms, c.expand(2, -1, -1), basal, depth)
         of_one = {f"expected_{scale}": treated for scale, (_, treated) in y.items()}
         of_one |= {f"effect_{scale}": treated - control for scale, (control, treated) in y.items()}
         low, high = interval_of_effect(run.model, d, basal[:1000], c[:1000])
@@ -1324,29 +1249,28 @@ def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
 
 
 def known_of(run, d, condition, c):
-    """What is known of a condition with dosages d (P,), in words: training cells of it and of its
-    parts, masks that are empty, and whether covariates c (K, columns) were seen."""
+    """What training says of a condition with dosages d (P,) and its parts, in words; c
+    (K, columns) are the covariates that it is predicted for."""
     cells, model = run.taught_by["train"], run.model
     n, parts = int((run.screen.conditions[cells] == condition).sum()), d[d != data.NONE].tolist()
-    words = [f"{n:,} training cells" if n else "no training cells of its own"
-             + f" since {run.config['adapt']}" * bool(run.config["adapt"])]
-    if not parts and condition != "control":
-        words.append(f"no effect, since {run.config['model']} cannot add effects up")
+    words = [f"{n:,} training cells" if n else "no training cells of its own"]
+    never_seen = " WAS NEVER SEEN: ITS EFFECT IS " + (
+        "THE PRIOR'S" if model.has_effects and model.adds_effects else "ZERO")
+    if not parts and condition != "control":  # SVAE+ cannot add effects up
+        words.append(condition + never_seen)
     for t in parts:
         name, n_own = run.model_screen.perturbations[t], int(model.n_cells[t])
-        if not n and model.adds_effects:
-            words.append(f"{name} has {n_own:,}, alone and in combinations")
         if not n_own:
-            words.append(f"WHAT IS PREDICTED FOR {name} IS THE PRIOR'S, NOT THE DATA'S"
-                         if model.has_effects and model.adds_effects else
-                         f"{name} HAS NO EFFECT IN THE MODEL")
-        elif model.has_mask and model.mask_probability()[t].max() <= 0.5:
+            words.append(name + never_seen)
+            continue
+        if not n:
+            words.append(f"{name} has {n_own:,}, alone and in combinations")
+        if model.has_mask and model.mask_probability()[t].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect")
         received = cells[(run.model_screen.d[cells] == t).any(1)]
         seen = (c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)).all(2).any(1)
         if len(received) and not seen.all():
-            words.append(f"{1 - seen.mean():.0%} of the cells that it is predicted for have "
-                         f"covariates that no training cell of {name} has: EXTRAPOLATED")
+            words.append(f"{1 - seen.mean():.0%} of its cells have covariates unseen with {name}")
     return "; ".join(words)
 
 
@@ -1359,7 +1283,7 @@ def effects_of_data(run, conditions):
     share = arms.shares(means.n)
     found = np.stack([np.subtract(*arms.compared(means.mean, share)),
                       np.sqrt(np.add(*arms.compared(means.variance, share**2)))], axis=1)
-    known = arms.of_condition(share)[:, 0] > 0
+    known = arms.have_some(share)
     return dict(zip(arms.names[known], found[known]))
 
 
@@ -1422,39 +1346,29 @@ def write_latents(run):
 # ============================================================================================
 
 
-def pyplot():
-    """matplotlib.pyplot, drawing into files. Raises DataError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise DataError("--figures needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
 @contextlib.contextmanager
-def panels(path, title, n, size, **options):
+def panels(path, title, n, size):
     """A figure and its n panels, side by side, to draw on; then a PNG file, whole or not at all."""
-    figure, axes = pyplot().subplots(1, n, figsize=size, layout="constrained", squeeze=False,
-                                     **options)
-    yield figure, axes[0]
+    from matplotlib.figure import Figure
+
+    figure = Figure(size, layout="constrained")
+    yield figure, figure.subplots(1, n)
     figure.suptitle(title)
     with data.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    pyplot().close(figure)
+        figure.savefig(temporary, format="png", dpi=150)
 
 
-def heat_map(axis, values, limit, title, x_names=(), y_names=(), **labels):
-    """Values (rows, columns) from -limit, blue, or from 0, white, to limit. Returns the image."""
-    axis.set(title=title, **labels)
-    axis.set_xticks(range(len(x_names)), x_names, fontsize=6, rotation=90)
-    axis.set_yticks(range(len(y_names)), y_names, fontsize=7)
-    signed = values.min() < 0
-    return axis.imshow(values, aspect="auto", cmap="RdBu_r" if signed else "Greys",
-                       vmin=-limit if signed else 0, vmax=limit, interpolation="nearest")
+def heat_map(figure, axis, values, limit, title, **names):
+    """Values (y, x), blue to red from -limit to limit; y and x name rows and columns where there is
+    room for names."""
+    image = axis.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit,
+                        interpolation="nearest")
+    figure.colorbar(image, ax=axis, shrink=0.5)
+    axis.set_title(title)
+    for side, of_side in names.items():
+        ticks = range(len(of_side)) if len(of_side) <= 60 else []
+        axis.set(**{f"{side}ticks": ticks, f"{side}ticklabels": [of_side[i] for i in ticks]})
+        axis.tick_params(side, labelsize=6, rotation=90 * (side == "x"))
 
 
 def in_order_of_angle(matrix):
@@ -1467,19 +1381,17 @@ def in_order_of_angle(matrix):
 def figure_of_training(folder, step):
     """Loss, KL terms and masks over the steps of log.jsonl; a line at the step of best.pt."""
     log, path = train.read_log(folder), os.path.join(folder, "training.png")
-    with panels(path, os.path.basename(folder), 4, (14, 3), sharex=True) as (_, axes):
-        for axis, unit, names in zip(axes, (
-                "nats per cell", "nats per cell", "mean probability", "latents of probability > 0.5"
-                ), (("loss", "validation_loss"), ("kl_basal", "kl_mask", "kl_effect"),
-                    ("mask_probability",), ("mask_size",))):
+    with panels(path, os.path.basename(folder), 3, (12, 3)) as (_, axes):
+        for axis, names in zip(axes, (("loss", "validation_loss"), (
+                "kl_basal", "kl_mask", "kl_effect"), ("mask_probability", "mask_size"))):
             for name in names:
                 lines = [line for line in log if name in line]
                 axis.plot([line["step"] for line in lines], [line[name] for line in lines],
-                          label=name.replace("_", " "), marker="." * (name == "validation_loss"))
-            axis.set(xlabel=f"step (line: the best, {step:,})", ylabel=unit)
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+                          label=name.replace("_", " "))
+            axis.set_xlabel(f"step (line: the best, {step:,})")
+            axis.legend(frameon=False)
             axis.axvline(step, color="0.6", linewidth=0.8)
-        losses = [line[k] for line in log for k in ("loss", "validation_loss") if k in line]
+        losses = [line["loss"] for line in log]
         if losses:  # the first ones would hide the others
             axes[0].set_ylim(min(losses) - 1, np.quantile(losses, 0.95) + 1)
         axes[1].set_yscale("symlog", linthresh=0.01)
@@ -1492,72 +1404,49 @@ def figure_of_masks(run, pathways=None):
     model, names = run.model, np.array(run.model_screen.perturbations)
     probability, offset = probability_and_offset(model)
     pathway = pathway_of(names, data.read_pathways(pathways or run.config["data"]))
-    pathway = pathway if any(pathway) else np.full(len(names), "all perturbations")
-    groups = sorted(set(pathway) - {""})
-    members = [np.flatnonzero(pathway == group) for group in groups]
-    rows = np.concatenate([m[in_order_of_angle(offset[m])] for m in members])
-    # Latents have no order of their own: each stands where the pathway stands that it matters most
-    # to, so that a mask that follows pathways shows as blocks along the diagonal. Those that no
-    # perturbation touches are left out.
-    strength = np.stack([np.abs(offset[m]).mean(0) for m in members])
-    latents = np.lexsort((-strength.max(0), strength.argmax(0)))
-    touched = (probability > 0.5).any(0)
-    latents = latents[touched[latents]] if touched.any() else latents
-
-    limit = max(1e-6, np.quantile(np.abs(offset), 0.99))
-    shown = [("mask probability", probability[:, latents], 1, latents)] * model.has_mask + [
-        ("mean offset E[m e]", offset[:, latents], limit, latents)]
-    if run.config["axes"] == "sparsest":
-        shown.append(("offset in the networks' axes", offset @ model.axes.numpy(force=True).T,
-                      limit, np.arange(model.n_latent)))
-    path, edges = os.path.join(run.folder, "masks.png"), np.cumsum([0, *map(len, members)])
-    title = f"{os.path.basename(run.folder)}: {len(rows):,} of {len(names):,} perturbations"
-    with panels(path, title, len(shown), (2 + 5 * len(shown), 9), sharey=True) as (figure, axes):
+    rows = in_order_of_angle(offset)
+    rows = rows[np.argsort(pathway[rows], kind="stable")]
+    # Latents have no order of their own. Each stands where its offsets stand, in the mean, so that
+    # masks that follow pathways show as blocks along the diagonal.
+    size = np.abs(offset[rows])
+    latents = np.argsort(np.arange(len(rows)) @ size / np.maximum(size.sum(0), 1e-30))
+    limit = max(1e-6, np.quantile(size, 0.99))
+    shown = [("mask probability", probability, 1, latents)] * model.has_mask + [
+        ("mean offset E[m e]", offset, limit, latents),
+        ("offset in the networks' axes", offset @ model.axes.numpy(force=True).T, limit,
+         np.arange(model.n_latent))]
+    path = os.path.join(run.folder, "masks.png")
+    with panels(path, os.path.basename(run.folder), len(shown), (5 * len(shown), 9)) as (
+            figure, axes):
         for axis, (title, values, limit, which) in zip(axes, shown):
-            image = heat_map(axis, values[rows], limit, title, which if len(which) <= 40 else (),
-                             xlabel=f"{len(which)} of {model.n_latent} latent dimensions")
-            figure.colorbar(image, ax=axis, shrink=0.5, extend="neither" if limit == 1 else "both")
-            for edge in edges[1:-1]:
-                axis.axhline(edge - 0.5, color="0.3", linewidth=0.5)
-        axes[0].set_yticks((edges[1:] + edges[:-1] - 1) / 2, [
-            f"{group[:28]} ({len(m)})" for group, m in zip(groups, members)])
-        if len(groups) == 1 and len(rows) <= 80:
-            axes[0].set_yticks(range(len(rows)), names[rows], fontsize=7)
+            heat_map(figure, axis, values[rows][:, which], limit, title, y=names[rows], x=which)
+            for group, start in zip(*np.unique(pathway[rows], return_index=True)):
+                axis.axhline(start - 0.5, color="0.3", linewidth=0.5)
+                axes[0].text(0, start, group, fontsize=7, va="top")
     return path
 
 
 def figure_of_effects(run, metrics):
-    """Figure 3: effects by the data and by the model, as heat maps and as a density of points. With
-    60 conditions or fewer the maps have names, and the 50 genes of largest effect by the data."""
+    """Figure 3: effects by the data and by the model, as heat maps of the 60 genes of largest
+    effect by the data, and of all genes as a density of points."""
     layers = data.read_layers(os.path.join(run.folder, "effects.h5ad"))
     kept = np.isfinite(layers["data_log_normalised"]).all(1)
     observed, predicted = (layers[f"{name}_log_normalised"][kept] for name in ("data", "model"))
-    if not kept.any():
-        raise DataError(f"{run.folder}: no condition has cells that effects could be taken from")
-    rows, columns = in_order_of_angle(observed), in_order_of_angle(observed.T)
-    names, size = {}, (14, 4.8)
-    if len(rows) <= 60:
-        columns = columns[np.isin(columns, np.argsort(-np.abs(observed).mean(0))[:50])]
-        size, names = (18, 12), {"x_names": run.screen.gene_names[columns],
-                                 "y_names": Arms(run).names[kept][rows]}
-    limit = max(1e-6, np.quantile(np.abs(observed[:, columns]), 0.99))
+    rows, genes = in_order_of_angle(observed), np.argsort(-np.abs(observed).mean(0))[:60]
+    genes = genes[in_order_of_angle(observed[:, genes].T)]
+    limit = max(1e-6, np.quantile(np.abs(observed[:, genes]), 0.99))
     path = os.path.join(run.folder, "effects.png")
-    title = (f"{os.path.basename(run.folder)}, data effects from "
-             f"{metrics['options']['effects_from']} cells, log-normalised")
-    with panels(path, title, 3, size, width_ratios=(1, 1, 0.8)) as (figure, axes):
+    title = (f"{os.path.basename(run.folder)}: log-normalised effects, data: "
+             f"{metrics['options']['effects_from']} cells")
+    with panels(path, title, 3, (18, 8)) as (figure, axes):
         for axis, values, by in zip(axes, (observed, predicted), ("data", "model")):
-            image = heat_map(axis, values[rows][:, columns], limit, f"effects by the {by}",
-                             xlabel=f"{len(columns):,} of {observed.shape[1]:,} genes",
-                             ylabel=f"{len(values):,} conditions", **names)
-        figure.colorbar(image, ax=axes[:2], shrink=0.6, extend="both",
-                        label="difference from control of log2(1 + counts per 10,000)")
-        hexagons = axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log",
-                                  mincnt=1, cmap="viridis")
-        figure.colorbar(hexagons, ax=axes[2], label="condition-gene pairs")
+            heat_map(figure, axis, values[rows][:, genes], limit, f"effects by the {by}",
+                     y=Arms(run).names[kept][rows], x=run.screen.gene_names[genes])
+        axes[2].hexbin(observed.ravel(), predicted.ravel(), gridsize=70, bins="log", mincnt=1)
         axes[2].axline((0, 0), slope=1, color="C3", linewidth=0.8)
-        axes[2].set(xlabel="effect by the data", ylabel="effect by the model",
+        axes[2].set(xlabel="effect by the data", ylabel="effect by the model", aspect="equal",
                     title=f"all genes: Pearson r = {pearson(predicted, observed):.3f}",
-                    aspect="equal", adjustable="datalim")
+                    adjustable="datalim")
     return path
 
 
@@ -1567,39 +1456,33 @@ def figures_of_combinations(runs, folder):
     One file for each table of the runs. Returns their paths.
     """
     paths = []
-    for members in (members for members in tables_of(runs)
-                    if members[0]["config"]["split"] != "random"):
-        config, reference = members[0]["config"], [m for m in members if of_reference(m)]
-        fractions = sorted({m["config"]["train_combinations"] for m in members})
-        found = [[], []]  # of each panel (name, f, value)
+    for members in tables_of(runs):
+        split, reference = members[0]["config"]["split"], [m for m in members if of_reference(m)]
+        if split == "random":
+            continue
+        found = {}, {}  # of each panel {(row, f): values}
         for m in members:
-            of_m = ", ".join(model_and_guide(m["config"])), m["config"]["train_combinations"]
-            found[0].append((*of_m, iwelbo_difference([m], reference)[0]))
-            found[1].append((*of_m, score(m, "log_normalised", "test", "model").get("pearson")))
+            place = ", ".join(model_and_guide(m["config"])), m["config"]["train_combinations"]
+            found[0].setdefault(place, []).append(iwelbo_difference([m], reference)[0])
+            found[1].setdefault(place, []).append(
+                score(m, "log_normalised", "test", "model").get("pearson"))
         for row, m in itertools.product(("perturbed_mean", "additive"), one_of_each_split(members)):
-            found[1].append((BASELINES[row], m["config"]["train_combinations"],
-                             score(m, "log_normalised", "test", row).get("pearson")))
-        paths.append(os.path.join(folder, config["split"] + f"-{len(paths) + 1}" * bool(paths)
-                                  + ".png"))
-        title = f"{config['split']}, {os.path.basename(config['data'])}"
-        with panels(paths[-1], title, 2, (12, 4)) as (figure, axes):
-            for axis, ylabel, values in zip(axes, (
-                    "test IWELBO relative to\nSAMS-VAE (correlated), f = 0",
+            place = BASELINES[row], m["config"]["train_combinations"]
+            found[1].setdefault(place, []).append(
+                score(m, "log_normalised", "test", row).get("pearson"))
+        paths.append(os.path.join(folder, split + f"-{len(paths) + 1}" * bool(paths) + ".png"))
+        with panels(paths[-1], split, 2, (12, 4)) as (figure, axes):
+            for axis, title, values in zip(axes, (
+                    "test IWELBO relative to SAMS-VAE (correlated), f = 0",
                     "ATE-Pearson, test conditions"), found):
-                names = list(dict.fromkeys(name for name, *_ in values))
-                for i, name in enumerate(names):
-                    of_f = [np.array([v for *of_m, v in values if of_m == [name, f]], float)
-                            for f in fractions]
-                    of_f = [v[np.isfinite(v)] for v in of_f]
-                    axis.bar(np.arange(len(fractions)) + 0.85 * ((i + 0.5) / len(names) - 0.5),
-                             [v.mean() if len(v) else math.nan for v in of_f], 0.8 / len(names),
-                             yerr=[v.std(ddof=1) if len(v) > 1 else math.nan for v in of_f],
-                             color=f"C{i}", capsize=2, label=name)
+                rows, fractions = (list(dict.fromkeys(v)) for v in zip(*values))
+                for i, row in enumerate(rows):
+                    bars = [np.array(values.get((row, f), [math.nan]), float) for f in fractions]
+                    axis.bar(np.arange(len(bars)) + 0.85 * ((i + 0.5) / len(rows) - 0.5),
+                             [v.mean() for v in bars], 0.8 / len(rows), capsize=2, label=row,
+                             yerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in bars])
                 axis.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
-                axis.set(xlabel="fraction f of training combinations", ylabel=ylabel)
-                axis.axhline(0, color="0.3", linewidth=0.8)
-            if not reference:
-                axes[0].set_title("needs the run of SAMS-VAE with f = 0 on the same split")
+                axis.set(xlabel="fraction f of training combinations", title=title)
             figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return paths
 
@@ -1609,12 +1492,12 @@ def figures_of_combinations(runs, folder):
 # ============================================================================================
 
 
-def main(arguments=None):
-    """Evaluate or use runs."""
+def parse_arguments(arguments=None):
+    """The arguments, and the options of an evaluation that they give, a dict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument("runs", metavar="runs/NAME", nargs="+")
+    parser.add_argument("runs", metavar="runs/NAME", nargs="+", type=os.path.normpath)
     add_options(parser, OPTIONS)
     parser.add_argument("--pathways", metavar="FILE.json", type=os.path.abspath,
                         default=argparse.SUPPRESS,
@@ -1632,79 +1515,50 @@ def main(arguments=None):
     parser.add_argument("--data", metavar="FILE.h5ad", help="the data, if they have moved; with "
                         "--predict also another file, for whose control cells to predict")
     args = parser.parse_args(arguments)
-    if args.sample and not args.predict:
-        parser.error("--sample N needs --predict CONDITION ..., the conditions to sample")
-    if args.figures and (args.predict or args.latents):
-        parser.error("--figures evaluates, --predict and --latents do not: use two commands")
-    if args.figures:
-        pyplot()
-    options = {k: v for k, v in vars(args).items() if k in DEFAULTS or k == "pathways"}
+    return args, {name: value for name, value in vars(args).items() if name in DEFAULTS}
 
-    folders, evaluations, failed = [folder.rstrip("/") for folder in args.runs], [], False
-    if len(folders) > 1:  # runs/* holds runs that have only begun, and figures
-        unfinished = [f for f in folders if not os.path.isfile(os.path.join(f, "best.pt"))]
-        print(*(f"{folder}: passed over, it has no best.pt" for folder in unfinished), sep="\n")
-        folders = [f for f in folders if f not in unfinished]
-    for folder in folders:
+
+def main(arguments=None):
+    """Evaluate or use runs."""
+    args, options = parse_arguments(arguments)
+    if args.figures and not importlib.util.find_spec("matplotlib"):
+        raise DataError("--figures needs matplotlib: pip install matplotlib")
+    found, failed = [], False
+    for folder in args.runs:
+        if len(args.runs) > 1 and not os.path.isfile(os.path.join(folder, "best.pt")):
+            print(f"{folder}: passed over, it has no best.pt")  # runs/* has figures, too
+            continue
         try:
             if args.predict or args.latents:
-                use_run(folder, args, options)
+                use_run(folder, args, DEFAULTS | options)
             else:
-                evaluations.append(evaluate_run(folder, args, options, len(folders) == 1))
+                found.append(evaluate_run(folder, args, options))
         except DataError as error:  # of several runs, the others go on
-            if len(folders) == 1:
+            if len(args.runs) == 1:
                 raise
             print(f"error: {folder}: {error}", file=sys.stderr)
             failed = True
-    if len(evaluations) > 1:
-        print(f"\n{table_of_runs(evaluations, args.scale)}")
-        adapted = table_of_adapted(evaluations)
-        if adapted:
-            print("\ntest cells with new perturbations, predictive IWELBO\n\n" + adapted)
-        warned = [m["folder"] for m in evaluations if m["warnings"]]
+    if len(found) > 1:
+        print(f"\n{table_of_runs(found, args.scale)}")
+        warned = [m["folder"] for m in found if m["warnings"]]
         if warned:
             print("\nwith warnings, which python evaluate.py runs/NAME shows: " + ", ".join(warned))
-    if evaluations and args.figures:
-        for path in figures_of_combinations(evaluations, os.path.dirname(folders[0]) or "."):
+    if args.figures and found:
+        for path in figures_of_combinations(found, os.path.dirname(found[0]["folder"]) or "."):
             print(f"written: {path}")
-    if failed or not folders:
+    if failed:
         sys.exit(2)
 
 
-def use_run(folder, args, options):
-    """--predict and --latents of one run."""
-    own_data = train.load_checkpoint(folder, "last.pt")["config"]["data"]
-    is_other = args.predict and args.data and os.path.exists(own_data) and (
-        os.path.realpath(args.data) != os.path.realpath(own_data))
-    run = open_run(folder, args.device, None if is_other else args.data)
-    other = controls_of_file(run, args.data) if is_other else None
-    if other:
-        print(f"of the {len(other.d):,} control cells of {args.data}:")
-    options = DEFAULTS | options
-    how = {"library": options["library"], "seed": options["evaluation_seed"], "other": other}
-    if args.predict:
-        print(f"{predict(run, args.predict, options['ate_particles'], **how)}\n\n"
-              f"written: {folder}/predictions.h5ad")
-    if args.predict and args.sample:
-        sample(run, args.predict, args.sample, **how)
-        print(f"written: {folder}/samples.h5ad")
-    if args.latents:
-        write_latents(run)
-        print(f"written: {folder}/latents.h5ad")
-
-
-def evaluate_run(folder, args, options, alone):
+def evaluate_run(folder, args, options):
     """Evaluate one run unless that was done before, and draw its figures. Returns its metrics."""
-    metrics = None if args.again else evaluated(folder, options)
-    run = None if metrics and not (args.figures or args.data) else open_run(
-        folder, args.device, args.data)
-    if metrics is None:
-        metrics = evaluate(run, **options)
-        print(f"\n{folder}\n{table(metrics, args.scale)}\n\nwritten: {folder}/metrics.json, "
-              "effects.h5ad, iwelbo.csv, top_genes.csv" + ", masks.csv" * run.model.has_effects)
-    elif alone:
-        print(f"\n{folder}, as evaluated before (--again evaluates anew)\n"
-              f"{table(metrics, args.scale)}")
+    stored = None if args.again else evaluated(folder, options)
+    run = open_run(folder, args.device, args.data) if (
+        not stored or args.figures or args.data) else None
+    metrics = stored or evaluate(run, **options)
+    if not stored or len(args.runs) == 1:
+        print(f"\n{folder}\n{table(metrics, args.scale)}\n\nmore in {folder}: metrics.json, "
+              "effects.h5ad, top_genes.csv")
     if args.figures:
         figures = [figure_of_training(folder, metrics["step"]), figure_of_effects(run, metrics)]
         if run.model.has_effects:
@@ -1713,15 +1567,25 @@ def evaluate_run(folder, args, options, alone):
     return metrics | {"folder": folder}
 
 
-def evaluated(folder, options):
-    """The metrics of metrics.json, if they are of these checkpoints and options; else None."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        metrics = json.loads(pathlib.Path(folder, "metrics.json").read_text())
-        if metrics["format"] == FORMAT and metrics["checkpoints"] == checkpoints(folder) and (
-                metrics["options"].items() >= options.items()) and os.path.exists(
-                os.path.join(folder, "iwelbo.csv")):
-            return metrics
-    return None
+def use_run(folder, args, options):
+    """--predict and --latents of one run."""
+    own_data, other = train.load_checkpoint(folder, "last.pt")["config"]["data"], None
+    is_other = args.predict and args.data and os.path.exists(own_data) and (
+        os.path.realpath(args.data) != os.path.realpath(own_data))
+    run = open_run(folder, args.device, None if is_other else args.data)
+    if is_other:
+        other = controls_of_file(run, args.data)
+        print(f"of the {len(other.d):,} control cells of {args.data}:")
+    how = {"library": options["library"], "seed": options["evaluation_seed"], "other": other}
+    if args.predict:
+        print(predict(run, args.predict, options["ate_particles"], **how))
+        print(f"\nwritten: {folder}/predictions.h5ad")
+    if args.predict and args.sample:
+        sample(run, args.predict, args.sample, **how)
+        print(f"written: {folder}/samples.h5ad")
+    if args.latents:
+        write_latents(run)
+        print(f"written: {folder}/latents.h5ad")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,9 @@ The paper's D_x is G and its D_z is L; f_theta is `decoder`, f_enc `encoder`, f_
 variational family q is called the guide here (2.3; no guide RNA is meant). U is T, or fewer where
 `draws_for` draws (m, e) for the cells' own perturbations only.
 
-In reading order: the likelihood (2.2); masks, Gaussians and networks of the guide (2.3); SAMS-VAE
-(2.1); masks in the sparsest axes (ours); CPA-VAE (2.4); the other models; perturbations that a
-trained model has not seen; the ELBO (A.1); the importance-weighted ELBO (3.1); treatment effects
-(3.2); and last, behind these, what makes them fast.
+In reading order: the likelihood (2.2); pieces of the guide (2.3); SAMS-VAE (2.1); masks in the
+sparsest axes (ours); CPA-VAE (2.4); other baselines (4); unseen perturbations (ours); the ELBO
+(A.1); the importance-weighted ELBO (3.1); treatment effects (3.2), and what makes them fast.
 """
 
 import math
@@ -85,15 +84,15 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype).clamp(-20, 20)
     theta = log_theta.double().exp().expand(x.shape[-1:])  # (G,)
     s = log_rho + (log_library - log_theta)  # (..., B, G): the largest arrays of a training step
-    # Sums over genes are in double precision, but for training, where that would take a fifth of
+    # Sums over genes are in double precision, except in training: there it would take a fifth of
     # this function's time.
     exact = s.dtype if torch.is_grad_enabled() else torch.float64
-    # The first line is the same for all particles. Differences in it are small if theta is large.
+    # The same for all particles. With a large theta it is a small difference of large numbers.
     first_line = (torch.lgamma(x + theta) - torch.lgamma(theta)
                   - torch.lgamma(x.to(exact) + 1)).sum(-1)  # (B,)
     # log sigmoid(-s) is -softplus(s). (And log sigmoid(s) is s - softplus(s), but that loses digits
-    # where theta is small.) Each term is summed before they are added: fewer large arrays. And no
-    # softplus @ theta, which would be in bfloat16 where matrix products are.
+    # where theta is small.) Each term is summed before the two are added: fewer large arrays. No
+    # softplus @ theta: where products are in bfloat16, it would be, too.
     second_line = ((x * F.logsigmoid(s)).sum(-1, dtype=exact)
                    - (F.softplus(s) * theta.to(s.dtype)).sum(-1, dtype=exact))
     return (first_line.to(exact) + second_line).to(s.dtype)
@@ -137,11 +136,10 @@ def kl_normal(loc, var, prior_var=1.0):
 class MLP(nn.Module):
     """Linear, LeakyReLU, further hidden layers with a residual connection, Linear.
 
-    The input is the concatenation of several parts, and is never concatenated: a linear map of
-    [a, b] is W_a a + W_b b, so each part is multiplied in its own shape, and the products are
-    broadcast. What all particles share, such as x (B, G) beside z_pert (K, B, L), costs one product
-    and not K. A part that holds integers is in index form, (..., P), and stands for the vector with
-    a one in each of these places: it selects columns of W, and sums them.
+    The input has several parts, which are never concatenated: a linear map of [a, b] is
+    W_a a + W_b b, so each part is multiplied in its own shape, and the products are broadcast. What
+    all particles share, such as x (B, G) beside z_pert (K, B, L), costs one product and not K. A
+    part of integers is in index form, (..., P): it selects columns of W, and sums them.
     """
 
     def __init__(self, part_sizes, n_hidden, n_layers, n_out):
@@ -163,8 +161,7 @@ class MLP(nn.Module):
         h = F.leaky_relu(h)
         for layer in self.residual:
             h = h + F.leaky_relu(layer(h))
-        # self.last(h), with the bias outside of the product: where products are in bfloat16, the
-        # output is in float32.
+        # self.last(h), but the output is in float32 even where products are in bfloat16.
         return F.linear(h, self.last.weight) + self.last.bias
 
 
@@ -214,8 +211,8 @@ class SAMSVAE(nn.Module):
     n_covariates       values that all covariates have together: c (B, C) holds positions in these,
                        or NONE. Encoder and decoder see them; effects do not depend on them
 
-    The models that follow are this one with other versions of a few of its methods. Callers tell
-    them apart by these flags, never by class.
+    The models below are this one with other versions of a few methods. Callers tell them apart by
+    these flags, never by class.
     """
 
     has_mask = True              # which latents a perturbation touches is learned
@@ -238,8 +235,7 @@ class SAMSVAE(nn.Module):
         self.register_buffer("axes", torch.eye(n_latent))  # R of eq. 1
         self.register_buffer("n_cells", torch.as_tensor(n_cells, dtype=torch.float32))
         self.register_buffer("x_mean", torch.as_tensor(x_mean, dtype=torch.float32))
-        # A gene that is constant in training, up to rounding, must not divide by zero.
-        x_std = torch.as_tensor(x_std, dtype=torch.float32)
+        x_std = torch.as_tensor(x_std, dtype=torch.float32)  # 0, but for rounding, if x is constant
         self.register_buffer("x_std", torch.where(x_std > 1e-6, x_std, 1.0))
 
         # p(x | z), 2.2: decoder f_theta and inverse dispersion. Then the guide, 2.3: q(m), q(e | m)
@@ -254,8 +250,8 @@ class SAMSVAE(nn.Module):
 
     @torch.no_grad()
     def start_from(self, log_frequency, log_theta):
-        """Let training start near these (G,). (Ours. Else rho starts from 1 / G and theta from 1;
-        where that is far off, latents explain at first what these two should.)"""
+        """Start training near these (G,). (Ours. Else rho starts from 1 / G and theta from 1; where
+        that is far off, latents explain at first what these two should.)"""
         self.decoder.last.bias.copy_(log_frequency)
         self.log_theta.copy_(log_theta)
 
@@ -267,7 +263,7 @@ class SAMSVAE(nn.Module):
         """Take it from loaded weights."""
         self.masks_of_one = state
 
-    # The masks m_t. The models below have other versions of these methods.
+    # The masks m_t.
 
     def init_mask(self, n_perturbations):
         """The guide's mask parameters, q(m_tl) = Bern(sigmoid(mask_logits_tl)): 1/2 at first."""
@@ -343,10 +339,10 @@ class SAMSVAE(nn.Module):
     def sample_globals(self, t, n_particles):
         """Draw (m_t, e_t) ~ q(m_t) q(e_t | m_t), eq. 4 and 5.
 
-        t (U,) perturbations; repeats are allowed, every place is a draw of its own.
+        t (U,) perturbations: one that stands there twice is drawn twice.
         Returns mask, effect (K, U, L) and kl_mask (U,), kl_effect (K, U): the KL to the prior,
-        summed over latents, in closed form given the sampled mask. For a perturbation that no
-        training cell received, q is the prior, which is its exact posterior: its KL is zero.
+        summed over latents, in closed form given the sampled mask. For a perturbation without
+        training cells q is the prior, its exact posterior, and the KL is zero.
         """
         mask, kl_mask = self.sample_mask(t, n_particles)
         loc, var = self.effect_posterior(mask, t)
@@ -411,9 +407,8 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     and q(m_tl | p_tl) = Bern(p_tl) is the generative one: it cancels in the KL, and what is left is
     KL(q(p_tl) || Beta(a, b)). Beta(1, 1) at the start.
 
-    With one p per entry nothing couples the entries: masks have the prior Bern(a / (a + b)), 1/3 by
-    default. What differs from Bern(alpha) is the objective: its KL is the masks' own plus how far
-    q(p | m) is from p(p | m), and the bound has that much slack.
+    With one p per entry, masks have the prior Bern(a / (a + b)), 1/3 by default. Only the objective
+    differs: its KL is the masks' own plus a slack, how far q(p | m) is from p(p | m).
     """
 
     def init_mask(self, n_perturbations):
@@ -455,18 +450,23 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 # ============================================================================================
 #
 # The prior N(0, I) of the basal state looks the same from every angle, and decoder and encoder can
-# undo any rotation R of the latent space: the sparsity of the masks alone says which axes are
-# right. Gradient descent on masks that start at 1/2 often does not find them: masks become sparse
-# around whatever axes the networks took in their first steps, and stay there, because every small
-# turn, on its way to sparser masks, needs denser ones first. So we look for the axes where that is
-# easy, between two parts of the training:
+# undo any rotation R of the latent space: only the sparsity of the masks says which axes are right.
+# Gradient descent on masks that start at 1/2 often does not find them: masks become sparse around
+# whatever axes the networks took in their first steps, and stay there, because every small turn
+# towards sparser masks needs denser ones first. So we look for the axes where that is easy, between
+# two parts of the training:
 #
 #   1. masks of one, q(m_tl = 1) = 1: the effects e_t are free to be dense, as in CPA-VAE (2.4)
-#   2. `begin_masks`: of these offsets the axes in which they are sparsest, and a mask of each entry
+#   2. `begin_masks`: the axes in which these effects are sparsest, and a first mask for each entry
 #   3. SAMS-VAE in these axes, with the paper's objective
 #
-# Nothing but eq. 1 has to know of R: networks, z_basal and its guide keep their coordinates (in
-# which a diagonal covariance is a good one: to turn the networks would break that).
+# Only eq. 1 has to know of R: networks, z_basal and its guide keep their coordinates, in which the
+# guide's diagonal covariance fits.
+#
+# In linear factor models minimising L1 over rotations recovers sparse loadings under sufficient
+# conditions, and there is a test for local factors (Freyaldenhoven, "Identification Through
+# Sparsity in Factor Models: the l1-rotation criterion"); for varimax, Rohe and Zeng have a
+# condition on kurtosis. We have neither condition nor test: the decoder bends the latent space.
 
 
 def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
@@ -474,12 +474,12 @@ def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
 
     offsets (T, L), a row for each perturbation. Why this sum, L1? R leaves the length of every row
     as it is, and of all rows of one length those with a single entry have the smallest sum. Near
-    zero |y| is rounded off, sqrt(y^2 + eps^2), with an eps that is small against effects (the unit
+    zero |y| is rounded off, sqrt(y^2 + eps^2), with an eps that is small beside effects (the unit
     is the standard deviation of the basal state).
 
-    R exp(S - S^T) is orthogonal for every matrix S, and to first order in S it is R + R (S - S^T).
-    Each step of Adam starts from S = 0 at the R of the last. There are local minima: the best of
-    n_starts random starts counts. The order and the signs of the axes mean nothing.
+    R exp(S - S^T) is orthogonal for every S, and to first order in S it is R + R (S - S^T). Each
+    step of Adam starts from S = 0 at the R of the last. There are local minima: the best of
+    n_starts random starts counts. Order and signs of the axes mean nothing.
     """
     n_latent = offsets.shape[1]
     R, _ = torch.linalg.qr(torch.randn(n_starts, n_latent, n_latent, device=offsets.device))
@@ -494,8 +494,7 @@ def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
         optimizer.step()
         R = R @ torch.matrix_exp(S - S.mT).detach()
         S.detach().zero_()
-    R, _ = torch.linalg.qr(R[size.argmin()])  # without what so many products have rounded
-    return R
+    return torch.linalg.qr(R[size.argmin()])[0]  # undoes the rounding of so many products
 
 
 def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
@@ -507,9 +506,9 @@ def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
     if it were 0, N(0, w). The log ratio of these two densities at y is added to the prior's. (It is
     the Savage-Dickey ratio, log p(e = 0) / q(e = 0).)
 
-    The latent space is learned, and bent: what should be zero comes out as some tenth of the
-    largest entry of e_t, with a far smaller w. So y has this error, too: the square of `misfit`
-    times the largest entry of loc is added to w.
+    The latent space is learned, and bent: an entry that should be zero comes out as some tenth of
+    the largest entry of e_t, with a far smaller w. So w also gets the square of `misfit` times the
+    largest entry of loc.
     """
     by_cells = (1 - var / beta).clamp(min=1e-3)  # a perturbation without cells has var = beta
     y, w = loc / by_cells, var / by_cells
@@ -521,8 +520,8 @@ def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
 def begin_masks(model):
     """Turn a model that was trained with masks of one to its sparsest axes, and begin its masks.
 
-    Returns, before and after, how many latents a perturbation touches: the effective number
-    (sum |e|)^2 / sum e^2, averaged. Perturbations without training cells say nothing about axes.
+    Returns, before and after, how many latents a perturbation with training cells touches: the mean
+    of the effective number (sum |e|)^2 / sum e^2.
     """
     t, trained = model.all_perturbations(), model.n_cells > 0
 
@@ -594,8 +593,8 @@ class SVAEPlus(SAMSVAE):
         return ((self.mask_b - 1) * F.softplus(log_odds) - math.log(self.mask_b)).sum(-1)
 
     def effect_posterior(self, mask, t):
-        """mu, and, where a variance is asked for (`begin_masks`), the one that mu had if z were
-        observed and the prior N(0, beta): (U, L) each."""
+        """mu and, for `begin_masks`, the variance that it would have if z were observed, under the
+        prior N(0, beta): (U, L) each."""
         loc = torch.where(self.trained(t), self.effect_loc.index_select(0, t), 0.0)
         return loc, 1 / (self.n_cells[t].unsqueeze(-1) + 1 / self.beta).expand_as(loc)
 
@@ -628,10 +627,6 @@ class ConditionalVAE(SAMSVAE):
     def init_mask(self, n_perturbations):
         """There are no masks."""
 
-    def mask_probability(self):
-        """0 for every perturbation and latent dimension, (T, L)."""
-        return self.n_cells.new_zeros(len(self.n_cells), self.n_latent)
-
     def init_effects(self, n_perturbations, effect_hidden, effect_layers):
         """There are no effects in latent space."""
 
@@ -639,10 +634,6 @@ class ConditionalVAE(SAMSVAE):
         """There are no global latent variables: a mask and an effect of zero, and no KL."""
         zero = self.n_cells.new_zeros(n_particles, len(t), self.n_latent)
         return zero, zero, zero.new_zeros(len(t)), zero.new_zeros(n_particles, len(t))
-
-    def log_global_ratio(self, mask, effect):
-        """Zero, (K, T): there are no global latent variables."""
-        return mask.new_zeros(mask.shape[:2], dtype=torch.float64)
 
     def seen_dosages(self, d):
         """d, without perturbations that no training cell received."""
@@ -658,10 +649,9 @@ MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, 
 # Unseen perturbations (after Lopez et al. 2023; not in the paper)
 # ============================================================================================
 #
-# What a trained model has learned of cells holds for perturbations that it has not seen, too: their
-# cells then have to say no more than which latents these touch, and how far they move them. New
+# What a trained model has learned of cells holds under perturbations that it has not seen, too. New
 # perturbations are new rows of the parameters of q(m) and q(e), or new columns of a network's first
-# layer, and these alone are learned; all else stays as it is.
+# layer: only these are learned.
 
 MASKS = ("mask_logits", "mask_log_a", "mask_log_b")  # (T, L) each, where a model has them
 EFFECTS = ("effect_loc", "effect_log_var")
@@ -677,9 +667,9 @@ def perturbation_dims(model):
 
 @torch.no_grad()
 def continue_from(model, base, known):
-    """Give a model the weights of a trained one of its class, `base`. Its perturbations at the
-    positions known (T',) become the model's first T'; the others keep their initial values. Masks
-    become certain: 1 where their probability is above 1/2, else 0."""
+    """Give a model the weights of a trained one of its class, `base`. The perturbations of base at
+    positions known (T',) become the model's first T', with certain masks: 1 where the probability
+    is above 1/2, else 0. The model's other perturbations keep their initial values."""
     dims, weights = perturbation_dims(model), base.state_dict()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if name not in dims:
@@ -714,10 +704,10 @@ def learn_others_only(model, n_known):
 def draws_for(d, n_perturbations, shared=False):
     """Which (m_t, e_t) to draw for cells of dosages d (B, P): t (U,), and d as positions in t.
 
-    A cell's term depends on the draw of its own perturbations alone: cells may share one draw of
+    A cell's term depends on the draws of its own perturbations alone: cells may share one draw of
     all T or have draws of their own, and the expectation is the same. We take whichever is fewer:
-    never more than B P. With `shared`, cells share the draws in any case, of those perturbations
-    that some cell has (a GPU has to wait for their number).
+    never more than B P. With `shared`, cells always share draws, but only of perturbations that
+    some cell has (a GPU has to wait for their number).
     """
     if n_perturbations <= d.numel():
         return torch.arange(n_perturbations, device=d.device), d
@@ -731,14 +721,13 @@ def draws_for(d, n_perturbations, shared=False):
 def elbo(model, x, d, c, n_particles=5):
     """Unbiased estimate, from a minibatch, of ELBO / N of the N training cells (eq. 3; A.1).
 
-    (Its gradient is not unbiased: that of the masks is the straight-through one.)
-    x (B, G) counts, no row all zero; d (B, P) dosages; c (B, C) covariates. With
-    KL_t = KL(q(m_t) q(e_t|m_t) || p),
+    (Its gradient is biased: masks have the straight-through one.) x (B, G) counts, no row all zero;
+    d (B, P) dosages; c (B, C) covariates. With KL_t = KL(q(m_t) q(e_t|m_t) || p),
 
         1/B sum_i [ log p(x_i | z_i) - KL(q(z_i^b) || p) - sum_{t in d_i} KL_t / n_t ].
 
-    Returns the estimate, a scalar, and a dict of its terms by name: detached scalars, per cell,
-    that stay on the device: log_likelihood - kl_basal - kl_mask - kl_effect.
+    Returns this, log_likelihood - kl_basal - kl_mask - kl_effect, and a dict of these four terms,
+    detached scalars that stay on the device.
     """
     t, drawn = draws_for(d, len(model.n_cells))  # (U,); (B, P), d as positions in t
     mask, effect, kl_mask, kl_effect = model.sample_globals(t, n_particles)  # (K, U, L), .. (K, U)
@@ -749,8 +738,8 @@ def elbo(model, x, d, c, n_particles=5):
     z = z_basal + z_pert  # (K, B, L)
 
     # Effect and mask of t are shared by every cell that received t: the full ELBO holds their KL
-    # once. A cell that received t pays 1/n_t of it: over an epoch the shares of all its cells sum
-    # to exactly one, however they fall into minibatches. Without training cells it is zero.
+    # once. Each of these n_t cells pays 1/n_t of it: over an epoch their shares sum to exactly one,
+    # however they fall into minibatches. Without training cells the KL is zero.
     n_t = model.n_cells[t]
     share = (n_t > 0) / n_t.clamp(min=1)  # (U,)
 
@@ -803,14 +792,12 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
     given the decoder, the dispersions and R, with M and E from their priors. With many cells few
     particles dominate it: see the effective sample size of its weights, (sum_k w_k)^2 /
     sum_k w_k^2, from 1 to K. Perturbations that no test cell has are left out of p/q: they are
-    independent of all else, and their mean p/q is 1.
+    independent of all else, and their mean p/q is 1. Without global latents (the conditional VAE)
+    joint is the sum over cells of predictive, and the effective sample size is NaN.
 
     The predictive one is a lower bound, tight as K grows, on log E_q(M,E)[p(x | M, E)]: the log
-    density of a new cell under the approximate posterior predictive. Its mean over cells is what
-    the authors' code computes where the paper reports test IWELBO.
-
-    Without global latents (the conditional VAE) there is no joint weight: joint is the sum over
-    cells of the predictive one, and the effective sample size is NaN.
+    density of a new cell under the approximate posterior predictive. The authors' code reports its
+    mean over cells as test IWELBO.
 
     batches yields x (B, G), d (B, P), c (B, C). Returns predictive (N,), joint (a float, the total)
     and effective_sample_size (a float). About `chunk` numbers per temporary array (default:
@@ -818,9 +805,6 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
     """
     chunk = chunk or chunk_on(model, 2**22)
     mask, effect = model.sample_many_globals(model.all_perturbations(), n_particles, chunk)
-    n_chunk = max(1, chunk // (model.widest * mask.shape[1]))
-    log_ratio = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
-        mask.split(n_chunk), effect.split(n_chunk))])  # (K, T)
     log_w_joint, in_test = 0.0, torch.zeros_like(model.n_cells, dtype=torch.bool)
     predictive = []
     for batch in batches:
@@ -836,6 +820,9 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
     predictive = torch.cat(predictive)
     if not model.has_effects:
         return predictive, predictive.double().sum().item(), math.nan
+    n_chunk = max(1, chunk // (model.widest * mask.shape[1]))
+    log_ratio = torch.cat([model.log_global_ratio(m, e) for m, e in zip(
+        mask.split(n_chunk), effect.split(n_chunk))])  # (K, T)
     log_w_joint = log_w_joint + log_ratio[:, in_test].sum(-1)
     joint = torch.logsumexp(log_w_joint, dim=0) - math.log(n_particles)  # eq. 6
     weight = torch.softmax(log_w_joint, dim=0)
@@ -849,8 +836,8 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
 
 @torch.no_grad()
 def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=None, basal=None):
-    """Mean expression of cells that receive each row of dosages, arms (C, P); their covariates are
-    the rows of c, (C, columns), or, each particle's own, (C, K, columns).
+    """Mean expression of cells that receive each row of dosages, arms (C, P), with covariates c
+    (C, columns) or, each particle's own, (C, K, columns).
 
     E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of three functions
     of the counts x of a cell with the given library size:
@@ -868,24 +855,28 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
     """
     chunk = chunk or chunk_on(model, 2**24)
     t, drawn = draws_for(arms, len(model.n_cells), shared=True)
-    if basal is None:
-        basal = sobol_normal(n_particles, model.n_latent, arms.device)
-    n_particles = len(basal)
-    if c.ndim == 2:
-        c = c[:, None].expand(-1, n_particles, -1)
-    counts = arms.new_zeros(len(arms), len(model.log_theta), dtype=torch.float64)
-    normalised = NormalisedMeans(model.log_theta, library, len(arms))
-    n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + counts.shape[1]))
+    basal = sobol_normal(n_particles, model.n_latent, arms.device) if basal is None else basal
+    n_particles, n_genes = len(basal), len(model.log_theta)
+    c = c if c.ndim == 3 else c[:, None].expand(-1, n_particles, -1)
+    theta = model.log_theta.clamp(-20, 20).exp()  # as in nb_log_likelihood
+    mean_h, noise = mean_log_of_poisson(library, arms.device), torch.Generator(arms.device)
+    sums = arms.new_zeros(len(arms), 5, n_genes, dtype=torch.float64)
+    n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + n_genes))
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_globals(t, len(k))  # (M, E) ~ q
         z_basal = basal[k].unsqueeze(1)  # (K, 1, L): the same for every arm
         z = z_basal + sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
-        normalised.next_particles(len(k))
+        gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
+        log_scale = gamma.log().add_(math.log(library))
+        seed, tenth = int(torch.randint(2**31, ())), -int(k[0]) % 10
         for arm in range(len(arms)):
             log_rho = model.log_rho(z[:, arm], arms[arm], c[arm, k])  # (K, G)
-            normalised.add(arm, log_rho)  # in place of averaging y of sampled counts
-            counts[arm] += log_rho.exp().sum(0, dtype=torch.float64)
-    return {"counts": library * counts / n_particles, **normalised.result()}
+            sums[arm] += sums_of_expression(log_rho, log_scale, library, mean_h, tenth,
+                                            noise.manual_seed(seed))  # the same in every arm
+    rho, per_10k, h, rest, not_empty = sums.unbind(1)
+    mean_log = h / n_particles + rest / math.ceil(n_particles / 10)
+    return {"counts": library * rho / n_particles, "per_10k": per_10k / not_empty,
+            "log_normalised": mean_log / (not_empty / n_particles)}
 
 
 def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chunk=None):
@@ -928,80 +919,54 @@ def sample_counts(model, log_rho, library):
 
 
 def chunk_on(model, chunk):
-    """As many numbers per temporary array on a CPU, whose caches are small; eight times as many on
-    a GPU, where launching a kernel costs more than computing with few numbers."""
+    """Numbers per temporary array: few on a CPU, whose caches are small; eight times as many on a
+    GPU, where to launch a kernel costs more than to compute with few numbers."""
     return chunk if model.n_cells.device.type == "cpu" else 8 * chunk
 
 
 def sobol_normal(n, n_latent, device):
-    """n draws of N(0, I), (n, L), from a scrambled Sobol sequence: together they lie more evenly
-    than independent ones, so that means over them are as unbiased, and usually less noisy."""
+    """n draws of N(0, I), (n, L), from a scrambled Sobol sequence: they lie more evenly than
+    independent ones, so that means over them are as unbiased, and usually less noisy."""
     seed = int(torch.randint(2**31, ()))
     u = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=seed).draw(
         n, dtype=torch.float64)
     return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)).float().to(device)  # ndtri: finite there
 
 
-class NormalisedMeans:
-    """Means over particles of 1e4 x / sum x and log2(1 + 1e4 x / sum x), sum x > 0, for C arms.
+def sums_of_expression(log_rho, log_scale, library, mean_h, tenth, noise):
+    """Sums over particles of five terms of `expected_expression`, (5, G), in double precision.
 
-    Sampled counts are a noisy and slow way to them. The counts are a Gamma-Poisson mixture:
-    x ~ Poisson(rate), rate = library rho gamma, gamma ~ Gamma(theta, theta). Given gamma and its
-    sum, x is multinomial. So the first mean is exact,
+    log_rho and log_scale, log(library gamma), (K, G); mean_h from `mean_log_of_poisson`; Poisson
+    draws from the generator `noise`, for every tenth particle from place `tenth` on.
+
+    Sampled counts are a slow and noisy way to means of 1e4 x / sum x and y = log2(1 + 1e4 x /
+    sum x) where sum x > 0. The counts are a Gamma-Poisson mixture: x ~ Poisson(rate), rate =
+    library rho gamma, gamma ~ Gamma(theta, theta). Given gamma and sum x, x is multinomial:
 
         E[1e4 x / sum x | gamma, sum x > 0] = 1e4 rate / (sum of the rates).
 
-    The second has no closed form. With h(x) = log2(1 + 1e4 x / library), which depends on the
-    gene's own count alone,
+    The mean of y has no closed form. With h = log2(1 + 1e4 x / library), a function of the gene's
+    own count alone, E[y] = E[h] + E[y - h]. Given gamma, E[h] depends on the rate alone: a table.
+    The rest, y - h, is small, since sum x is near the library: counts of every tenth particle
+    suffice. Both are zero for a cell without counts, of probability exp(-sum of the rates): to
+    divide by the mean probability of not being empty leaves such cells out.
 
-        E[y] = E[h] + E[y - h].
-
-    Given gamma, E[h] is a function of the rate alone: a table (`mean_log_of_poisson`). What is
-    left, y - h, is small, since sum x is near the library: sampled counts of every tenth particle
-    suffice. Both are zero for a cell without counts, which has probability exp(-sum of the rates),
-    so that dividing by one minus its mean leaves such cells out.
-
-    The arms share gamma, and start their Poisson draws from the same random numbers. (The variance
-    of a log-normalised effect was 1.4 to 89 times smaller than by as many cells sampled for each
-    arm; the gain is least where a cell's counts are on few genes, and y - h is not small.)
+    All arms get the same gamma, and the same noise for Poisson draws. (The variance of a
+    log-normalised effect was 1.4 to 89 times smaller than by as many cells sampled for each arm;
+    least where a cell's counts are on few genes, and y - h is not small.)
     """
-
-    def __init__(self, log_theta, library, n_arms):
-        self.theta = log_theta.detach().clamp(-20, 20).exp()  # as in nb_log_likelihood
-        self.library, self.mean_h = library, mean_log_of_poisson(library, log_theta.device)
-        shape = (n_arms, len(log_theta))
-        self.per_10k, self.h, self.rest = log_theta.new_zeros(3, *shape, dtype=torch.float64)
-        self.not_empty = log_theta.new_zeros(n_arms, 1, dtype=torch.float64)
-        self.n_particles = 0
-        self.poisson_noise = torch.Generator(log_theta.device)
-
-    def next_particles(self, n):
-        """Draw the noise that the arms will share in the next n particles."""
-        gamma = torch.distributions.Gamma(self.theta, self.theta).sample((n,))  # (K, G)
-        self.log_gamma = gamma.log().add_(math.log(self.library))
-        self.first = -self.n_particles % 10  # so that it is particles 0, 10, 20, ... of all
-        self.n_particles += n
-        self.seed = int(torch.randint(2**31, ()))
-
-    def add(self, arm, log_rho):
-        """These particles of an arm, log_rho (K, G)."""
-        log_rate = log_rho + self.log_gamma
-        rate = log_rate.exp()
-        total = rate.sum(-1)
-        not_empty = -torch.expm1(-total)  # its probability
-        self.not_empty[arm] += not_empty.sum()
-        self.per_10k[arm] += (1e4 * not_empty / total.clamp(min=1e-30)) @ rate
-        self.h[arm] += self.mean_h(log_rate).sum(0, dtype=torch.float64)
-        x = torch.poisson(rate[self.first::10],
-                          self.poisson_noise.manual_seed(self.seed))  # the same in every arm
-        y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
-        self.rest[arm] += (y - torch.log2(1 + 1e4 / self.library * x)).sum(0, dtype=torch.float64)
-
-    def result(self):
-        """A dict of two (C, G) tensors, in double precision."""
-        mean_log = self.h / self.n_particles + self.rest / math.ceil(self.n_particles / 10)
-        return {"per_10k": self.per_10k / self.not_empty,
-                "log_normalised": mean_log / (self.not_empty / self.n_particles)}
+    log_rate = log_rho + log_scale
+    rate = log_rate.exp()
+    total = rate.sum(-1)
+    not_empty = -torch.expm1(-total)  # its probability
+    per_10k = (1e4 * not_empty / total.clamp(min=1e-30)) @ rate
+    x = torch.poisson(rate[tenth::10], noise)
+    y = torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1))
+    h = torch.log2(1 + 1e4 / library * x)
+    return torch.stack([log_rho.exp().sum(0, dtype=torch.float64), per_10k.double(),
+                        mean_h(log_rate).sum(0, dtype=torch.float64),
+                        (y - h).sum(0, dtype=torch.float64),
+                        not_empty.sum().double().expand_as(per_10k)])
 
 
 def mean_log_of_poisson(library, device, n_nodes=4096, largest=1e7):

@@ -12,7 +12,6 @@ import copy
 import csv
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import math
@@ -22,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import types
@@ -41,7 +39,7 @@ from sams_vae import (CPAVAE, EFFECTS, MASKS, MLP, NONE, SAMSVAE, BetaBernoulliS
                       ConditionalVAE, SVAEPlus, average_treatment_effects, begin_masks,
                       continue_from, elbo, expected_expression, iwelbo, kl_bernoulli, kl_normal,
                       learn_others_only, mask_log_odds, mean_log_of_poisson, nb_log_likelihood,
-                      per_dosage, perturbation_dims, sample_counts, sample_frequencies,
+                      perturbation_dims, sample_counts, sample_frequencies,
                       sparsest_axes, straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
@@ -90,6 +88,11 @@ def no_covariates(n):
     return torch.zeros(n, 0, dtype=torch.int64)
 
 
+def multi_hot(d, n):
+    """Dosages (..., P) of n perturbations as ones and zeros, (..., n)."""
+    return (d.unsqueeze(-1) == torch.arange(n)).any(-2).float()
+
+
 def assert_close_to_mean(samples, expected, sigmas=4.5):
     """The mean of independent samples (n, ...) lies within so many standard errors."""
     samples = torch.as_tensor(samples, dtype=torch.float64)
@@ -103,17 +106,27 @@ def assert_close_to_mean(samples, expected, sigmas=4.5):
 # ============================================================================================
 
 
-def test_nb_log_likelihood_equals_torch_distributions():
-    x = torch.tensor([0.0, 1, 2, 7, 50, 3000])[:, None, None]
-    log_mean = torch.tensor([-9.0, -1, 0, 2, 7])[:, None]
-    for log_theta in (-6.0, -1.0, 0.0, 3.0, 8.0):
-        log_theta = torch.tensor([log_theta])
-        ours = nb_log_likelihood(x.double(), log_mean.double(), log_theta.double())
-        trusted = torch.distributions.NegativeBinomial(
-            log_theta.double().exp(), logits=log_mean.double() - log_theta).log_prob(x.double())
-        torch.testing.assert_close(ours, trusted[..., 0], rtol=1e-9, atol=1e-9)
-        in_float = nb_log_likelihood(x, log_mean, log_theta)
-        torch.testing.assert_close(in_float.double(), ours, rtol=1e-5, atol=2e-3)
+@pytest.mark.parametrize("shape, particles, n_cells", [  # of log_theta; before (B, G); rows of x
+    ((), (), 1), ((1,), (2,), 3), ((4,), (6, 2), 3), ((4,), (), 1)])
+@pytest.mark.parametrize("theta", [1e-6, 1e-3, 1.0, 1e4, 1e8])
+@pytest.mark.parametrize("n_counts", [1, 1000, 1_000_000])
+def test_nb_log_likelihood_has_the_value_and_gradients_of_torch_distributions(
+        n_counts, theta, shape, particles, n_cells):
+    torch.manual_seed(0)
+    p = torch.tensor([1e-5, 0.1, 0.3, 0.6], dtype=torch.float64)
+    x = torch.distributions.Multinomial(n_counts, p).sample((n_cells,))
+    noise = torch.randn(*particles, 3, 4, dtype=torch.float64)
+    log_rho = (p.log() + noise).requires_grad_()
+    log_theta = (math.log(theta) + 0.1 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    library = x.sum(-1, keepdim=True).log()
+    ours = nb_log_likelihood(x.long(), log_rho, log_theta, library)
+    trusted = torch.distributions.NegativeBinomial(
+        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x).sum(-1)
+    digits = 1e-9 if theta < 1e5 else 1e-7
+    torch.testing.assert_close(ours, trusted, rtol=digits, atol=10 * digits)
+    weights = torch.randn_like(ours)  # every cell has its own gradient
+    torch.testing.assert_close(*(torch.autograd.grad((weights * value).sum(), (log_rho, log_theta))
+                                 for value in (ours, trusted)), rtol=1e-5, atol=1e-3)
 
 
 def test_nb_probabilities_sum_to_one_and_have_the_stated_mean_and_variance():
@@ -126,17 +139,10 @@ def test_nb_probabilities_sum_to_one_and_have_the_stated_mean_and_variance():
         assert abs((p * (x[:, 0] - mean) ** 2).sum() - (mean + mean**2 / theta)) < 1e-6
 
 
-def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
-    x, mean = torch.tensor([[0.0, 3, 17, 120]]), torch.tensor([0.01, 4.0, 15.0, 100.0])
-    ours = nb_log_likelihood(x, mean.log(), torch.full((4,), math.log(1e7)))
-    poisson = torch.distributions.Poisson(mean.double()).log_prob(x.double()).sum()
-    assert abs(ours.item() - poisson.item()) < 2e-3
-
-
 @pytest.mark.parametrize("n_cells, n_genes, n_counts, log_thetas, within, in_training", [
-    (8, 2000, 10_000, (-2, 2, 8, 15, 20), 0.005, None),
-    (8, 2000, 100_000, (-2, 2, 8, 15, 20), 0.03, None),
-    (8, 2000, 1_000_000, (-2, 2, 8, 15, 20), 0.2, None),
+    (8, 2000, 10_000, (-2, 2, 8, 15, 20), 0.005, 0.1),
+    (8, 2000, 100_000, (-2, 2, 8, 15, 20), 0.03, 0.5),
+    (8, 2000, 1_000_000, (-2, 2, 8, 15, 20), 0.2, 3),
     (200, 10, 100_000, (math.log(1e-6), -7, math.log(0.1)), 1e-4, 0.05)])
 def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(
         n_cells, n_genes, n_counts, log_thetas, within, in_training):
@@ -145,30 +151,27 @@ def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(
     x = torch.poisson(n_counts * logits.softmax(-1))
     log_rho = (logits + 0.05 * torch.randn(3, n_cells, n_genes)).log_softmax(-1)
     library = x.sum(-1, keepdim=True).log()
-    for log_theta in map(torch.tensor, map(float, log_thetas)):
-        exact = nb_log_likelihood(x, *(v.double() for v in (log_rho, log_theta, library)))
+    for log_theta in log_thetas:
+        found = []
+        for kind in (torch.float32, torch.float64):
+            rho = log_rho.to(kind, copy=True).requires_grad_()
+            theta = torch.full((n_genes,), log_theta, dtype=kind).requires_grad_()
+            value = nb_log_likelihood(x, rho, theta, library.to(kind))
+            found.append([value, *torch.autograd.grad(value.sum(), (rho, theta))])
+        (single, *gradients), (exact, *exact_gradients) = found
         with torch.no_grad():  # as in evaluation
-            assert (nb_log_likelihood(x, log_rho, log_theta, library) - exact).abs().max() < within
-        if in_training:  # where sums are in single precision
-            found = nb_log_likelihood(x, log_rho, log_theta, library)
-            assert (found - exact).abs().max() < in_training
+            in_evaluation = nb_log_likelihood(x, log_rho, torch.tensor(float(log_theta)), library)
+            assert (in_evaluation - exact).abs().max() < within
+        assert (single - exact).abs().max() < in_training  # sums are in single precision there
+        for ours, trusted in zip(gradients, exact_gradients):
+            torch.testing.assert_close(ours.double(), trusted, rtol=1e-3, atol=3e-6 * n_counts)
 
 
-@pytest.mark.parametrize("counts", [[0, 0, 1], [0, 0, 1_000_000], [1, 0, 999_999]])
-@pytest.mark.parametrize("theta", [1e-6, 1e-3, 1.0, 1e4, 1e8])
-def test_nb_of_one_count_and_of_a_million_has_the_value_and_gradients_of_torch_distributions(
-        counts, theta):
-    x = torch.tensor([counts], dtype=torch.float64)
-    log_rho = torch.tensor([[-9.0, -2.0, -0.2]], dtype=torch.float64).requires_grad_()
-    log_theta = torch.tensor(theta, dtype=torch.float64).log().expand(3).clone().requires_grad_()
-    library = x.sum(-1, keepdim=True).log()
-    ours = nb_log_likelihood(x, log_rho, log_theta, library).sum()
-    trusted = torch.distributions.NegativeBinomial(
-        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x).sum()
-    torch.testing.assert_close(ours, trusted, rtol=1e-7, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(ours, (log_rho, log_theta)),
-                               torch.autograd.grad(trusted, (log_rho, log_theta)),
-                               rtol=1e-5, atol=1e-3)
+def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
+    x, mean = torch.tensor([[0.0, 3, 17, 120]]), torch.tensor([0.01, 4.0, 15.0, 100.0])
+    ours = nb_log_likelihood(x, mean.log(), torch.full((4,), math.log(1e7)))
+    poisson = torch.distributions.Poisson(mean.double()).log_prob(x.double()).sum()
+    assert abs(ours.item() - poisson.item()) < 2e-3
 
 
 def test_nb_is_finite_with_finite_gradients_for_every_theta():
@@ -177,39 +180,6 @@ def test_nb_is_finite_with_finite_gradients_for_every_theta():
     value = nb_log_likelihood(torch.tensor([[0.0, 1, 2, 3, 10, 2000]]), log_mean, log_theta)
     gradients = torch.autograd.grad(value.sum(), [log_mean, log_theta])
     assert value.isfinite() and all(g.isfinite().all() for g in gradients)
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (4,)])
-@pytest.mark.parametrize("particles", [(), (2,), (6, 2)])
-@pytest.mark.parametrize("n_cells", [1, 3])
-def test_nb_gradients_are_right_for_one_dispersion_or_one_per_gene_and_any_number_of_particles(
-        shape, particles, n_cells):
-    torch.manual_seed(0)
-    x = torch.poisson(torch.full((n_cells, 4), 3.0))  # one row of counts may serve three of log_rho
-    library = torch.randn(n_cells, 1, dtype=torch.float64)
-    log_rho = torch.randn(*particles, 3, 4, dtype=torch.float64, requires_grad=True)
-    log_theta = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(*particles, 3, dtype=torch.float64)  # every cell has its own gradient
-    ours = nb_log_likelihood(x.long(), log_rho, log_theta, library)
-    trusted = torch.distributions.NegativeBinomial(
-        log_theta.exp(), logits=log_rho + library - log_theta).log_prob(x.double()).sum(-1)
-    torch.testing.assert_close(ours, trusted)
-    torch.testing.assert_close(
-        torch.autograd.grad((weights * ours).sum(), (log_rho, log_theta)),
-        torch.autograd.grad((weights * trusted).sum(), (log_rho, log_theta)), rtol=1e-5, atol=1e-5)
-
-
-def test_nb_in_single_precision_has_the_gradients_of_double_precision():
-    torch.manual_seed(0)
-    x = torch.tensor([[0.0, 1, 7, 60, 3000]])
-    for log_theta in (-3.0, 0.0, 2.0, 6.0, 12.0, 18.0):
-        gradients = []
-        for dtype in (torch.float32, torch.float64):
-            log_mean = torch.tensor([-5.0, 0.5, 2, 4, 8], dtype=dtype, requires_grad=True)
-            log_dispersion = torch.full((5,), log_theta, dtype=dtype, requires_grad=True)
-            nb_log_likelihood(x, log_mean, log_dispersion).sum().backward()
-            gradients.append([log_mean.grad.double(), log_dispersion.grad.double()])
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=2e-3)
 
 
 # ============================================================================================
@@ -248,34 +218,30 @@ def test_kl_terms_equal_torch_distributions():
     torch.testing.assert_close(kl_normal(loc, var, beta), torch.distributions.kl_divergence(q, p))
 
 
+@pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE])
 @pytest.mark.parametrize("effects", [False, True])
-def test_kl_of_mask_and_effect_equals_monte_carlo_under_the_joint_guide(effects):
-    model, t, n = small_model(effects=effects, beta=1.7), torch.tensor([0, 2, 2]), 20_000
+def test_kl_of_mask_and_effect_is_the_mean_of_their_log_ratio_under_the_joint_guide(kind, effects):
+    model, t = small_model(kind, effects=effects, beta=1.7), torch.arange(3)
     with torch.no_grad():
-        mask, effect, kl_mask, kl_effect = model.sample_globals(t, n)
-        if effects:
-            loc, log_var = model.f_emb(mask, t[:, None]).chunk(2, -1)
-            var = log_var.exp() + 1e-4
-        else:
-            loc, var = model.effect_loc[t], model.effect_log_var[t].exp()
-        normal, bernoulli = torch.distributions.Normal, torch.distributions.Bernoulli
-        log_q = bernoulli(logits=model.mask_logits[t]).log_prob(mask) + normal(
-            loc, var.sqrt()).log_prob(effect)
-        log_p = bernoulli(model.alpha).log_prob(mask) + normal(0, 1.7**0.5).log_prob(effect)
-    assert_close_to_mean((log_q - log_p).sum(-1), (kl_mask + kl_effect.mean(0)).double(), 6)
+        mask, effect, kl_mask, kl_effect = model.sample_globals(t, 20_000)
+        log_q_over_p = -model.log_global_ratio(mask, effect)
+    assert_close_to_mean(log_q_over_p, (kl_mask + kl_effect.mean(0)).double(), 6)
+
+
+def of_concatenation(net, *inputs):
+    """What a network (`MLP`) makes of the concatenation of its inputs."""
+    h = F.leaky_relu(net.first(torch.cat(inputs, dim=-1)))
+    for layer in net.residual:
+        h = h + F.leaky_relu(layer(h))
+    return net.last(h)
 
 
 def test_a_network_of_parts_equals_the_network_of_their_concatenation():
     torch.manual_seed(0)
     net, x, z = MLP([4, 3, 5], 7, 3, 2), torch.randn(6, 4), torch.randn(2, 6, 3)
     d = torch.tensor([[0, NONE], [4, 0], [NONE, NONE], [2, 1], [1, NONE], [NONE, 3]])
-    multi_hot = torch.zeros(6, 5)
-    multi_hot[[0, 1, 1, 3, 3, 4, 5], [0, 4, 0, 2, 1, 1, 3]] = 1
-    h = net.first(torch.cat([x.expand(2, 6, 4), z, multi_hot.expand(2, 6, 5)], dim=-1))
-    h = torch.nn.functional.leaky_relu(h)
-    for layer in net.residual:
-        h = h + torch.nn.functional.leaky_relu(layer(h))
-    torch.testing.assert_close(net(x, z, d), net.last(h))
+    expected = of_concatenation(net, x.expand(2, 6, 4), z, multi_hot(d, 5).expand(2, 6, 5))
+    torch.testing.assert_close(net(x, z, d), expected)
     torch.testing.assert_close(net(x, z, d[:, :0]), net(x, z, torch.full_like(d, NONE)))
 
 
@@ -284,27 +250,19 @@ def test_a_network_of_parts_equals_the_network_of_their_concatenation():
 # ============================================================================================
 
 
-def test_two_perturbations_add_and_the_control_adds_nothing():
-    torch.manual_seed(0)
-    mask, effect = (torch.rand(4, 3, 5) > 0.5).float(), torch.randn(4, 3, 5)
-    z = sum_effects(mask, effect, torch.tensor([[0, NONE], [2, NONE], [0, 2], [NONE, NONE]]),
-                    torch.eye(5))
-    torch.testing.assert_close(z[:, 0], mask[:, 0] * effect[:, 0])
-    torch.testing.assert_close(z[:, 2], z[:, 0] + z[:, 1])
-    assert (z[:, 3] == 0).all()
-    dosage = torch.tensor([1.0, 0, 1])  # eq. 1 as it is printed
-    torch.testing.assert_close(z[:, 2], torch.einsum("t,ktl->kl", dosage, effect * mask))
-
-
-def test_axes_that_are_the_identity_change_no_bit_of_eq_1():
+def test_eq_1_adds_perturbations_turned_by_the_axes_and_nothing_for_the_control():
     torch.manual_seed(0)
     mask, effect = (torch.rand(4, 3, 50) > 0.5).float(), torch.randn(4, 3, 50)
     d = torch.tensor([[0, NONE], [2, 1], [0, 2], [NONE, NONE]])
-    offset = (per_dosage(effect, d) * per_dosage(mask, d)).sum(-2)
-    assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), offset)
+    as_printed = torch.einsum("bt,ktl->kbl", multi_hot(d, 3), effect * mask)
+    R = torch.linalg.qr(torch.randn(50, 50))[0]
+    torch.testing.assert_close(sum_effects(mask, effect, d, R), as_printed @ R.T)
+    paper = sum_effects(mask, effect, d, torch.eye(50))
+    assert torch.equal(paper, as_printed)  # axes that are the identity change no bit
     with torch.autocast("cpu", torch.bfloat16):  # --precision bf16
-        assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), offset)
-    assert torch.equal(SAMSVAE([1], [0.0], [1.0], 3).axes, torch.eye(3))
+        assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), paper)
+    assert (paper[:, 3] == 0).all() and torch.equal(SAMSVAE([1], [0.0], [1.0], 3).axes,
+                                                    torch.eye(3))
 
 
 @pytest.mark.parametrize("n_perturbations, n_latent, noise", [(60, 6, 0.0), (200, 20, 0.1)])
@@ -323,15 +281,11 @@ def test_a_sparse_matrix_in_random_axes_is_recovered_up_to_order_and_signs(n_per
     assert sorted(order.tolist()) == list(range(n_latent))
     signs = similarity.gather(1, order[:, None]).sign().T
     assert (found[:, order] * signs - sparse).abs().max() < 0.1 + 6 * noise
-    # ... which no other axes have: of as many random ones, none is as sparse.
-    assert all(found.abs().sum() < (turned @ torch.linalg.qr(torch.randn_like(R))[0]).abs().sum()
-               for _ in range(100))
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE])
 def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
-    model, cpa, batch = small_model(kind, effects=False), small_model(CPAVAE, effects=False), (
-        small_batch())
+    model, cpa = small_model(kind, effects=False), small_model(CPAVAE, effects=False)
     model.masks_of_one = True
     cpa.load_state_dict(model.state_dict(), strict=False)
     turned = copy.deepcopy(model)
@@ -339,18 +293,18 @@ def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
     R = turned.axes  # turned variances are the diagonal of the turned covariance
     torch.testing.assert_close(turned.effect_log_var.exp(), torch.stack([
         torch.diagonal(R.T @ torch.diag(var) @ R) for var in model.effect_log_var.exp()]))
+    assert not torch.allclose(model.effect_loc, turned.effect_loc, atol=0.1)
     results = []
     with torch.no_grad():
         for m in (cpa, model, turned):
             m.effect_log_var.fill_(-40.0)  # the same in all directions: turns exactly
             torch.manual_seed(1)
-            value, terms = elbo(m, *batch, 50)
+            value, terms = elbo(m, *small_batch(), 50)
             ate = average_treatment_effects(m, torch.tensor([[0, 1], [2, NONE]]), 50)
-            results.append([value, *terms.values(), ate["counts"], ate["log_normalised"]])
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1]))
-    for a, b in zip(results[1], results[2], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
-    assert not torch.allclose(model.effect_loc, turned.effect_loc, atol=0.1)
+            results.append([value, *terms.values(), *ate.values()])
+    for of_cpa, of_model, of_turned in zip(*results, strict=True):
+        assert torch.equal(of_cpa, of_model)
+        torch.testing.assert_close(of_model, of_turned, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("misfit", [0.0, 0.1, 0.5])
@@ -367,17 +321,10 @@ def test_the_mask_log_odds_are_the_posterior_of_a_gaussian_spike_and_slab(misfit
     torch.testing.assert_close(mask_log_odds(loc, var, prior, beta, misfit), expected)
 
 
-def test_the_mask_log_odds_doubt_what_is_small_beside_the_largest_entry_and_need_cells():
-    loc, var = torch.tensor([[4.0, 0.3]]), torch.tensor([[1e-3, 1e-3]])
-    assert (mask_log_odds(loc, var, -2.0, 2.0, misfit=0) > 0).all()
-    assert (mask_log_odds(loc, var, -2.0, 2.0) > 0).tolist() == [[True, False]]
-    # ... but many large entries are no reason to doubt each other, nor is one without any cell.
-    assert (mask_log_odds(torch.full((1, 50), 4.0), torch.full((1, 50), 0.02), -7.0, 1) > 0).all()
-    unknown = mask_log_odds(torch.tensor([[3.0, 0.1]]), torch.tensor([[0.05, 0.999]]), -2.0, 1.0)
-    assert unknown[0, 0] > 20 and abs(unknown[0, 1] + 2) < 0.1
-    # Where q(e) is the prior, q(m) is.
-    nothing = mask_log_odds(torch.zeros(1, 3), torch.full((1, 3), 2.0), -2.0, 2.0)
-    torch.testing.assert_close(nothing, torch.full((1, 3), -2.0), atol=1e-3, rtol=0)
+def test_the_mask_log_odds_of_a_perturbation_without_cells_are_those_of_the_prior():
+    loc, var = torch.tensor([[3.0, 0.1], [0.0, 0.0]]), torch.tensor([[0.05, 0.999], [1.0, 1.0]])
+    found = mask_log_odds(loc, var, -2.0, 1.0)
+    assert found[0, 0] > 20 and (found.flatten()[1:] + 2).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus])
@@ -405,13 +352,15 @@ def test_beta_bernoulli_masks_begin_with_the_least_kl_of_their_probability():
     logits = torch.tensor([[-4.0], [0.0], [4.0]])
     model.set_masks(logits)
     torch.testing.assert_close(model.mask_probability(), torch.sigmoid(logits))
-    assert (model.sample_mask(torch.arange(3), 1)[1] < torch.tensor([2.5, 0.5, 60])).all()
+    assert (model.kl_mask(torch.arange(3)) < torch.tensor([2.5, 0.5, 60])).all()
 
 
-@pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus])
-def test_weights_say_whether_masks_are_of_one(kind):
+@pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus, CPAVAE])
+def test_weights_say_whether_masks_are_of_one_without_a_kl_as_they_always_are_in_cpa_vae(kind):
     trained, t = small_model(kind, effects=False), torch.arange(3)
-    for of_one in (True, False):
+    has_parameters = bool(set(MASKS) & set(trained.state_dict()))
+    assert has_parameters == (not trained.masks_of_one) == trained.has_mask == (kind is not CPAVAE)
+    for of_one in (True, False)[:1 + trained.has_mask]:
         trained.masks_of_one = of_one
         model = small_model(kind, effects=False, seed=1)
         model.masks_of_one = not of_one
@@ -419,14 +368,6 @@ def test_weights_say_whether_masks_are_of_one(kind):
         mask, kl = model.sample_mask(t, 50)
         found = [(mask == 1).all(), (kl == 0).all(), (model.mask_probability() == 1).all()]
         assert all(found) == any(found) == of_one
-
-
-def test_cpa_vae_is_sams_vae_with_a_mask_of_ones_and_no_kl_for_it():
-    model = small_model(CPAVAE)
-    mask, _, kl_mask, _ = model.sample_globals(torch.arange(3), 2)
-    assert (mask == 1).all() and (kl_mask == 0).all() and (model.mask_probability() == 1).all()
-    assert "mask_logits" not in dict(model.named_parameters())
-    assert elbo(model, *small_batch())[1]["kl_mask"] == 0
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
@@ -443,8 +384,7 @@ def test_the_guide_has_the_two_correlations_its_switches_say(basal, effects):
 def test_the_likelihood_of_the_model_has_mean_library_times_softmax_of_the_decoder():
     model, (x, d, c) = small_model(), small_batch()
     z = torch.randn(2, 10, 3)
-    rho = torch.softmax(model.decoder(z), dim=-1)
-    mean = x.sum(-1, keepdim=True) * rho
+    mean = x.sum(-1, keepdim=True) * torch.softmax(model.decoder(z), dim=-1)
     trusted = torch.distributions.NegativeBinomial(
         model.log_theta.exp(), logits=mean.log() - model.log_theta)
     torch.testing.assert_close(model.log_likelihood(x, z, d, c), trusted.log_prob(x).sum(-1))
@@ -494,42 +434,20 @@ def test_beta_bernoulli_kl_equals_monte_carlo_and_the_mask_has_the_mean_of_its_b
     torch.testing.assert_close(model.mask_probability(), q.mean)
 
 
-def test_the_beta_bernoulli_kl_is_that_of_the_masks_alone_and_some_slack():
-    model = small_model(BetaBernoulliSAMSVAE, mask_a=0.7, mask_b=3.0)
-    mask, kl = model.sample_mask(torch.arange(3), 1)
-    p = model.mask_probability()
-    of_masks = kl_bernoulli(p.logit(), 0.7 / 3.7).sum(-1)  # q and p of m, with p_tl integrated out
-    assert (kl > of_masks + 0.01).all()
-    with torch.no_grad():  # no slack where q(p | m) is p(p | m), which is where q is the prior
-        model.mask_log_a.fill_(math.log(0.7)), model.mask_log_b.fill_(math.log(3.0))
-    assert model.sample_mask(torch.arange(3), 1)[1].abs().max() < 1e-5
-
-
-def test_the_global_term_of_svae_plus_is_exactly_minus_log_beta_of_the_mask_probability():
-    model = small_model(SVAEPlus, mask_b=2.7)
-    _, _, kl_mask, kl_effect = model.sample_globals(torch.tensor([0, 2]), 4)
-    density = torch.distributions.Beta(1.0, 2.7).log_prob(model.mask_probability()[[0, 2]])
-    torch.testing.assert_close(kl_mask, -density.sum(-1))
-    assert (kl_effect == 0).all()
-
-
 def test_svae_plus_is_z_around_mask_times_mu_and_a_guide_of_z_that_does_not_see_the_label():
-    model, (x, d, c) = small_model(SVAEPlus), small_batch()
-    mask, effect, _, _ = model.sample_globals(torch.arange(3), 5)
+    model, (x, d, c) = small_model(SVAEPlus, n_cells=(5, 0, 2), mask_b=2.7), small_batch()
+    mask, effect, kl_mask, kl_effect = model.sample_globals(torch.arange(3), 5)
+    minus_log_beta = -torch.distributions.Beta(1.0, 2.7).log_prob(model.mask_probability())
+    torch.testing.assert_close(kl_mask, minus_log_beta.sum(-1))
+    assert (kl_effect == 0).all()
+    assert (mask[:, 1] == 0).all() and (effect[:, 1] == 0).all()  # a label without training cells
     z_pert = sum_effects(mask, effect, d[:, :1], model.axes)
     torch.testing.assert_close(z_pert[:, 0], mask[:, 0] * model.effect_loc[0])
     loc, var = model.encode(x, z_pert, d[:, :1], c)
     of_z = model.encode(x, torch.zeros_like(z_pert), None, c)[0]  # mean of q(z | x)
-    torch.testing.assert_close(loc + z_pert, of_z)
-    normal = torch.distributions.Normal
+    normal = torch.distributions.Normal  # KL(q(z | x) || p(z | m, mu)) is the one of z_basal
     trusted = torch.distributions.kl_divergence(normal(of_z, var.sqrt()), normal(z_pert, 1.0))
     torch.testing.assert_close(kl_normal(loc, var), trusted)
-
-
-def test_a_label_that_svae_plus_has_not_seen_predicts_exactly_the_control():
-    model = small_model(SVAEPlus, n_cells=(5, 0, 2))
-    effects = average_treatment_effects(model, torch.tensor([[1], [0]]), 20)
-    assert (effects["counts"][0] == 0).all() and (effects["counts"][1] != 0).any()
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -538,37 +456,25 @@ def test_covariates_shift_the_first_bias_of_encoder_and_decoder_and_nothing_else
     x, d, without = small_batch()
     model = small_model(kind, basal=basal, effects=effects, n_covariates=4)
     for values in ([0, 2], [1, NONE]):
-        c = torch.tensor([values]).expand(len(x), 2)
-        shifted = copy.deepcopy(model)
+        c, shifted, results = torch.tensor([values]).expand(10, 2), copy.deepcopy(model), []
         with torch.no_grad():
-            for network in (shifted.encoder, shifted.decoder):
-                n = network.part_sizes[0]  # covariates come second
-                for value in values:
-                    if value != NONE:
-                        network.first.bias += network.first.weight[:, n + value]
-        results = []
+            for network in (shifted.encoder, shifted.decoder):  # covariates are their second part
+                of_covariates = network.first.weight.split(network.part_sizes, 1)[1]
+                network.first.bias += of_covariates @ multi_hot(c[0], 4)
         for m, covariates in ((model, c), (shifted, without)):
             torch.manual_seed(0)
             predictive, joint, *_ = iwelbo(m, [(x, d, covariates)], 20)
             results.append([elbo(m, x, d, covariates)[0], predictive, torch.tensor(joint)])
-        for a, b in zip(*results):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(*results)
 
 
 def test_the_dosages_of_the_conditional_vae_enter_both_networks():
     model, (x, d, c) = small_model(ConditionalVAE, n_cells=(5, 0, 2)), small_batch()
-    multi_hot = torch.zeros(10, 3)
-    for t in (0, 2):  # 1 has no training cells: its weights mean nothing
-        multi_hot[:, t] = (d == t).any(1)
-
-    def whole(net, inputs):
-        """The network of the concatenated inputs."""
-        return net.last(torch.nn.functional.leaky_relu(net.first(torch.cat(inputs, dim=-1))))
-
+    dosages = multi_hot(d, 3) * torch.tensor([1, 0, 1])  # 1 has no training cells: left out
     z = torch.randn(4, 10, 3)
-    rho = torch.softmax(whole(model.decoder, [z, multi_hot.expand(4, 10, 3)]), dim=-1)
+    rho = torch.softmax(of_concatenation(model.decoder, z, dosages.expand(4, 10, 3)), dim=-1)
     torch.testing.assert_close(model.log_rho(z, d, c).exp(), rho)
-    loc, _ = whole(model.encoder, [torch.log1p(x), multi_hot]).chunk(2, -1)
+    loc, _ = of_concatenation(model.encoder, torch.log1p(x), dosages).chunk(2, -1)
     torch.testing.assert_close(model.encode(x, None, d, c)[0], loc)
     mask, effect, kl_mask, kl_effect = model.sample_globals(torch.arange(3), 2)
     z_pert = sum_effects(mask, effect, d, model.axes)
@@ -591,45 +497,42 @@ def test_one_gene_one_cell_one_perturbation_and_one_latent_are_enough(kind, basa
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus])
-def test_saturated_masks_have_finite_terms_and_gradients(kind):
-    for logit in (-1e4, -100.0, 100.0, 1e4):
-        model = small_model(kind)
-        with torch.no_grad():
-            for parameter in train.parameters_of(model, MASKS):
-                parameter.fill_(logit)
-        value, terms = elbo(model, *small_batch())
-        value.backward()
-        assert all(v.isfinite() for v in (value, *terms.values()))
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        assert iwelbo(model, [small_batch()], 50)[0].isfinite().all()
+@pytest.mark.parametrize("logit", [-1e4, -100.0, 100.0, 1e4])
+def test_saturated_masks_have_finite_terms_and_gradients(kind, logit):
+    model = small_model(kind)
+    with torch.no_grad():
+        model.mask_logits.fill_(logit)
+    value, terms = elbo(model, *small_batch())
+    value.backward()
+    assert all(v.isfinite() for v in (value, *terms.values()))
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert iwelbo(model, [small_batch()], 50)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("log_theta", [math.log(1e-6), 0.0, math.log(1e8)])
-@pytest.mark.parametrize("library", [1, 10**6])
+@pytest.mark.parametrize("log_theta", [math.log(1e-6), 0.0, math.log(1e5)])  # above, differences
+@pytest.mark.parametrize("library", [1, 10**6])                               # are of rounding
 def test_gradients_of_the_elbo_equal_differences_in_double_precision(log_theta, library):
     model = small_model(SAMSVAE).double()
     model.masks_of_one = True  # the gradient of masks is the straight-through one, no derivative
     torch.manual_seed(3)
     x = torch.distributions.Multinomial(library, torch.rand(6)).sample((10,)).double()
-    _, d, c = small_batch()
     with torch.no_grad():
         model.log_theta.fill_(log_theta)
     parameters = [p for name, p in model.named_parameters() if name not in MASKS]
     direction = [torch.randn_like(p) for p in parameters]
 
-    def value(step):
-        """The ELBO, always with the same random numbers, a step in this direction."""
+    def value_after(step):
+        """The ELBO a step further in this direction, always with the same random numbers."""
         torch.manual_seed(4)
         with torch.no_grad():
-            for p, start, v in zip(parameters, starts, direction):
-                p.copy_(start + step * v)
-        return elbo(model, x, d, c, 3)[0]
+            for p, v in zip(parameters, direction):
+                p.add_(v, alpha=step)
+        return elbo(model, x, *small_batch()[1:], 3)[0]
 
-    starts = [p.detach().clone() for p in parameters]
-    gradient = torch.autograd.grad(value(0.0), parameters)
+    gradient = torch.autograd.grad(value_after(0.0), parameters)
     along = sum((g * v).sum() for g, v in zip(gradient, direction)).item()
-    difference = (value(1e-6) - value(-1e-6)).item() / 2e-6
-    assert difference == pytest.approx(along, rel=1e-4)
+    ahead, behind = value_after(1e-5), value_after(-2e-5)
+    assert (ahead - behind).item() / 2e-5 == pytest.approx(along, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -664,45 +567,43 @@ def test_each_perturbation_pays_its_kl_exactly_once_per_epoch(n_absent):
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
 def test_minibatches_sum_to_the_full_data_elbo_in_expectation(kind, basal, effects):
     model, (x, d, c) = small_model(kind, basal=basal, effects=effects), small_batch()
-    parts = [(n, [part[cells] for part in (x, d, c)])
-             for n, cells in ((8, slice(2)), (9, slice(2, 9)), (10, slice(9, 10)))]
+    full, batches, n = [], [], 100
     with torch.no_grad():
-        # Full data: one draw of (M, E) for all cells, every KL once, scored by hand.
-        t, full = torch.arange(3), []
-        for _ in range(500):
-            mask, effect, kl_mask, kl_effect = model.sample_globals(t, 10)
-            z_pert = torch.einsum("nt,ktl->knl", (d[:, :, None] == t).any(1).float(), mask * effect)
+        for _ in range(n):
+            # Full data: one draw of (M, E) for all cells, every KL once, scored by hand.
+            mask, effect, kl_mask, kl_effect = model.sample_globals(torch.arange(3), 50)
+            z_pert = torch.einsum("nt,ktl->knl", multi_hot(d, 3), mask * effect)
             loc, var = model.encode(x, z_pert, d, c)
             z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
-            local = model.log_likelihood(x, z_basal + z_pert, d, c).sum(1).mean() - kl_normal(
-                loc, var).sum() / len(loc.view(-1, 10, 3))
-            full.append((local - kl_mask.sum() - kl_effect.sum(1).mean()) / 10)
-        batches = [sum(len(part[0]) / 10 * elbo(model, *part, n)[0] for n, part in parts)
-                   for _ in range(500)]
+            local = model.log_likelihood(x, z_basal + z_pert, d, c) - kl_normal(loc, var).sum(-1)
+            full.append(local.mean() - (kl_mask.sum() + kl_effect.sum(1).mean()) / 10)
+            batches.append(sum(
+                len(x[cells]) / 10 * elbo(model, x[cells], d[cells], c[cells], n_particles)[0]
+                for n_particles, cells in ((40, slice(2)), (45, slice(2, 9)), (50, slice(9, 10)))))
     full, batches = torch.stack(full).double(), torch.stack(batches).double()
-    error = math.sqrt((full.var() + batches.var()) / 500)
+    error = math.sqrt((full.var() + batches.var()) / n)
     assert abs(full.mean() - batches.mean()) < 4.5 * error
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
 def test_no_array_of_a_step_grows_with_particles_times_all_perturbations(kind, basal, effects):
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
-    model, largest = small_model(kind, (1,) * 3000, basal=basal, effects=effects), []
+    model, sizes = small_model(kind, (1,) * 3000, basal=basal, effects=effects), []
 
     class Sizes(TorchDispatchMode):
         """Sees every operation, forward and backward."""
 
         def __torch_dispatch__(self, operation, types, arguments=(), options=None):
             result = operation(*arguments, **(options or {}))
-            largest.extend(r.numel() for r in (result if isinstance(result, tuple) else (result,))
-                           if isinstance(r, torch.Tensor))
+            sizes.extend(r.numel() for r in tree_leaves(result) if isinstance(r, torch.Tensor))
             return result
 
     with Sizes():
         elbo(model, *small_batch(), 5)[0].backward()
     most = max(p.numel() for p in model.parameters())  # nothing but gradients of parameters
-    assert 3000 <= max(largest) <= most < 5 * 3000 * model.n_latent
+    assert 3000 <= max(sizes) <= most < 5 * 3000 * model.n_latent
 
 
 @pytest.mark.parametrize("n_perturbations", [3, 5000])  # shared draws, draws of each cell's own
@@ -715,7 +616,7 @@ def test_gradients_on_several_threads_are_the_same_to_the_last_bit(n_perturbatio
     torch.set_num_threads(4)
     try:
         gradients = []
-        for _ in range(15):
+        for _ in range(10):
             torch.manual_seed(1)
             model.zero_grad()
             elbo(model, x, d, no_covariates(512))[0].backward()
@@ -728,25 +629,6 @@ def test_gradients_on_several_threads_are_the_same_to_the_last_bit(n_perturbatio
 # ============================================================================================
 # Marginal likelihood (3.1)
 # ============================================================================================
-
-
-def repeated_iwelbo(model, n_particles, n):
-    """n independent estimates of the predictive IWELBO of the small batch, (n, B)."""
-    return torch.stack([iwelbo(model, [small_batch()], n_particles)[0] for _ in range(n)]).double()
-
-
-def test_predictive_iwelbo_with_one_particle_has_the_elbo_without_global_terms_as_expectation():
-    model = small_model()
-    with torch.no_grad():
-        for p in [*model.encoder.parameters(), *model.f_emb.parameters()]:
-            p.mul_(0.3)  # a guide without outliers, so that few repeats suffice
-    iwelbo = repeated_iwelbo(model, 1, 2000).mean(1)
-    with torch.no_grad():
-        terms = [elbo(model, *small_batch(), 50)[1] for _ in range(500)]
-    local = torch.stack([t["log_likelihood"] - t["kl_basal"] for t in terms]).double()
-    error = math.sqrt(iwelbo.var() / 2000 + local.var() / 500)
-    assert error < 0.1
-    assert abs(iwelbo.mean() - local.mean()) < 4.5 * error
 
 
 def tiny_problem(kind, basal, effects):
@@ -768,7 +650,7 @@ def tiny_problem(kind, basal, effects):
         if kind is not SVAEPlus and kind is not ConditionalVAE:
             (model.f_emb.last.bias[1:] if effects else model.effect_log_var).add_(1)
         likelihood = model.log_likelihood(x, z[:, None, None].expand(-1, 4, 1), d, c).double().exp()
-    return model, (x, d, c), torch.stack([(d == s).any(1) for s in range(2)], 1), z, likelihood
+    return model, (x, d, c), multi_hot(d, 2), z, likelihood
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -776,20 +658,18 @@ def test_predictive_iwelbo_converges_to_the_exact_log_marginal(kind, basal, effe
     # z = z_basal + sum of m e. Enumerate the masks; given them z is Gaussian, and p(x) an integral.
     model, batch, has, z, likelihood = tiny_problem(kind, basal, effects)
     with torch.no_grad():
-        t = torch.arange(2)
+        t, exact = torch.arange(2), torch.zeros(4, dtype=torch.float64)
         p = model.mask_probability()[:, 0] if model.has_effects else torch.ones(2)
-        exact = torch.zeros(4, dtype=torch.float64)
-        for m in itertools.product([0.0, 1.0], repeat=2):
-            m = torch.tensor(m)
+        for m in torch.tensor(list(itertools.product([0.0, 1.0], repeat=2))):
             loc = var = torch.zeros(2)
             if kind is SVAEPlus:
                 loc = model.effect_loc[:, 0]
             elif kind is not ConditionalVAE and effects:
-                loc, log_var = model.f_emb(m[:, None], t[:, None]).chunk(2, -1)
-                loc, var = loc[:, 0], log_var.exp()[:, 0] + 1e-4
+                loc, log_var = model.f_emb(m[:, None], t[:, None]).T
+                var = log_var.exp() + 1e-4
             elif kind is not ConditionalVAE:
                 loc, var = model.effect_loc[:, 0], model.effect_log_var[:, 0].exp()
-            center, spread = (has * m * loc).sum(1), 1 + (has * m * var).sum(1)
+            center, spread = has @ (m * loc), 1 + has @ (m * var)
             density = torch.distributions.Normal(center, spread.sqrt()).log_prob(z[:, None]).exp()
             q_m = torch.where(m == 1, p, 1 - p).prod()
             exact += q_m * (likelihood * density).sum(0) * (z[1] - z[0])
@@ -803,21 +683,19 @@ def test_joint_iwelbo_converges_to_the_exact_log_marginal_likelihood_of_all_cell
     # log p(X) = log sum over masks, integral over both effects, of their priors times the product
     # over cells of p(x_i | offset), each an integral over z.
     model, batch, has, z, likelihood = tiny_problem(kind, basal, effects)
-    normal = torch.distributions.Normal
-    offset = torch.linspace(-8, 8, 801, dtype=torch.float64)
-    density = normal(offset[:, None], 1.0).log_prob(z.double()).exp()
-    of_offset = (density @ likelihood) * (z[1] - z[0])  # p(x_i | offset), (801, 4)
-    e = torch.linspace(-4, 4, 161, dtype=torch.float64)
-    weight = normal(0.0, 1.0).log_prob(e).exp() * (e[1] - e[0])
+    log_normal = torch.distributions.Normal(0.0, 1.0).log_prob
+    place = torch.arange(161)  # of an effect on a grid; offsets have the same spacing
+    e, offset = (torch.linspace(-end, end, n).double() for end, n in ((4, 161), (8, 321)))
+    weight = log_normal(e).exp() * (e[1] - e[0])
+    of_offset = log_normal(z - offset[:, None]).exp() @ likelihood * (z[1] - z[0])  # (321, 4)
     p_one = {CPAVAE: 1.0, SAMSVAE: 0.2, BetaBernoulliSAMSVAE: 1 / 3}[kind]
     total = 0.0
     for m in itertools.product([0, 1], repeat=2):
-        product = np.ones((161, 161))
-        for i in range(4):
-            o = has[i, 0] * m[0] * e[:, None] + has[i, 1] * m[1] * e[None, :]
-            product = product * np.interp(o.numpy(), offset.numpy(), of_offset[:, i].numpy())
-        prior = np.prod([p_one if one else 1 - p_one for one in m])
-        total += prior * (weight[:, None].numpy() * weight[None, :].numpy() * product).sum()
+        product = 1.0  # over cells, for every pair of effects
+        for i, (first, second) in enumerate(has.long() * torch.tensor(m)):
+            where = 160 + first * (place[:, None] - 80) + second * (place - 80)
+            product = product * of_offset[where, i]
+        total += math.prod(p_one if one else 1 - p_one for one in m) * (weight @ product @ weight)
     in_two = zip(*(part.split(3) for part in batch))
     _, joint, ess = iwelbo(model, in_two, 300_000, chunk=50_000)
     assert 2000 < ess < 300_000  # the standard error of log mean w is about 1 / sqrt(ess)
@@ -825,7 +703,7 @@ def test_joint_iwelbo_converges_to_the_exact_log_marginal_likelihood_of_all_cell
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE, BetaBernoulliSAMSVAE])
-def test_joint_iwelbo_is_equation_6_and_7_of_the_same_draws(kind):
+def test_both_iwelbos_are_equations_6_and_7_of_the_same_draws(kind):
     model, (x, d, c) = small_model(kind, n_cells=(5, 3, 0), turned=True), small_batch()
     torch.manual_seed(5)
     predictive, joint, ess = iwelbo(model, [(x, d, c)], 4)
@@ -870,95 +748,86 @@ def test_the_joint_iwelbo_without_global_latents_is_the_sum_over_cells():
     assert joint == pytest.approx(predictive.sum().item(), rel=1e-6) and math.isnan(ess)
 
 
-def test_expected_expression_of_given_basal_states_is_the_mean_over_these():
-    model = small_model(CPAVAE, n_cells=(5, 3), effects=False, n_covariates=2)
-    library = 3000
-    with torch.no_grad():
-        model.effect_log_var -= 20  # effects are certain
-    basal, arms = torch.randn(7, 3), torch.tensor([[NONE, NONE], [0, 1]])
-    c = torch.arange(7)[:, None] % 2
-    expected = expected_expression(model, arms, c.expand(2, -1, -1), library=library,
-                                   basal=basal)["counts"]
-    offset = (model.effect_loc * 1.0).sum(0)
-    with torch.no_grad():
-        for arm, z in enumerate((basal, basal + offset)):
-            by_hand = library * model.log_rho(z, arms[arm], c).exp().mean(0)
-            torch.testing.assert_close(expected[arm].float(), by_hand, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus, ConditionalVAE])
-def test_simulated_cells_have_the_expected_expression_as_their_mean(kind):
-    model, d = small_model(kind, n_cells=(5, 3, 2), turned=True), torch.tensor([0, 2])
-    torch.manual_seed(0)
-    log_rho = sample_frequencies(model, d, no_covariates(40_000), torch.randn(40_000, 3))
-    x = sample_counts(model, log_rho, torch.full((40_000,), 500.0))
-    expected = expected_expression(model, d[None], no_covariates(1), 20_000, 500)
-    x = x[x.sum(1) > 0]
-    y = torch.log2(1 + 1e4 * x / x.sum(1, keepdim=True))
-    for scale, sampled in (("counts", x), ("log_normalised", y),
-                           ("per_10k", 1e4 * x / x.sum(1, keepdim=True))):
-        error = sampled.std(0) / len(x) ** 0.5
-        assert ((sampled.mean(0) - expected[scale][0]).abs() < 5 * error + 1e-3).all()
-
-
 # ============================================================================================
 # Average treatment effects (3.2)
 # ============================================================================================
 
 
+@torch.no_grad()
+def sampled_effects(model, dosages, n, library=1e4):
+    """The definition of effects by plain sampling: n cells of each row of dosages (C, P) and n
+    controls, all latents shared. Differences of each cell and its control, {scale: (n, C, G)}."""
+    mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
+    z_pert = torch.einsum("ct,ktl->kcl", multi_hot(dosages, 3), mask * effect) @ model.axes.T
+    z = torch.randn(n, 1, 3) + F.pad(z_pert, (0, 0, 1, 0))  # the first is the control
+    log_mean = math.log(library) + torch.log_softmax(model.decoder(z), -1)
+    x = torch.distributions.NegativeBinomial(
+        model.log_theta.exp(), logits=log_mean - model.log_theta).sample()
+    per_10k = 1e4 * x / x.sum(-1, keepdim=True).clamp(min=1)
+    return {scale: y[:, 1:] - y[:, :1] for scale, y in (
+        ("counts", x), ("per_10k", per_10k), ("log_normalised", torch.log2(1 + per_10k)))}
+
+
 @pytest.mark.parametrize("log_theta", [-1.5, 3.0])  # much and little noise in the counts
-def test_ate_on_counts_in_closed_form_and_log_normalised_equal_plain_sampling(log_theta):
+def test_effects_on_every_scale_equal_plain_sampling(log_theta):
     model = small_model(n_genes=5, turned=True)
     with torch.no_grad():
         model.log_theta += log_theta
         model.f_emb.last.bias[:3] += 2
-    dosages, n, library = torch.tensor([[0, NONE], [1, 2]]), 60_000, 1e4
+    dosages, n = torch.tensor([[0, NONE], [1, 2]]), 60_000
     ours = average_treatment_effects(model, dosages, n, chunk=50_000)
-    with torch.no_grad():  # the definition: two arms, latents shared, one sampled cell per arm
-        mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
-        z_basal, theta = torch.randn(n, 3), model.log_theta.exp()
-
-        def sample(z_pert):
-            mean = library * torch.softmax(model.decoder(z_basal + z_pert), -1)
-            return torch.distributions.NegativeBinomial(theta, logits=(mean / theta).log()).sample()
-
-        control = sample(torch.zeros(n, 3))
-        for i, chosen in enumerate([[0], [1, 2]]):
-            treated = sample((mask * effect)[:, chosen].sum(1) @ model.axes.T)
-            difference = treated - control
-            per_10k = [1e4 * x / x.sum(-1, keepdim=True).clamp(min=1) for x in (treated, control)]
-            log2 = [torch.log2(1 + y) for y in per_10k]
-            for scale, samples in (("counts", difference), ("log_normalised", log2[0] - log2[1]),
-                                   ("per_10k", per_10k[0] - per_10k[1])):
-                # our own noise is no larger than that of plain sampling
-                assert_close_to_mean(samples, ours[scale][i].double(), sigmas=4.5 * 2**0.5)
-                assert (ours[scale][i].abs() > 15 * samples.std(0) / math.sqrt(n)).any()
+    for scale, samples in sampled_effects(model, dosages, n).items():
+        # our own noise is no larger than that of plain sampling
+        assert_close_to_mean(samples, ours[scale].double(), sigmas=4.5 * 2**0.5)
+        assert (ours[scale].abs() > 15 * samples.std(0) / math.sqrt(n)).any(1).all()
 
 
-def test_simulated_cells_without_counts_are_left_out_of_log_normalised_effects():
-    model, library, n = small_model(n_genes=5), 2, 250_000
+def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
+    model, dosages = small_model(n_genes=200), torch.tensor([[0]])
     with torch.no_grad():
         model.f_emb.last.bias[3:] -= 4  # mask and effect known well, as after training
         model.mask_logits *= 30
-        model.f_emb.last.bias[:3] += 3
-    ours, plain, share = [], [], []
-    for _ in range(8):
-        ours.append(average_treatment_effects(model, torch.tensor([[0]]), 40_000, library))
-        with torch.no_grad():  # as data: cells are sampled, and those without counts are dropped
-            mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
-            z_basal, theta, mean = torch.randn(n, 3), model.log_theta.exp(), []
-            for z in (z_basal + (mask * effect)[:, 0], z_basal):
-                gamma = torch.distributions.Gamma(theta, theta).sample((n,))
-                x = torch.poisson(library * model.log_rho(z, None, no_covariates(1)).exp() * gamma)
-                share.append((x.sum(1) > 0).float().mean())
-                x = x[x.sum(1) > 0]
-                mean.append(torch.log2(1 + 1e4 * x / x.sum(1, keepdim=True)).mean(0))
-            plain.append(mean[0] - mean[1])
-    ours, plain = torch.stack([a["log_normalised"][0] for a in ours]), torch.stack(plain)
-    error = ((ours.var(0) + plain.var(0)) / 8).sqrt()
-    assert ((ours.mean(0) - plain.mean(0)).abs() < 6 * error).all()
-    undivided = plain.mean(0) * torch.stack(share).mean()  # empty cells as zeros, roughly
-    assert ((undivided - plain.mean(0)).abs() > 12 * error).any()
+    ours = torch.stack([average_treatment_effects(model, dosages, 300, 1000)["log_normalised"]
+                        for _ in range(15)])
+    sampled = sampled_effects(model, dosages, 5000, 1000)["log_normalised"]
+    assert sampled.var(0).mean() / 300 > 5 * ours.var(0).mean()
+
+
+@pytest.mark.parametrize("library", [500, 2])  # 2: many cells have no counts, and are left out
+@pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus, ConditionalVAE])
+def test_simulated_cells_have_the_expected_expression_as_their_mean(kind, library):
+    model, d, n = small_model(kind, turned=True), torch.tensor([0, 2]), 40_000
+    torch.manual_seed(0)
+    log_rho = sample_frequencies(model, d, no_covariates(n), torch.randn(n, 3))
+    x = sample_counts(model, log_rho, torch.full((n,), float(library)))
+    ours = [expected_expression(model, d[None], no_covariates(1), 2500, library)
+            for _ in range(8)]  # several, to know their error, too
+    per_10k = 1e4 * (x / x.sum(1, keepdim=True))[x.sum(1) > 0]
+    for scale, y in (("counts", x), ("per_10k", per_10k),
+                     ("log_normalised", torch.log2(1 + per_10k))):
+        expected = torch.stack([values[scale][0] for values in ours])  # (8, G)
+        error = (y.var(0) / len(y) + expected.var(0).mean() / 8).sqrt()
+        assert ((y.mean(0) - expected.mean(0)).abs() < 5 * error).all()
+
+
+def test_a_cell_of_one_gene_has_all_of_its_counts_there_however_particles_are_chunked():
+    y = expected_expression(small_model(n_genes=1), torch.tensor([[0]]), no_covariates(1), 30_000,
+                            library=1, chunk=135)  # 15 particles, of which one or two are sampled
+    assert y["per_10k"].item() == pytest.approx(1e4)
+    assert y["log_normalised"].item() == pytest.approx(math.log2(1e4 + 1), abs=0.08)
+
+
+def test_expected_expression_of_given_basal_states_is_the_mean_over_these():
+    model = small_model(CPAVAE, n_cells=(5, 3), effects=False, n_covariates=2)
+    basal, arms = torch.randn(7, 3), torch.tensor([[NONE, NONE], [0, 1]])
+    c = torch.arange(7)[:, None] % 2
+    with torch.no_grad():
+        model.effect_log_var -= 20  # effects are certain
+        expected = expected_expression(model, arms, c.expand(2, -1, -1), library=3000, basal=basal)
+        for arm, z in enumerate((basal, basal + model.effect_loc.sum(0))):
+            by_hand = 3000 * model.log_rho(z, arms[arm], c).exp().mean(0)
+            torch.testing.assert_close(expected["counts"][arm].float(), by_hand,
+                                       rtol=1e-3, atol=1e-3)
 
 
 def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
@@ -971,36 +840,16 @@ def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=3e-5)
 
 
-def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
-    model, library = small_model(n_genes=200), 1000
-    with torch.no_grad():
-        model.f_emb.last.bias[3:] -= 4  # mask and effect known well, as after training
-        model.mask_logits *= 30
-    theta = model.log_theta.detach().exp()
-
-    @torch.no_grad()
-    def plain(n):
-        """A loop over arms that samples counts, basal states shared."""
-        mask, effect, _, _ = model.sample_globals(torch.arange(3), n)
-        z_basal, y = torch.randn(n, 3), []
-        for z in (z_basal + (mask * effect)[:, 0], z_basal):
-            mean = library * model.log_rho(z, None, no_covariates(1)).exp()
-            x = torch.poisson(torch.distributions.Gamma(theta, theta / mean).sample())
-            y.append(torch.log2(1 + 1e4 * x / x.sum(-1, keepdim=True)))
-        return (y[0] - y[1]).mean(0)
-
-    sampled = torch.stack([plain(300) for _ in range(40)])
-    ours = torch.stack([average_treatment_effects(
-        model, torch.tensor([[0]]), 300, library)["log_normalised"][0] for _ in range(40)])
-    assert sampled.var(0).mean() > 5 * ours.var(0).mean()
+@pytest.mark.parametrize("kind, nothing", [(SAMSVAE, NONE), (CPAVAE, NONE), (SVAEPlus, 1)])
+def test_shared_latents_make_the_effect_of_what_moves_none_of_them_exactly_zero(kind, nothing):
+    model = small_model(kind, n_cells=(5, 0, 2))  # SVAE+ predicts the control for an unseen label
+    effects = average_treatment_effects(model, torch.tensor([[nothing], [0]]), 50, chunk=100)
+    assert all((of_none == 0).all() and (of_one != 0).all() for of_none, of_one in effects.values())
 
 
-def test_shared_latents_make_the_effect_of_a_zero_dosage_exactly_zero():
-    for kind in (SAMSVAE, CPAVAE):
-        effects = average_treatment_effects(
-            small_model(kind), torch.tensor([[NONE, NONE], [0, NONE]]), 50, chunk=100)
-        for scale in ("counts", "per_10k", "log_normalised"):
-            assert (effects[scale][0] == 0).all() and (effects[scale][1] != 0).all()
+# ============================================================================================
+# Unseen perturbations
+# ============================================================================================
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -1010,18 +859,16 @@ def test_a_continued_model_says_of_perturbations_it_knows_what_the_trained_one_s
     model = small_model(kind, (7, 7, 4), basal=basal, effects=effects, n_covariates=2, seed=9)
     known = torch.tensor([2, 0])
     continue_from(model, trained, known)
-    x, c = small_batch(3)[0], torch.tensor([[0], [1], [NONE]])
-    z, d, same = torch.randn(4, 3, 3), torch.tensor([[0], [2], [NONE]]), torch.tensor(
-        [[1], [0], [NONE]])
+    x, c, z = small_batch(3)[0], torch.tensor([[0], [1], [NONE]]), torch.randn(4, 3, 3)
+    d, same = torch.tensor([[0], [2], [NONE]]), torch.tensor([[1], [0], [NONE]])
     assert torch.equal(model.log_likelihood(x, z, same, c), trained.log_likelihood(x, z, d, c))
     for ours, theirs in zip(model.encode(x, z, same, c), trained.encode(x, z, d, c)):
         assert torch.equal(ours, theirs)
     assert torch.equal(model.axes, trained.axes) and model.n_cells.tolist() == [2, 5, 4]
     if model.has_effects:
         mask = torch.randint(0, 2, (4, 2, 3)).float()
-        for ours, theirs in zip(model.effect_posterior(mask, torch.arange(2)),
-                                trained.effect_posterior(mask, known)):
-            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(model.effect_posterior(mask, torch.arange(2)),
+                                   trained.effect_posterior(mask, known))
     if model.has_mask:  # masks become certain; nothing is known of the others
         p = model.mask_probability()
         assert torch.equal(p[:2].round(), trained.mask_probability()[known].round())
@@ -1039,8 +886,7 @@ def test_training_changes_nothing_but_what_is_of_new_perturbations(kind, basal, 
     model = small_model(kind, (5, 3, 2, 4, 3), basal=basal, effects=effects, seed=9)
     continue_from(model, small_model(kind, basal=basal, effects=effects), torch.arange(3))
     learn_others_only(model, 3)
-    x, d, c = small_batch()
-    z, before = torch.ones(1, 10, 3), weights_of(model)
+    (x, d, c), z, before = small_batch(), torch.ones(1, 10, 3), weights_of(model)
     old = [model.log_rho(z, d, c), *model.encode(x, z, d, c)]
     d_new = torch.tensor([[3, 0], [4, NONE], [3, 4], [1, 4]])  # with known ones, too
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -1216,30 +1062,21 @@ def write_legacy(path, sparse):
         file["obs"], file["var"], file["uns/one_categories"] = obs, var, "only"
         file["raw.X"], file["raw.var"] = np.tile(MATRIX, 2), np.tile(var, 2)
         file["uns/condition_categories"] = np.array(CATEGORIES, "S8")
-        dense("f4")(file) if sparse is None else write_sparse(
-            file, "X", by_row=sparse, legacy=True)
+        write_sparse(file, "X", legacy=True) if sparse else dense("f4")(file)
     return str(path)
 
 
-def behind_soft_links(file):  # an absolute one to a matrix, and a relative one in it
-    write_sparse(file, "elsewhere")
-    file.move("elsewhere/data", "elsewhere/values")
-    file["elsewhere/data"], file["X"] = h5py.SoftLink("values"), h5py.SoftLink("/elsewhere")
-
-
 INDICES = {  # of sparse matrices
-    "uint8": dict(index_type="u1"), "uint32 scrambled": dict(index_type="u4", scramble=True),
-    "int16": dict(index_type="i2"), "int64 scrambled": dict(index_type="i8", scramble=True),
-    "with zeros": dict(zeros=True)}
+    "uint8": dict(index_type="u1"), "int16": dict(index_type="i2"),
+    "int64 scrambled": dict(index_type="i8", scramble=True), "with zeros": dict(zeros=True)}
 FORMS = {  # of a matrix: functions that write it
-    **{f"dense {t}": dense(t) for t in ("f2", "f4", ">f4", "f8", ">i2", "i8", "u2", ">u4", "u8")},
+    **{f"dense {t}": dense(t) for t in ("f2", "f4", "f8", ">i2", "i8", ">u4")},
     "dense chunked": dense("f4", chunks=(2, 3)),
     "dense chunked by column": dense("f4", chunks=(5, 1)),
     "dense gzip": dense("f4", chunks=(2, 4), compression="gzip", shuffle=True),
     "dense lzf": dense("i4", chunks=(1, 4), compression="lzf"),
     **{f"{form} {name}": functools.partial(write_sparse, name="X", by_row=form == "csr", **options)
-       for form in ("csr", "csc") for name, options in INDICES.items()},
-    "behind soft links": behind_soft_links}
+       for form in ("csr", "csc") for name, options in INDICES.items()}}
 three_forms = pytest.mark.parametrize("write", [  # of any matrix
     lambda f, x: dense("f8", x)(f), lambda f, x: write_sparse(f, "X", x),
     lambda f, x: write_sparse(f, "X", x, by_row=False)], ids=["dense", "csr", "csc"])
@@ -1268,21 +1105,20 @@ def test_any_cells_and_genes_of_every_form_of_a_matrix_are_the_same_counts_in_me
         x = MATRIX[rows][:, genes]
         counts, stored = read.counts(rows, genes), read.counts(rows, genes, stored=True)
         assert_counts(counts, x)
+        for cells in (everything, [-1, 0, -1] if len(x) else [], x.sum(1) > 1):
+            assert (counts.dense(cells) == x[cells]).all()
         for c in (counts, stored):
             order = np.arange(len(x))[::-1]
             assert_counts(c.take(order), x[order])
             assert sum((part.dense().tolist() for part in c.parts()), []) == x.tolist()
             assert (data.cell_sums(c) == data.cell_sums(data.from_dense(x.astype("u2")))).all()
-            for cells in (everything, [-1, 0, -1] if len(x) else [], x.sum(1) > 1):
-                assert (c.dense(cells) == x[cells]).all()
             kept = c.without_empty(x.any(1))
-            assert c.shape == x.shape and (kept.dense() == x[x.any(1)]).all()
+            assert sum((part.dense().tolist() for part in kept.parts()), []) == x[x.any(1)].tolist()
             assert c is stored or not x.any() or np.shares_memory(kept.values, c.values)
 
 
-@pytest.mark.parametrize("top", [1, 255, 256, 2**16, 2**32])
-def test_counts_are_rounded_within_1e_6_as_a_line_says_and_kept_in_the_narrowest_type(
-        top, tmp_path, capsys):
+@pytest.mark.parametrize("top", [1, 255, 256, 2**16, 2**32 - 1])
+def test_counts_are_rounded_within_1e_6_and_kept_in_the_narrowest_type(top, tmp_path):
     x = MATRIX.clip(max=1)
     x[4, 2] = top
     for write, expected in (
@@ -1291,16 +1127,11 @@ def test_counts_are_rounded_within_1e_6_as_a_line_says_and_kept_in_the_narrowest
             (dense("f8", x + 4e-7 * (x == 1)), x)):
         counts = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write)).counts()
         assert_counts(counts, expected.astype(int))
-    assert capsys.readouterr().out == (f"{tmp_path}/x.h5ad: {(x == 1).sum()} values of X within "
-                                       "1e-6 of an integer were rounded to it\n")
 
 
 def test_cells_have_the_same_hash_where_they_have_the_same_counts():
-    with pytest.raises(data.DataError, match="add up to more than 2.63"):
-        data.cell_sums(data.from_dense(np.full((1, 2100), 2**52, "u8")))
-    sums = data.cell_sums(data.from_dense(np.array([[1, 2], [2, 1], [1, 2], [200, 200]], "u1")))
-    assert sums[0].tolist() == [3, 3, 3, 400] and np.unique(sums[1]).size == 3
-    assert sums[1][0] == sums[1][2]
+    totals, hashes = data.cell_sums(data.from_dense(np.array([[1, 2], [2, 1], [1, 2]], "u1")))
+    assert totals.tolist() == [3, 3, 3] and hashes[0] == hashes[2] != hashes[1]
 
 
 @three_forms
@@ -1323,7 +1154,7 @@ def test_what_is_not_wanted_is_not_read_where_it_can_be_skipped(write, tmp_path,
         assert 0 <= sum(sizes) / (1 if "dense" in read.found else 2) - 200 * n < 8000
 
 
-@pytest.mark.parametrize("sparse", [None, True, False])
+@pytest.mark.parametrize("sparse", [True, False])
 def test_files_of_anndata_until_0_6_with_compound_tables_read_the_same(sparse, tmp_path):
     read = data.read_h5ad(write_legacy(tmp_path / "x.h5ad", sparse))
     assert_counts(read.counts(), MATRIX)
@@ -1364,34 +1195,35 @@ def test_every_form_of_an_index_reads_as_names_and_of_a_column_as_text_numbers_b
         INDEX[index](file["obs"], "CellID", list("78901"))
         for name, (column, _) in COLUMNS.items():
             column(file["obs"], name) if callable(column) else file["obs"].update({name: column})
-        file["obs"].attrs["column-order"] = [name.encode() for name in COLUMNS]
+        if index == "fixed":  # others, such as R, leave it out
+            file["obs"].attrs["column-order"] = [name.encode() for name in COLUMNS]
         dense("f4")(file)
 
     read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write, index_name="CellID"))
     assert read.cell_names.tolist() == list("78901") and read.gene_names.tolist() == GENES
-    assert read.obs_columns == [*COLUMNS, "condition"] and read.var_columns == []
+    listed = [*COLUMNS] if index == "fixed" else sorted({*COLUMNS, "condition"})
+    assert read.obs_columns == listed and read.var_columns == []
     assert {name: read.obs(name).tolist() for name in COLUMNS} == {
         name: expected for name, (_, expected) in COLUMNS.items()}
     assert read.obs("number").dtype.isnative and read.obs("flag").dtype == bool
-    with pytest.raises(data.DataError, match="obs has no column 'no'; its columns are: 0.8, 0.7, "):
+    with pytest.raises(data.DataError, match="obs has no column 'no'; its columns are: 0"):
         read.obs("no")
 
 
-LOG, FOUND = "X holds 1.38629 for cell 'cell0', gene 'B', which is no count", "the counts are taken"
-NOWHERE = "there are no counts in log, short, text, X: start from the file with the raw counts"
+FOUND = "the counts are taken from"
 PLACES = [  # what is in the file beside log, short and text; layer; where counts are found; a line
-    ("X counts raw", None, "layers/counts, sparse CSC", f"{LOG}: .*; {FOUND} from layers/counts"),
-    ("counts", None, "layers/counts, sparse CSC", f"there is no X; {FOUND} from layers/counts"),
-    ("X raw", None, "raw/X, dense int64", f"{LOG}: .*; {FOUND} from raw/X"),
+    ("X counts raw", None, "layers/counts, sparse CSC", f"there are no counts in X; {FOUND} layer"),
+    ("counts", None, "layers/counts, sparse CSC", f"there is no X; {FOUND} layers/counts$"),
+    ("X raw", None, "raw/X, dense int64", f"there are no counts in X; {FOUND} raw/X$"),
     ("X counts raw", "raw", "raw/X, dense int64", "$"),
     ("X counts raw", "no", None, "has no no; .* can be: counts, log, short, text, X, raw$"),
-    ("X", None, None, f"{LOG}: not a whole number, .*; {NOWHERE}$"),
-    ("X spliced", None, None, f"{LOG}: .*; use --layer spliced$"),
-    ("X b a", "text", None, r"layers/text holds values of type \|S1, not .*; use --layer a or b$")]
+    ("X spliced", None, None, "X holds 1.38629 for cell 'cell0', gene 'B', which is no count: not "
+     "a whole number.* start from the raw counts .--layer can be: log, short, spliced, text, X.$"),
+    ("X", "text", None, r"layers/text holds values of type \|S1, not counts$")]
 
 
 @pytest.mark.parametrize("members, layer, found, line", PLACES)
-def test_counts_are_found_in_a_layer_or_in_raw_and_a_line_says_where_they_are_or_could_be(
+def test_counts_are_found_in_a_layer_or_in_raw_and_a_line_says_so(
         members, layer, found, line, tmp_path, capsys):
     def write(file):
         file["layers/log"] = np.log1p(MATRIX)
@@ -1424,11 +1256,10 @@ def test_what_is_no_count_in_a_later_block_is_found_among_the_wanted_cells_and_g
     path = write_modern(tmp_path / "x.h5ad", lambda file: (
         write(file, x), write_sparse(file, "layers/counts")))
     read = data.read_h5ad(path)  # a first block holds counts
-    for chosen in ((), ([1, 4, 3],), (slice(None), [3, 0, 2]), ([4, 3], [2, 3])):
-        for take in (lambda: read.counts(*chosen), read.counts(*chosen, stored=True).take):
-            with pytest.raises(data.NotCounts, match=(
-                    f"^{path}: X holds 0.5 for cell 'cell3', gene 'B', .*; use --layer counts$")):
-                take()
+    for chosen in ((), ([4, 3], [2, 3])):
+        with pytest.raises(data.NotCounts, match=(
+                f"^{path}: X holds 0.5 for cell 'cell3', gene 'B', .* can be: counts, X.$")):
+            read.counts(*chosen)
     assert_counts(read.counts([0, 1, 2, 4]), MATRIX[[0, 1, 2, 4]])
 
 
@@ -1444,7 +1275,7 @@ def put(name, new=None, **options):
         write_sparse(file, "X")
         del file[name]
         if options:
-            file.create_dataset(name, data=new, **options)
+            file.create_dataset(name, **options)
         elif isinstance(new, dict):
             file.update({f"{name}/{key}": values for key, values in new.items()})
         elif new is not None:
@@ -1452,56 +1283,45 @@ def put(name, new=None, **options):
     return write
 
 
-def attribute(key, new, name="X", dtype=None):
-    return lambda f: (write_sparse(f, "X"), f[name].attrs.create(key, new, dtype=dtype))
-
-
 def coded(codes):
     return put("obs/condition", {"codes": np.array(codes), "categories": [1, 2]})
 
 
-OUTSIDE = h5py.ExternalLink("other.h5", "/")
 FAR = dict(shape=(2**60,), dtype="f4", chunks=(2**20,), compression="gzip")  # 4 EiB
 ALIEN = dict(shape=(7,), dtype="f8", chunks=(7,), compression=300, allow_unknown_filter=True)
-SEQUENCES = dict(new=text([np.arange(n) for n in range(7)]), dtype=h5py.vlen_dtype(np.int32))
+SEQUENCES = dict(data=text([np.arange(n) for n in range(7)]), dtype=h5py.vlen_dtype(np.int32))
 TABLE = np.array([(name, np.arange(2)) for name in CELLS], [
     ("index", "S8"), ("field", h5py.vlen_dtype(np.int32))])
 INDPTR, COLUMN = [0, 2, 3, 3, 6, 7], [1, 3, 0, 0, 1, 3, 2]  # of MATRIX by rows
 REFUSED = [  # how it is written, words of the sentence
     # Values.
-    (value(2e-6), "^X holds 2e-06 for cell 'cell3', gene 'B', which is no count: not a"),
-    (value(0.5), "^X holds 0.5 for cell 'cell3', gene 'B', which is no count: not a whole number.*"
-     "; there are no counts in X: start from the file with the raw"),
+    *((value(wrong), f"^X holds {wrong:g} for cell 'cell3', gene 'B', which is no count: not a wh")
+      for wrong in (2e-6, 0.5, -1, np.nan, np.inf)),
+    (value(2**32), "^X holds 4.*09 for cell 'cell3', .* no count: not a whole number from 0 to 2"),
     (put("X/data", [1, 1, 1, 1, 0.5, 1, 1]), "^X holds 0.5 for cell 'cell3', gene 'B'"),
-    (value(-1), "-1 for cell 'cell3', gene 'B', which is no count: negative"),
-    (value(np.nan), "nan for cell 'cell3', .* no count: not finite"),
-    (value(2**53, "u8"), r"9.0072e\+15 for cell 'cell3', .* no count: too large"),
     (value("1", "S3"), r"^X holds values of type \|S3, not counts"),
     # The matrix.
     (lambda file: None, "^has no X, counts or raw; --layer can be"),
     (lambda f: f.create_dataset("X", data=h5py.Empty("f4")), "^X is a data set without values"),
     (put("var", {"_index": np.zeros(0)}), "^X has 5 cells and 0 genes"),
     (dense("f4", MATRIX[:4]), r"^X has the shape \(4, 4\), but obs and var say \(5, 4\)"),
-    (attribute("encoding-type", "coo"), "^X has the unknown encoding 'coo'"),
+    (lambda f: (write_sparse(f, "X"), f["X"].attrs.create("encoding-type", "coo")),
+     "^X has the unknown encoding 'coo'"),
     (put("X/indptr"), "^X/indptr is missing; beside it: data, indices"),
-    (put("X/indptr", INDPTR[:-1]), "inconsistent: indptr has 5 values for 6, data 7 for 7"),
     *((put("X/indptr", wrong), "indptr must rise from 0 to 7, and does not$")
       for wrong in ([1, *INDPTR[1:]], [0, 3, 2, 3, 6, 7], [*INDPTR[:-1], 9])),
     (put("X/indptr", [0, 2, 3, 3, -2**31, 7]), "does not: it has overflowed 32 bits"),
-    (put("X/data", np.ones(6)), "inconsistent: indptr has 6 values for 6, data 6 for 7"),
-    (put("X/data", np.ones((7, 1))), "^X/data is no one-dimensional data set"),
-    *((put("X/indices", [wrong, *COLUMN[1:]]), f"{wrong}.*, not at least 0 and below 4")
+    *((put(*wrong), "^X is inconsistent: .* and indptr 6; .* must be integers")
+      for wrong in (("X/indptr", INDPTR[:-1]), ("X/data", np.ones(6)), ("X/data", np.ones((7, 1))),
+                    ("X/indices", np.ones(7)))),
+    *((put("X/indices", [wrong, *COLUMN[1:]]), "^X/indices must be at least 0 and below 4, and are")
       for wrong in (-1, 4)),
-    (put("X/indices", np.ones(7)), "^X/indices is no one-dimensional data set of"),
     # What the file does not hold.
-    (put("X", OUTSIDE), "^X is a link out of the file, which is not followed: copy the data into"),
-    (lambda f: f.update({"X": h5py.SoftLink("/a/b"), "a": OUTSIDE}), "^/a/b is a link out of the"),
-    (put("X", h5py.SoftLink("/a")), "^X is a soft link to something that is not in the file"),
-    (put("X", h5py.SoftLink("/X")), "^/X is a loop of soft links"),
+    *((put("X", link), "^X is behind a link, which is not followed: copy the data to its place")
+      for link in (h5py.ExternalLink("other.h5", "/"), h5py.SoftLink("/X"))),
     (put("X", shape=(5, 4), dtype="f4", external=[("other", 0, 80)]), "^X keeps its values in oth"),
     (lambda f: f.create_virtual_dataset("X", h5py.VirtualLayout((5, 4), "f4")), "^X keeps its val"),
-    (put("X", shape=(5, 4), dtype="f4"), r"^X declares \(5, 4\) values of float32, 80 bytes, and "
-     "the file does not hold them: it is truncated or unfinished"),
+    (put("X", shape=(5, 4), dtype="f4"), r"^X declares \(5, 4\) values of float32, 80 bytes, and "),
     (lambda f: f.create_dataset("X", (5, 4), "f4", chunks=(1, 4)).__setitem__(0, 1), "80 bytes, "),
     (put("X/data", **FAR), "4,611,686,018,427,387,904 bytes, and the file does not hold them"),
     (put("X/data", **ALIEN), "^X/data is compressed by 300: pip install hdf5plugin"),
@@ -1509,20 +1329,17 @@ REFUSED = [  # how it is written, words of the sentence
     (put("var"), "^var is missing; beside it: X, obs"),
     (put("obs", np.arange(5)), "^obs is neither a table nor a group of columns"),
     (put("obs/_index"), "^obs has no index; it holds: condition"),
-    (put("obs/_index", np.ones((5, 2))), "^obs/_index has 2 dimensions; a column has one"),
-    (put("obs/_index", np.ones(5, complex)), "complex128, neither text nor numbers"),
-    (put("obs/_index", {"a": 1}), "^obs/_index has the unknown encoding None"),
+    (put("obs/_index", np.ones((5, 2))), "^obs/_index is no column .*, but 2-dimensional float64"),
+    (put("obs/_index", np.ones(5, complex)), "no column of text or numbers, .* complex128"),
+    (put("obs/_index", {"a": 1}), "^obs/_index has the unknown encoding"),
     (coded([0, 1, 2, -1, -2]), r"the category code \[2\], but only 2 categories"),
     (coded([2**64 - 1] * 5), r"^obs/condition has the category code \[18446744073709551615\]"),
-    (coded(np.ones(5)), "codes of type float64, no integers"),
+    (coded(np.ones(5)), "codes of type float64, not integers"),
     (put("obs/condition", {"values": np.ones(5), "mask": [True]}), "has 5 values and a mask of 1"),
     (put("obs/condition", [1, 2]), "^obs/condition has 2 values for 5 rows"),
     # HDF5 can crash on damaged sequences: they are refused unread.
-    (put("X/data", **SEQUENCES), "^X holds values of type object, not counts"),
-    (put("obs/condition", **SEQUENCES), "^obs/condition holds values that are neither text nor"),
-    (put("obs", TABLE), "^obs/field holds values that are neither text nor numbers"),
-    (attribute("column-order", SEQUENCES["new"], "obs", SEQUENCES["dtype"]),
-     "^the attribute column-order of /obs holds values that are neither text nor numbers")]
+    *((put("obs/condition", **options), "^obs.* holds values that are neither text nor numbers")
+      for options in (SEQUENCES, dict(data=TABLE)))]
 
 
 @pytest.mark.parametrize("write, words", REFUSED, ids=[words for _, words in REFUSED])
@@ -1541,34 +1358,27 @@ def test_what_is_no_screen_of_counts_is_refused_in_one_sentence(
 def test_what_is_no_h5ad_file_is_refused_in_one_sentence(tmp_path):
     good = open(write_modern(tmp_path / "good", dense("f4")), "rb").read()
     for name, content in (("empty", b""), ("gzip", b"\x1f\x8b123"), ("text", b"a,b\n1,2\n"),
-                          ("half", good[:len(good) // 2]), ("behind", b"a note".ljust(512) + good)):
+                          ("half", good[:len(good) // 2])):
         (tmp_path / name).write_bytes(content)
     with h5py.File(tmp_path / "tenx", "w") as tenx, h5py.File(tmp_path / "mudata", "w") as mudata:
         tenx["matrix/barcodes"], mudata["mod/rna/X"], mudata["obs/n"] = 1, 1, 1
     (tmp_path / "folder").mkdir()
-    getattr(os, "mkfifo", os.mkdir)(tmp_path / "pipe")  # to which no one writes
     holder = subprocess.Popen(
         [sys.executable, "-c", "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); "
          "print('open', flush=True); sys.stdin.read()", tmp_path / "good"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "open\n"
     for name, words in {
-            "none": "No such file", "folder": "is a folder, a pipe or a device",
-            "pipe": "is a folder, a pipe or a device", "empty": "is empty",
-            "gzip": "is compressed as a whole: gunzip it first",
-            "text": r"is not an HDF5 file, it starts with b'a,b\\n", "half": ".*truncated or damag",
+            "none": "No such file", "folder": "Is a directory",
+            **dict.fromkeys(["empty", "gzip", "text"], "cannot be read: .*signature not found"),
+            "half": "cannot be read: truncated, damaged, or no HDF5 file.*truncated file",
             "tenx": "looks like a 10x .h5 matrix", "mudata": "looks like an .h5mu file",
             "good": "another program, such as a notebook, has it open for writing"}.items():
         with pytest.raises(data.DataError, match=f"^{tmp_path / name}: {words}") as error:
             data.read_h5ad(tmp_path / name)
         assert str(error.value).isprintable()
     holder.communicate()
-    for name in ("good", "behind"):  # HDF5 allows a block before it
-        assert data.read_h5ad(tmp_path / name).shape == (5, 4)
-    # What is absent behind a soft link is absent, not damaged.
-    path = write_modern(tmp_path / "x", lambda file: file.update({
-        "X": MATRIX, "a/b": 1, "uns": h5py.SoftLink("/a")}))
-    assert data.read_pathways(path) is None and data.read_simulation(path) is None
+    assert data.read_h5ad(tmp_path / "good").shape == (5, 4)
 
 
 def test_the_reader_can_be_cut_out_and_used_with_h5py_and_numpy_alone(tmp_path):
@@ -1576,10 +1386,6 @@ def test_the_reader_can_be_cut_out_and_used_with_h5py_and_numpy_alone(tmp_path):
         above, cut, below = file.read().partition("\n# Cut here: ")
     assert cut and "import torch" in below and "torch" not in above
     (tmp_path / "reader.py").write_text(above, encoding="utf-8")
-    paths = []
-    with contextlib.suppress(ImportError):  # its filters are used where it is installed
-        paths = [write_modern(tmp_path / "x.h5ad", dense(
-            "f4", chunks=(2, 4), **__import__("hdf5plugin").Zstd()))]
     # None: importing it is an ImportError. -I: the folder and PYTHONPATH are not searched.
     done = subprocess.run([sys.executable, "-I", "-c", """
 import sys
@@ -1590,39 +1396,18 @@ X = np.array([[0, 3], [2, 0]])
 reader.write_h5ad("y.h5ad", X, {"cell": ["a", "b"], "label": ["p", "q"]}, {"gene": ["g", "h"]})
 file = reader.read_h5ad("y.h5ad")
 assert (file.counts().dense() == X).all() and list(file.obs("label")) == ["p", "q"]
-assert file.counts(rows=[1], stored=True).dense().tolist() == [[2, 0]]
-assert sys.modules["torch"] is None and not {"data", "sams_vae"} & set(sys.modules)
-print(*(reader.read_h5ad(path).counts().dense().tolist() for path in sys.argv[1:]))""", *paths],
+assert file.counts(rows=[1], stored=True).take().dense().tolist() == [[2, 0]]
+assert sys.modules["torch"] is None and not {"data", "sams_vae"} & set(sys.modules)"""],
         cwd=tmp_path, text=True, capture_output=True)
-    assert done.stdout == (f"{MATRIX.tolist()}\n" if paths else "\n"), done.stderr
+    assert done.returncode == 0, done.stderr
 
 
-def test_a_command_that_damaged_text_keeps_busy_for_ever_ends_itself_with_one_sentence(tmp_path):
-    good, bad = (write_modern(tmp_path / name, dense("u1", np.ones((2000, 4))), None, cells=[
-        f"a name of cell {i}" for i in range(2000)]) for name in ("good", "bad"))
-    content = bytearray(open(bad, "rb").read())
-    start = (content.rindex(b"GCOL") // 512 + 1) * 512  # a sector in the last heap of text: with
-    content[start:start + 512] = bytes(512)  # a hole there HDF5 comes to no end
-    open(bad, "wb").write(content)
-    done = subprocess.run([sys.executable, "-c", """
-import sys, threading, time
-timer = threading.Timer
-threading.Timer = lambda seconds, act: timer(seconds / 180, act)
-import data
-data.run(lambda: print(data.read_h5ad(sys.argv.pop()).counts().shape, flush=True))
-time.sleep(1.5)  # what comes after reading is not ended
-data.run(data.main)""", bad, good], cwd=HERE, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "(2000, 4)\n" and done.returncode == 2 and done.stderr == (
-        f"error: {bad}: HDF5 has not come back for 180 s, as on damaged text: copy or download the "
-        "file anew\n")
-
-
-WRITTEN = [  # a column's name, its name in the file, its values, their type in anndata
+WRITTEN = [  # a column, its name in the file, its values, its type in anndata
     ("label", "label", ["a", None, "a", "b", "b"], "category"),
-    ("a/b", "a_b", list("xyxyx"), "category"), ("a_b", "a_b_", list("pqrsp"), "object"),
-    (".", "_", [1.5, 2, 3, 4, 5], "float64"), ("", "__", [1, None, 3, 2**53 + 1, 5], "Int64"),
-    ("cell/", "cell_", [True, False, True, False, True], "bool"),
-    ("or not", "or not", [True, None, False, None, True], "boolean")]
+    ("a/b", "a_b", list("xyxyx"), "category"), ("a_b", "a_b_", list("pqrst"), "category"),
+    ("n", "n", [1.5, 2, 3, 4, 5], "float64"), ("some", "some", [1, None, 3, 4, 5], "float64"),
+    ("is", "is", [True, False, True, False, True], "bool"),
+    ("or not", "or not", [True, None, False, None, True], "float64")]
 
 
 @pytest.mark.parametrize("form", ["asarray", "csr_matrix", "csc_matrix"])
@@ -1666,8 +1451,10 @@ def test_what_is_written_is_opened_by_anndata_and_reads_the_same_as_what_anndata
         assert_counts(read.counts(), MATRIX)
         assert read.found == "X, " + found[form.replace("csc", "csr") if ours else form]
         assert read.cell_names.tolist() == CELLS and read.gene_names.tolist() == GENES
-        assert [(name, read.obs(name).tolist()) for name in read.obs_columns] == [
-            (name, values) for _, name, values, _ in WRITTEN]
+        for column, (_, name, values, kind) in zip(read.obs_columns, WRITTEN, strict=True):
+            assert column == name
+            np.testing.assert_equal(read.obs(name).tolist(), [
+                math.nan if v is None and kind == "float64" else v for v in values])
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path):
@@ -1692,6 +1479,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
     write("x.h5ad")
     assert data.read_h5ad(tmp_path / "x.h5ad").shape == (2, 2)
     assert os.listdir(tmp_path) == ["x.h5ad"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_ends_writing_in_a_sentence_and_not_in_a_crash_of_hdf5():
+    done = subprocess.run([sys.executable, "-c", """
+import os, resource, tempfile, numpy as np, data
+with tempfile.TemporaryDirectory() as folder:
+    for size in (1000, 20_000, 500_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            data.write_h5ad(f"{folder}/x.h5ad", iter([data.from_dense(np.ones((1000, 500), "u1"))]),
+                            {"cell": range(1000)}, {"gene": range(500)})
+        except data.DataError as error:
+            print("cannot be written" in str(error), os.listdir(folder))"""],
+        cwd=HERE, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "True []\n" * 3), done.stderr
 
 
 # ============================================================================================
@@ -1727,7 +1530,6 @@ HOT = dict(g_A=[1, 0, 1, 0, 0, np.nan], g_N1=[0, 1, 1, 1, 0, 0],
 FLAGS = dict(guide_detected=[1, 0, 1], guide_confident=[True, False, False])
 SEVERAL = dict(condition=["stimulated", "rest", "rest"], perturbation=["A", "control", "B"],
                gene=["NT", "C", "NT"])
-UNNAMED = "condition: control, Multiplet, unassigned, A, negative, A+negative, A+B, B, B2"
 GUIDES_OF_A_GENE = "condition: ctrl_g1, A_g1, A_g23+B_g2, A_g2+ctrl_g3, B, A_g1+C"
 RARE = "condition: ctrl, A, A+B, C, B, A+C, C+D, C, C"
 EMPTY, NUMBERS = dict(gene=["A", None, "NT", "", "B"]), dict(mine=[0.0, np.nan, 1.0])
@@ -1748,26 +1550,17 @@ MINE = dict(perturbation_column="mine")
     case("a wildcard of the control does not reach beyond a part of a combination",
          "gene: nt_1, nt_1|nt_2, nt_1|A, B|nt_2, A|B", "control, control, A, B, A+B",
          control="nt_*", combination_separator="|"),
-    case("a control that contains the separator is meant as it stands",
-         "condition: neg+ctrl, A+ctrl, A+neg+ctrl", "control, A+ctrl, A+ctrl+neg",
-         control="neg+ctrl"),
     case("several labels can be controls, and capitals matter in what the user writes",
          "gene: NT-1, safe, A, nt-3", "control, control, A, nt-3", control=["NT*", "safe"]),
     case("a missing or empty label is none", EMPTY, "A, control, B"),
     case("or, where that is said, a control", EMPTY, "A, control, NT, control, B", control=""),
-    case("labels can be numbers", NUMBERS, "control, 1.0", control="0.0", **MINE),
-    case("of which NaN is a missing label", NUMBERS, "0.0, control, 1.0", control=[""], **MINE),
-    case("cells whose label names no perturbation are left out", UNNAMED, "control, A, A+B, B, B2"),
-    case("unless the label is kept, and others can be left out", UNNAMED,
-         "control, A, negative, A+negative", keep=["negative"], exclude=["B*"]),
-    case("also from among the controls", "gene: NT_1, NT_bad, A", "control, A", control="NT*",
-         exclude="NT_bad"),
-    case("and of combinations that have them", "condition: ctrl, NT+A, NT, A+B, B", "control, B",
-         control=["ctrl", "NT"], exclude=["NT", "A"]),
-    case("a word for no label is one whatever joins combinations",
-         "gene: NT, no_guide, non-targeting, A_B", "control, control, A+B",
-         combination_separator="_"),
-    case("controls can be called None", "gene: None, A, nan", "control, A", control="None"),
+    case("labels can be numbers, of which NaN is a missing label", NUMBERS, "control, 1.0",
+         control="0.0", **MINE),
+    case("cells whose label names no perturbation are left out",
+         "condition: control, Multiplet, A, negative, A+negative, A+B", "control, A, A+B"),
+    case("so are those with a label to exclude, alone, in a combination or among the controls",
+         "condition: ctrl, NT+A, NT, A+B, B, C1", "control, B", control=["ctrl", "NT"],
+         exclude=["NT", "A", "C*"]),
     case("once the cells of B and D are gone, A has too few cells, too", RARE, "control, C, C, C",
          min_cells=3),
     case("the first group of a label pattern names the perturbation in each part of a label",
@@ -1778,8 +1571,6 @@ MINE = dict(perturbation_column="mine")
          HOT, "A, N1, A+N1+N2, N1+N2, control", one_hot_prefix="g_"),
     case("or those that have the columns named as controls alone, and the first have no label",
          HOT, "A, control, A, control", one_hot_prefix="g_", control="N*"),
-    case("or both", HOT, "A, control, A, control, control", one_hot_prefix="g_",
-         control=["N1", "N2", ""]),
     case("one-hot columns can have a + in their names", {
         "g_A": [1, 0, 1, 0], "g_B": [0, 0, 1, 0], "g_A+B": [0, 1, 0, 0]},
          "A, A+B, A + B, control", one_hot_prefix="g_"),
@@ -1809,11 +1600,11 @@ def test_conditions_are_rows_of_dosages_and_perturbations_are_sorted(read):
     assert labels.d.tolist() == [[NONE], [0], [0], [2], [1]]
     hot = read(HOT, one_hot_prefix="g_", control="N*")
     assert hot.perturbations == ["A"] and hot.label_column is None
+    assert data.targets(["KLF1", "klf1_2", "Klf1|KLF1", "NKX2-1_g1", "KLF"],
+                        ["NKX2-1", "Klf1", "KLF1"]) == [1, 1, 1, 0, None]
 
 
-MISSING = dict(gene=["A", None, "A", "", "A", "A"], mine=["A", None, "NT", "B", "A", "B"],
-               s=["train", "train", "train", "test", None, "test"])
-BATCH = dict(condition=["control", "A", "B", "A", "control", "B"], batch=[1, 1, 2, 3, 3, 1])
+MISSING = dict(gene=["A", None, "A", "", "A", "A"], mine=["A", None, "NT", "B", "A", "B"])
 DAYS = dict(condition=["ctrl", "A", "B", "A"] * 10, day=[1, 1, 2, 1] * 10,
             other=[1, 2, 2, 2] * 10, barcode=range(40))
 TYPES = {"feature_types": ["Gene Expression", "CRISPR Guide Capture", "Gene Expression"]}
@@ -1827,42 +1618,33 @@ TWO = dict(gene=["NT", "A"])
          "a perturbation is called 'control'", control="NT"),
     case("or like a combination", "gene: NT, A + B, A_B", "a perturbation is called 'A + B'",
          combination_separator="_"),
-    *(case(f"a label of --{option} that is nowhere", TWO, f"no label is 'C', of --{option}",
-           **{option: ["A", "C"]}) for option in ("exclude", "keep")),
     *(case(f"a label pattern that is {what}", GUIDES_OF_A_GENE, f"--label-pattern {pattern!r}: ",
-           label_pattern=pattern) for what, pattern in (("none", "(.+"), ("without group", ".+"),
-                                                   ("too large", "(a{99999999999})"))),
-    case("one-hot columns of other values", dict(g_A=[0, np.nan, 2]), "'g_A' holds [2.0]",
-         one_hot_prefix="g_"),
+           label_pattern=pattern) for what, pattern in (("none", "(.+"), ("without group", ".+"))),
+    case("one-hot columns of other values", dict(g_A=[0, np.nan, 2]),
+         "'g_A' holds other values than 0 and 1", one_hot_prefix="g_"),
     case("one-hot columns that are not there", HOT, "no column of obs starts with 'x_'",
          one_hot_prefix="x_"),
-    case("one-hot columns beside labels", HOT, "takes the place of", one_hot_prefix="g_", **MINE),
     case("flags", FLAGS, "no obs column has a well-known name"),
-    case("a column without a control", "mine: A, B, B", "its labels are B (2), A (1)", **MINE),
-    case("columns without a control", dict(mine=["A", "B", "B"], n_umi=[0.1, 0.2, 0.3]),
-         "obs has the columns mine, n_umi"),
-    case("and without those asked for", SEVERAL, "'condition': no cell has only 'x', 'y'",
-         control=["x", "y"]),
-    case("or with none but missing ones", MISSING, "its labels are A (4), '' (2)"),
+    case("a column without a control", "mine: A, B, B", "the labels are B (2), A (1)", **MINE),
+    case("columns without those asked for", SEVERAL,
+         "no cell has only 'x', 'y' in condition or perturbation or gene", control=["x", "y"]),
+    case("or with none but missing ones", MISSING, "the labels are A (4), '' (2)"),
     case("nothing but controls", "gene: NT, NT", "2 of 2 cells"),
-    *(case(f"the subset {subset}", BATCH, words, subset=subset) for subset, words in (
-        ("batch", "COLUMN=VALUE"), ("batch=9", "its values are 1 (3)"), ("day=1", "no column"))),
-    case("a missing value called None", MISSING, "no cell has {'None'} in obs column 's'",
-         subset="s=None", **MINE),
+    *(case(f"the subset {subset}", DAYS, words, subset=subset) for subset, words in (
+        ("day", "COLUMN=VALUE"), ("day=9", "its values are 1 (30)"), ("x=1", "no column"))),
     *(case(f"the genes {column}", TWO | dict(var={"v": ["no"] * 3}), words, gene_column=column)
       for column, words in (("v", "--gene-column v keeps no gene; its values are no (3)"),
                             ("w", "no column 'w'"), ("v=x", "--gene-column v=x keeps no gene"))),
-    case("genes that are not there", TWO | dict(var=SYMBOLS),
-         "1 of the 2 genes wanted are not there", genes_of=["c", "q"]),
+    case("genes that are not there", TWO, "1 of the 2 genes wanted are not there",
+         genes_of=["c", "q"]),
     case("genes that are there twice", TWO | dict(var={"symbol": ["x", "x", "z"]}),
-         "or more than once", genes_of=["z", "x"]),
+         "or more than once", genes_of=["z", "x"], gene_names="symbol"),
     case("a covariate of each cell", DAYS, "has 40 values for 40 cells", covariate="barcode"),
     case("a covariate twice", DAYS, "different columns are needed", covariate=["day", "day"]),
     case("a covariate that leaves nothing to compare", DAYS,
-         "no perturbed cell has the covariates of a control cell", covariate="other"),
-    *(case(f"a split of {word} alone", dict(condition=["ctrl", "A"], s=[word, "x"]),
-           f"it says {word} (1), x (1); words: train", split_column="s")
-      for word in ("Train", "test"))])
+         "no perturbed cell has the covariates of a control", covariate="other"),
+    case("a split of training cells alone", dict(condition=["ctrl", "A"], s=["Train", "x"]),
+         "it says Train (1), x (1); words: train", split_column="s")])
 def test_what_cannot_be_meant_is_refused_with_a_sentence(columns, expected, options, read):
     with pytest.raises(data.DataError) as error:
         read(columns, **options)
@@ -1872,33 +1654,17 @@ def test_what_cannot_be_meant_is_refused_with_a_sentence(columns, expected, opti
 @pytest.mark.parametrize("columns, expected, options", [
     case("where labels might have been split", "gene: NT, ZAP70_1",
          "some contain '_', nothing was split"),
-    case("which labels were left out", UNNAMED, "dropped 4 cells whose label in condition is "
-         "missing or left out: A+negative (1), Multiplet (1), negative (1), unassigned (1)"),
+    case("which labels were left out", "condition: NT, A, None, A+negative, None",
+         "dropped 3 cells whose label is missing or left out: None (2), A+negative (1)"),
     case("among them an empty one", MISSING, "is missing or left out: '' (1)", **MINE),
-    case("a control that is nowhere, beside one that is there", TWO,
-         "warning: no label is 'safe', of --control", control=["NT", "safe"]),
     case("rare perturbations", RARE, "dropped 5 cells of 3 perturbations that have fewer than 3 "
          "(--min-cells)", min_cells=3),
-    case("labels that a pattern does not match", GUIDES_OF_A_GENE, "2 cells have labels that "
-         "--label-pattern does not match, which stay as they are: A_g1+C (1), B (1)",
-         label_pattern="(.+)_g[0-9]+"),
-    case("features that are no genes", TWO | dict(var=TYPES),
-         "left out 1 features that are no Gene Expression"),
-    case("covariates without controls", DAYS, "warning: 10 cells, with all cells of 1 conditions, "
-         "have covariates that no control", covariate="day"),
-    case("cells in no split", MISSING, "1 cells are in no split, obs column 's' says '' (1)",
-         split_column="s", **MINE)])
+    case("what is left", TWO | dict(var=TYPES), "2 cells x 2 genes kept, 1 cells are controls"),
+    case("totals that are all equal", TWO, "warning: nearly all cells have the same total, 6"),
+    case("covariates without controls", DAYS, "warning: 10 cells have covariates that no control",
+         covariate="day")])
 def test_what_is_not_obvious_is_said_in_a_note(columns, expected, options, read):
     assert expected in "\n".join(read(columns, **options).notes)
-
-
-def test_perturbations_are_looked_for_among_the_genes(read):
-    columns = dict(gene=["NT", "X_1"], var=SYMBOLS)
-    for options, is_noted in (({}, True), (dict(gene_names="symbol"), False)):
-        notes = "\n".join(read(columns, **options).notes)
-        assert ("no perturbation is named like a gene" in notes) == is_noted
-    assert data.targets(["KLF1", "klf1_2", "Klf1|KLF1", "NKX2-1_g1", "KLF"],
-                        ["NKX2-1", "Klf1"]) == [1, 1, 1, 0, None]
 
 
 @pytest.mark.parametrize("columns, expected, options", [
@@ -1909,36 +1675,26 @@ def test_perturbations_are_looked_for_among_the_genes(read):
     case("of all features the genes", TYPES, "a:1 c:3"),
     case("unless others are asked for", TYPES, "b:2",
          gene_column="feature_types=CRISPR Guide Capture"),
-    *(case(f"or there is nothing but {kind}", {"feature_types": [kind] * 3}, "a:1 b:2 c:3")
-      for kind in ("Gene Expression", "Peaks")),
+    case("or there are no genes", {"feature_types": ["Peaks"] * 3}, "a:1 b:2 c:3"),
     case("called by a column or, where it is empty, by the index", SYMBOLS, "x:1 b:2 c:3",
          gene_names="symbol"),
-    case("exactly those asked for, in this order", SYMBOLS, "c:3 a:1", genes_of=["c", "a"]),
-    case("by any column", SYMBOLS, "E3:3 E1:1", genes_of=["E3", "E1"]),
-    case("the one asked for, too", SYMBOLS, "c:3 x:1", genes_of=["c", "x"], gene_names="symbol"),
+    case("exactly those asked for, in this order, by the index", SYMBOLS, "c:3 a:1",
+         genes_of=["c", "a"], gene_names="symbol"),
+    case("or by the names asked for", SYMBOLS, "c:3 x:1", genes_of=["c", "x"], gene_names="symbol"),
     case("also where names repeat, if all are the same", {"symbol": ["x", "x", "z"]},
          "x:1 x:2 z:3", genes_of=["x", "x", "z"], gene_names="symbol")])
 def test_the_genes_of_a_screen_are_those(columns, expected, options, read):
-    screen = read(dict(gene=["NT", "A"], var=columns), **options)
+    screen = read(TWO | dict(var=columns), **options)
     assert " ".join(map("{}:{}".format, screen.gene_names, screen.counts.dense()[1])) == expected
 
 
-def test_a_damaged_label_column_is_not_passed_over_for_another(tmp_path):
-    path = write_obs(tmp_path / "x.h5ad", condition=["ctrl", "A"] * 2, gene=["NT", "A"] * 2)
-    with h5py.File(path, "a") as file:
-        file["obs/condition/codes"].write_direct(np.full(4, 7, "i4"))
-    with pytest.raises(data.DataError, match=r"obs/condition has the category code \[7\]"):
-        data.read_screen(path)
-
-
-@pytest.mark.parametrize("write", [dense("f4"), lambda f: write_sparse(f, "X", scramble=True)])
 @pytest.mark.parametrize("options, kept, genes, n_empty", [
-    ({}, [0, 1, 4], [0, 1, 2, 3], 1), (dict(subset="line=k"), [0, 1], [0, 1, 2, 3], 1),
+    (dict(subset="line=k"), [0, 1], [0, 1, 2, 3], 1),
     (dict(control="X+ctrl", combination_separator="", gene_column="good"), [1, 4], [0, 2], 2)])
 def test_a_screen_is_the_cells_with_a_label_and_counts_of_kept_genes_and_notes_count_the_others(
-        write, options, kept, genes, n_empty, tmp_path):
+        options, kept, genes, n_empty, tmp_path):
     def with_columns(file):
-        write(file)
+        write_sparse(file, "X", scramble=True)
         file["obs/line"], file["var/good"] = np.array([b"k"] * 4 + [b"j"]), [1, 0, 1, 0]
 
     screen, x = (data.read_screen(write_modern(tmp_path / "x.h5ad", with_columns), **options),
@@ -1948,14 +1704,13 @@ def test_a_screen_is_the_cells_with_a_label_and_counts_of_kept_genes_and_notes_c
     assert list(screen.cell_names) == [CELLS[i] for i in kept]
     assert list(screen.obs("line")) == ["kkkkj"[i] for i in kept]
     assert [note for note in screen.notes if "dropped" in note] == [
-        *["dropped 1 cells outside of the subset"] * ("subset" in options),
-        "dropped 1 cells whose label in condition is missing or left out: '' (1)",
+        "dropped 1 cells whose label is missing or left out: '' (1)",
         f"dropped {n_empty} cells without any count"]
 
 
 def test_covariates_are_positions_among_all_values_and_a_missing_one_is_none(read):
     columns = dict(condition=["ctrl", "A", "ctrl", "A", "ctrl"] * 8, day=[1, 1, 2, 2, 1] * 8,
-                   donor=["b", "a", "a", "", "a"] * 8, barcode=np.arange(40))
+                   donor=["b", "a", "a", "", "a"] * 8)
     screen, plain = read(columns, covariate=["donor", "day"]), read(columns)
     assert screen.covariates == ["donor=a", "donor=b", "day=1", "day=2"]
     assert screen.c[:4].tolist() == [[1, 2], [0, 2], [0, 3], [NONE, 3]]
@@ -1975,22 +1730,7 @@ def test_a_column_over_which_controls_and_perturbed_cells_are_spread_unlike_is_n
     assert (f"{p[is_control].mean():.0%} of the controls and {p[~is_control].mean():.0%} of the "
             "perturbed cells have donor=1") in line
     assert data.unbalanced(screen, ["condition", "donor"]) == []
-    assert data.unbalanced(read(columns, covariate="donor"), ["condition"]) == []
-
-
-def test_cells_that_stand_in_the_file_twice_and_totals_that_are_all_equal_are_noted(tmp_path):
-    def warning(x):
-        data.write_h5ad(tmp_path / "x.h5ad", X=x, var={"gene": range(x.shape[1])}, obs={
-            "cell": range(len(x)), "gene": ["NT", "A"] * (len(x) // 2)})
-        return "".join(note for note in data.read_screen(tmp_path / "x.h5ad").notes
-                       if note.startswith("warning"))
-
-    x = np.random.default_rng(0).poisson(5, (60, 40))
-    few = np.tile(x[:, :5], (2, 1))  # cells of few counts may be equal by chance
-    assert warning(x) == warning(few) == ""
-    assert "30 cells have exactly the counts of another" in warning(np.concatenate([x, x[:30]]))
-    assert "nearly all cells have the same total, 10,00" in warning(
-        np.rint(1e4 * x / x.sum(1, keepdims=True)))
+    assert data.unbalanced(read(columns, covariate="donor")) == []
 
 
 def test_splits_equal_those_of_scikit_learn():
@@ -2015,8 +1755,6 @@ NORMAN_SPLITS = {
     ("norman-ood", 0, 0.0): [(80, 8067, 1067893), (20, 1883, 257957), (7, 569, 71273)],
     ("norman-ood", 1, 0.5): [(106, 10075, 1337237), (25, 2934, 408532), (7, 933, 147197)],
     ("norman-ood", 3, 1.0): [(144, 13825, 1787739), (36, 3747, 515457), (10, 1029, 128369)],
-    ("norman-data-efficiency", 0, 0.0): [(80, 8067, 1067893), (36, 3333, 438075),
-                                         (20, 1878, 254634)],
     ("norman-data-efficiency", 2, 0.25): [(96, 10056, 1354128), (36, 3223, 398421),
                                           (20, 1564, 198712)],
     ("norman-data-efficiency", 4, 1.0): [(144, 15452, 2118532), (36, 2807, 331959),
@@ -2031,82 +1769,65 @@ def test_the_norman_splits_equal_those_of_scikit_learn_and_pandas(split, seed, f
 
 
 def test_in_the_ood_split_training_cells_accumulate_and_test_cells_stay(read):
-    screen, before = read(COMBINATIONS), None
+    identity = dict(zip(NAMES, NAMES[:5] + ["z", "y", "x", "w", "v"]))
+    screen, before = read(COMBINATIONS | dict(
+        guide_identity=[identity[name] for name in COMBINATIONS["condition"]])), None
+    order = ["v", "w", "x", "y", "z"]  # of this column, where the file has it
+    np.random.default_rng(2).shuffle(order)
     for fraction in (0, 0.25, 0.5, 0.75, 1):
         cells = data.split_cells(screen, 2, "norman-ood", fraction)
         parts = {part: set(found.tolist()) for part, found in cells.items()}
         combinations = {part: {name for name in screen.conditions[found] if "+" in name}
                         for part, found in cells.items()}
-        assert len(combinations["train"]) == int(fraction * 5) and len(combinations["test"]) == 2
+        assert {identity[name] for name in combinations["train"]} == set(order[:int(fraction * 5)])
+        assert {identity[name] for name in combinations["test"]} == set(order[3:])
         assert not parts["train"] & parts["test"] and not parts["validation"] & parts["test"]
-        assert fraction > 0.6 or not combinations["train"] & combinations["test"]
         if before is not None:
             assert before["train"] <= parts["train"] and before["test"] == parts["test"]
         before = parts
 
 
-def test_the_order_of_combinations_is_that_of_guide_identity_where_the_file_has_it(read):
-    identity = dict(zip(NAMES, NAMES[:5] + ["z", "y", "x", "w", "v"]))
-    screen = read(COMBINATIONS | dict(
-        guide_identity=[identity[name] for name in COMBINATIONS["condition"]]))
-    order = ["v", "w", "x", "y", "z"]
-    np.random.default_rng(0).shuffle(order)
-    test = data.split_cells(screen, 0, "norman-ood", 0.5)["test"]
-    assert {identity[name] for name in screen.conditions[test]} == set(order[3:])
-
-
-@pytest.mark.parametrize("words, parts", [
-    ([*data.SPLIT_WORDS, "x"], [*data.SPLIT_WORDS.values(), None]),
-    (list(map(str.upper, data.SPLIT_WORDS)), list(data.SPLIT_WORDS.values())),
-    (["train", "test", "ood", "val"], ["train", "test", "test", "validation"]),
-    (["train", "test", "ood"], ["train", "validation", "test"]),  # as CPA writes it: a note says so
-    (["train", "ood"], ["train", "test"])])
-def test_a_column_can_say_the_split_in_the_words_that_are_in_use(words, parts, read):
+def test_a_column_can_say_the_split_and_validation_cells_are_taken_from_training_cells(read):
+    words = [*data.SPLIT_WORDS, "Train", "TEST", "x"]
     columns = dict(condition=["ctrl", "A"] * len(words), s=np.repeat(words, 2).tolist())
     screen = read(columns, split_column="s")
-    assert screen.split.tolist() == np.repeat(text(parts), 2).tolist()
-    assert ("as CPA writes it" in "".join(screen.notes)) == (parts[1] == "validation")
-    if "validation" in parts:
-        for part, cells in data.split_cells(screen).items():
-            assert cells.tolist() == np.flatnonzero(screen.split == part).tolist()
-
-
-def test_validation_cells_are_taken_from_training_cells_where_the_column_has_none(read):
+    expected = [*data.SPLIT_WORDS.values(), "train", "test", None]
+    assert screen.split.tolist() == np.repeat(text(expected), 2).tolist()
+    for part, cells in data.split_cells(screen).items():
+        assert cells.tolist() == np.flatnonzero(screen.split == part).tolist()
     screen = read(dict(condition=["ctrl", "A"] * 40, s=["train", "train", "test", "test"] * 20),
                   split_column="s")
-    train = np.flatnonzero(screen.split == "train")
-    parts = data.split_cells(screen, seed=3)
+    train, parts = np.flatnonzero(screen.split == "train"), data.split_cells(screen, seed=3)
     for name, places in zip(parts, data.train_test_split(40, 0.8, seed=3)):
         assert parts[name].tolist() == train[places].tolist()
 
 
 def test_a_split_without_combinations_or_training_controls_is_refused(read):
-    with pytest.raises(data.DataError, match="needs combinations.*--combination-separator"):
+    with pytest.raises(data.DataError, match="no test cells are left"):
         data.split_cells(read(dict(condition=["ctrl", "A"] * 30)), 0, "norman-ood")
     columns = dict(condition=["ctrl", "A", "B"] * 2, s=["test", "train", "val"] * 2)
     with pytest.raises(data.DataError, match=r"control.*\(6 cells in all, 2 for training\)"):
         data.split_cells(read(columns, split_column="s"))
 
 
-@pytest.mark.parametrize("where", ["whole", "in pieces", "from the file"])
-@pytest.mark.parametrize("form", ["dense f4", "csr uint8"])
+@pytest.mark.parametrize("stream", [False, True])
 def test_batches_are_rows_of_the_counts_with_their_dosages_and_covariates(
-        form, where, tmp_path, monkeypatch):
+        stream, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 2)
-    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS[form]),
-                              stream=where == "from the file")
-    for device in ("cpu", "cuda")[:1 + torch.cuda.is_available()]:
-        x, d, c = data.Batches(screen, device)(np.array([1]))
-        assert x.shape == (1, 4) and d.shape == (1, 2) and c.shape == (1, 0)
-        with_c = dataclasses.replace(screen, c=np.array([[5], [NONE], [7]]))
-        batches = data.Batches(with_c, device, piecewise=where == "in pieces")
-        assert (batches.whole is not None) == (where == "whole")
+    screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS["csr uint8"]), stream)
+    assert data.Batches(screen)(np.array([1]))[2].shape == (1, 0)
+    screen = dataclasses.replace(screen, c=np.array([[5], [NONE], [7]]))
+    devices = [("cpu", None), ("cuda", 10**9), ("cuda", 0)][:1 + 2 * torch.cuda.is_available()]
+    for device, free in devices:  # on a GPU that has this much memory left
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
+        batches = data.Batches(screen, device)
+        assert (batches.whole is None) == (stream or free == 0)
         ordered = list(batches.in_order(np.array([2, 0, 1]), size=2))
         assert [len(x) for x, _, _ in ordered] == [2, 1]  # the same whatever the pieces
         for cells, (x, d, c) in (([2, 0, 2], batches(np.array([2, 0, 2]))),
                                  ([2, 0, 1], map(torch.cat, zip(*ordered)))):
             assert x.tolist() == MATRIX[[0, 1, 4]][cells].tolist() and x.dtype == torch.float32
-            assert d.tolist() == screen.d[cells].tolist() and c.tolist() == with_c.c[cells].tolist()
+            assert d.tolist() == screen.d[cells].tolist() and c.tolist() == screen.c[cells].tolist()
             assert d.dtype == c.dtype == torch.int64
 
 
@@ -2127,9 +1848,8 @@ def test_a_screen_streams_where_it_may_take_a_third_of_the_memory_or_where_that_
     def streams(path, **options):
         return data.Batches(data.read_screen(path, **options)).where.startswith("in the file")
 
-    tall = dense("i8", chunks=(600, 4), maxshape=(None, None))
-    by_row, by_column, tall = (write_modern(tmp_path / f"{i}.h5ad", write) for i, write in
-                               enumerate([dense("f4"), FORMS["csc uint8"], tall]))
+    by_row, by_column = (write_modern(tmp_path / name, FORMS[name])
+                         for name in ("csr uint8", "csc uint8"))
     assert not streams(by_row) and streams(by_row, stream=True)
     n_bytes = data.read_h5ad(by_row).counts(np.arange(5) != 3, stored=True).n_bytes
     for memory, expected in ((3 * n_bytes, False), (3 * n_bytes - 1, True)):
@@ -2137,9 +1857,9 @@ def test_a_screen_streams_where_it_may_take_a_third_of_the_memory_or_where_that_
         assert streams(by_row) == expected and not streams(by_row, stream=False)
     assert not streams(by_column)  # as long as it fits at all
     monkeypatch.setattr(data, "memory", lambda: 10)
-    for path, stream in ((by_column, None), (by_column, True), (tall, None)):
+    for stream in (None, True):
         with pytest.raises(data.DataError, match="is not stored cell by cell.*data.py prepare"):
-            data.read_screen(path, stream)
+            data.read_screen(by_column, stream)
 
 
 def test_streaming_takes_the_memory_of_a_piece_whatever_the_number_and_size_of_cells(
@@ -2220,6 +1940,7 @@ def test_batches_from_a_sorted_file_are_nearly_as_mixed_as_in_random_order():
         """Of how many cells of a label are in a batch, relative to a binomial one."""
         batches = types.SimpleNamespace(from_file=from_file, n_piece=data.PIECE,
                                         stream=lambda pieces, size: None)
+        batches.cut = functools.partial(data.Batches.cut, batches)
         shuffle = data.Shuffle(batches, cells, size, seed=0)
         found = [np.bincount(label[batch], minlength=n // per_label) for epoch in range(2)
                  for batch in shuffle.order(epoch).reshape(-1, size)]
@@ -2331,7 +2052,7 @@ def test_pathways_come_from_the_file_or_from_json(tmp_path):
     for content in ({"P": ["A", "B"]}, {"source": "x", "pathways": {"P": ["A", "B"]}}):
         (tmp_path / "p.json").write_text(json.dumps(content))
         assert data.read_pathways(tmp_path / "p.json") == {"P": ["A", "B"]}
-    for content in ("[]", "{", '{"P": "A"}', '{"P": [["A"]]}', "[" * 100_000):
+    for content in ("[]", "{", '{"P": "A"}'):
         (tmp_path / "p.json").write_text(content)
         with pytest.raises(data.DataError, match="p.json"):
             data.read_pathways(tmp_path / "p.json")
@@ -2341,9 +2062,9 @@ def prepare(*arguments):
     data.main(["prepare", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("by_row", [True, False])
 def test_prepare_keeps_the_wanted_cells_and_genes_in_their_order_with_all_columns(
-        form, tmp_path, monkeypatch, capsys):
+        by_row, tmp_path, monkeypatch, capsys):
     rng, source, out = np.random.default_rng(0), tmp_path / "x.h5ad", tmp_path / "y.h5ad"
     x = rng.poisson(rng.gamma(0.3, 3, (300, 20)))
     x[150, 3] = 70_000  # the type of what is written becomes wider on the way
@@ -2356,10 +2077,7 @@ def test_prepare_keeps_the_wanted_cells_and_genes_in_their_order_with_all_column
         var={"gene": [f"E{g}" for g in range(20)], "even": np.arange(20) % 2 == 0,
              "symbol": [f"S{g}" for g in range(20)]})
     with h5py.File(source, "a") as file:
-        if form == "dense":
-            file.create_dataset("X", data=x.astype("f4"), chunks=(7, 5), compression="gzip")
-        else:
-            write_sparse(file, "X", x, by_row=form == "csr")
+        write_sparse(file, "X", x, by_row)
     (tmp_path / "genes.txt").write_text("S2\nS5\n\nS16\nS4\nnowhere\n")
     monkeypatch.setattr(data, "BLOCK", 64)
     prepare(source, out, "--subset", "line=k", "--min-cells", 5, "--controls", 20,
@@ -2375,18 +2093,18 @@ def test_prepare_keeps_the_wanted_cells_and_genes_in_their_order_with_all_column
     assert read.obs("n").tolist() == kept.tolist() and data.read_pathways(out) == {"p": ["A", "B"]}
     printed = capsys.readouterr().out
     for words in ("3 of the 5 listed genes are there", "missing: S5, nowhere",
-                  f"{len(kept)} cells, 3 genes, 2 perturbations"):
+                  f"{len(kept)} cells, 3 genes"):
         assert words in printed
 
-    prepare(source, out)  # without an option, all of it
+    (tmp_path / "link.h5ad").symlink_to(out)
+    prepare(source, tmp_path / "link.h5ad")  # without an option, all of it; the link stays
+    assert (tmp_path / "link.h5ad").is_symlink()
     assert (data.read_h5ad(out).counts().dense() == x).all()
-    with h5py.File(out) as file:
-        assert [file[f"X/{n}"].dtype for n in ("data", "indices", "indptr")] == ["u4", "i4", "i4"]
     theirs = pytest.importorskip("anndata").read_h5ad(out)
     assert (theirs.X.toarray() == x).all() and theirs.obs["condition"].isna().sum() == 3
 
 
-def test_the_recipe_of_the_paper_s_first_data_set(tmp_path, capsys):
+def test_the_recipe_of_the_paper_s_first_data_set(tmp_path):
     with open(os.path.join(HERE, data.RECIPE_FILE)) as file:
         lists = json.load(file)
     wanted, genes = lists["perturbation_genes"], lists["measured_gene_names"]
@@ -2394,47 +2112,20 @@ def test_the_recipe_of_the_paper_s_first_data_set(tmp_path, capsys):
     rng, out = np.random.default_rng(0), tmp_path / "y.h5ad"
     targets = text(rng.choice([*wanted[:5], "OTHER"], 3000))
     targets[rng.random(3000) < 0.8] = "non-targeting"
-    guides = text([f"{target}_{i % 7}|{target}_9" for i, target in enumerate(targets)])
     x = rng.poisson(5, (3000, 5))
     data.write_h5ad(tmp_path / "raw.h5ad", X=x.astype("f4"), obs={
-        "cell_barcode": np.arange(3000), "gene": targets, "sgID_AB": guides},
+        "cell": range(3000), "gene": targets, "sgID_AB": [f"{t}_1|{t}_9" for t in targets]},
         var={"gene_id": list("abcde"), "gene_name": [*genes[:3], "X", genes[1]]})
     prepare(tmp_path / "raw.h5ad", out, "--recipe", "replogle-filtered")
     controls = np.flatnonzero(targets == "non-targeting")
     assert len(controls) > 2000
     np.random.RandomState(0).shuffle(controls)
     kept = np.union1d(controls[:2000], np.flatnonzero(np.isin(targets, wanted)))
-    read, screen = data.read_h5ad(out), data.read_screen(out)
-    assert (read.counts().dense() == x[kept][:, [0, 1, 2, 4]]).all()
-    assert read.obs("sgID_AB").tolist() == guides[kept].tolist()
+    screen = data.read_screen(out)
+    assert (screen.counts.dense() == x[kept][:, [0, 1, 2, 4]]).all()
+    assert screen.obs("gene").tolist() == targets[kept].tolist()
     assert data.read_pathways(out) == lists["pathways"]
-    assert (f"{len(kept):,} cells, 4 genes, 35 perturbations\n  expected were 118,641 cells, "
-            "1,187 genes, 722 perturbations" in capsys.readouterr().out)
-    assert len(screen.perturbations) == 35 and (screen.conditions == "control").sum() == 2000
-
-
-def test_odd_columns_are_in_nobody_s_way_and_prepared_as_anndata_opens_them(tmp_path, capsys):
-    anndata, pandas = pytest.importorskip("anndata"), pytest.importorskip("pandas")
-    obs = pandas.DataFrame({
-        "gene": ["NT", "A"] * 30, "dose": pandas.Categorical([1.5, 2.5, None] * 20),
-        "n/a": np.arange(60), "note": ["long " * 10_000, *map(str, range(59))]},
-        index=list(map(str, range(60))))
-    x = np.random.default_rng(0).poisson(5, (60, 9)).astype("f4")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        anndata.AnnData(x + 1e-8 * x.astype("f8"), obs, pandas.DataFrame(
-            index=list("abcdefghi"))).write_h5ad(tmp_path / "x.h5ad")
-    data.main([str(tmp_path / "x.h5ad")])
-    capsys.readouterr()
-    assert data.read_h5ad(tmp_path / "x.h5ad").obs_columns == ["gene", "dose", "n/a", "note"]
-    data.read_screen(tmp_path / "x.h5ad", stream=True)
-    assert "within 1e-6 of an integer were rounded" in capsys.readouterr().out
-    (tmp_path / "link.h5ad").symlink_to(tmp_path / "y.h5ad")
-    prepare(tmp_path / "x.h5ad", tmp_path / "link.h5ad")
-    assert (tmp_path / "link.h5ad").is_symlink()
-    theirs = anndata.read_h5ad(tmp_path / "y.h5ad")
-    assert (theirs.X.toarray() == x).all() and theirs.obs["n_a"].tolist() == list(range(60))
-    assert theirs.obs["dose"].isna().sum() == 20 and theirs.obs["dose"].max() == 2.5
+    assert len(screen.perturbations) == 5 and (screen.conditions == "control").sum() == 2000
 
 
 def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch, capsys):
@@ -2444,48 +2135,28 @@ def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch, cap
     data.write_h5ad(source, X=x, obs={"cell": np.arange(200)}, var={"gene": list("abc")})
     genes.write_text("zzz\n")
     monkeypatch.setattr(data, "BLOCK", 64)
-    recipe = ["--recipe", "replogle-filtered"]
     for target, options, words in (
-            (tmp_path / "no/y.h5ad", [], "cannot be written: No such file"),
-            (tmp_path, [], "cannot be written: is a folder, a pipe"),
             (source, [], "is the file that is read"), (out, [], "0.5 for cell '150', gene 'b'"),
             (out, ["--genes", genes], "no gene is left"),
-            (out, ["--control", "0"], "no obs column has a well-known name"),
-            (out, [*recipe, "--min-cells", 3], "leave the other"),
-            (out, recipe, "no column 'gene'")):
+            (out, ["--recipe", "replogle-filtered"], "no column 'gene'")):
         with pytest.raises(data.DataError, match=words):
             prepare(source, target, *options)
-    with pytest.raises(OSError, match="no.txt"):  # which the command makes a sentence
-        prepare(source, out, "--genes", tmp_path / "no.txt")
     with pytest.raises(SystemExit):
         prepare(source, out, "--controls", 0)
     assert "must be at least 1 and below 2^32, not 0" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["none.txt", "x.h5ad"]
 
 
-def test_the_command_prints_how_a_file_is_read_in_whatever_thread_it_runs(tmp_path, capsys):
+def test_the_command_prints_how_a_file_is_read(tmp_path, capsys):
     path = write_obs(tmp_path / "x.h5ad", mine=["", "safe", *"AAABBCCCC"] * 5)
     command = [path, "--perturbation-column", "mine", "--control", "", "--control", "safe"]
-    thread = threading.Thread(target=data.main, args=(command,))
-    thread.start()
-    thread.join()
+    data.main(command)
     first, *others, last = capsys.readouterr().out.splitlines()
     assert first == path and all(line.startswith("  ") for line in others)
-    assert "55 cells kept, 10 of them controls; 3 perturbations" in "".join(others)
+    assert "55 cells x 3 genes kept, 10 cells are controls; 3 perturb" in "".join(others)
     assert last == "  split: 35 train, 9 validation, 11 test"
     data.main([*command, "--min-cells", "11"])  # 10 if nothing is said
     assert "dropped 10 cells of 1 perturbations" in capsys.readouterr().out
-
-
-def test_importing_data_changes_nothing_in_the_process():
-    program = """import os, signal, torch, h5py
-state = lambda: (dict(os.environ), os.getcwd(), torch.get_num_threads(), torch.get_rng_state(),
-                 [signal.getsignal(number) for number in signal.valid_signals()])
-before = state()
-import data
-assert str(state()) == str(before) and data.WATCHDOG is None, state()"""
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("GOMP")}
-    subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment, check=True)
 
 
 # ============================================================================================
@@ -2510,25 +2181,18 @@ def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_c
     rng = np.random.default_rng(0)
     true, order, scale = rng.normal(size=(2000, 5)), rng.permutation(5), rng.choice([-3.0, 0.5], 5)
     found = evaluate.latent_recovery(true, true[:, order] * scale + 7)
-    assert all(v == pytest.approx(1) for v in found.values()) and len(found) == 3
-    # A curve keeps ranks but no line; a mixture keeps all that a line needs and no latent.
-    bent = evaluate.latent_recovery(true, np.exp(2 * true[:, order]))
-    assert bent["mcc_ranks"] == pytest.approx(1) and bent["mcc"] < 0.7
+    assert found == pytest.approx({"mcc": 1, "r_squared": 1})
     mixed = evaluate.latent_recovery(true, true @ rng.normal(size=(5, 5)))
     assert mixed["r_squared"] == pytest.approx(1) and mixed["mcc"] < 0.9
     # By chance: |r| of 2,000 pairs has the mean sqrt(2 / (pi 2000)), the best matching a bit more.
     noise = evaluate.latent_recovery(true, rng.normal(size=(2000, 5)))
     chance = math.sqrt(2 / math.pi / 2000)
-    assert all(chance < noise[name] < 3 * chance for name in ("mcc", "mcc_ranks"))
-    assert abs(noise["r_squared"]) < 0.02
-    # True latents that have no partner count as not found; learned ones too many do no harm.
+    assert chance < noise["mcc"] < 3 * chance and abs(noise["r_squared"]) < 0.02
+    # True latents without a partner count as not found; too many learned ones do no harm.
     assert evaluate.latent_recovery(true, true[:, :2])["mcc"] == pytest.approx(0.4, abs=0.02)
     many = evaluate.latent_recovery(true, np.column_stack([0 * true, true[:, order]]))
     assert many["mcc"] == pytest.approx(1)
-    # What is the same in all cells is like nothing; of too few cells there is no R2.
-    constant = evaluate.latent_recovery(np.sort(true, axis=0), np.ones((2000, 5)))
-    assert constant["mcc"] == constant["mcc_ranks"] == 0
-    assert math.isnan(evaluate.latent_recovery(true[:9], true[:9])["r_squared"])
+    assert math.isnan(evaluate.latent_recovery(true[:9], true[:9])["r_squared"])  # too few cells
 
 
 def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_error():
@@ -2540,21 +2204,15 @@ def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_
     for a, b in ((true, found), (found, true)):  # precision and recall are the same here
         assert evaluate.mask_recovery(a, b) == pytest.approx(
             {"precision": 4 / 5, "recall": 4 / 5, "f1": 4 / 5})
-    nothing = np.zeros((4, 2), bool)
-    assert evaluate.mask_recovery(true, nothing)["f1"] == 0
-    assert math.isnan(evaluate.mask_recovery(nothing, nothing)["f1"])
-    # By another matching, such as that of latent states, it is counted what that one brings.
-    assert evaluate.mask_recovery(true, true[:, [1, 0, 2]], np.eye(3))["precision"] == 1 / 5
+    assert evaluate.mask_recovery(true, 0 * found)["f1"] == 0
     # Between runs, whose masks are texts:
     first, second = ["0", "1 12", "", "12"], ["3", "0 1", "", "1"]
-    assert evaluate.mask_agreement([first, second])[0] == 1
     three = [first, second, ["0", "0", "", "0"]]
     assert evaluate.mask_agreement(three)[0] == pytest.approx((1 + 4 / 7 + 4 / 7) / 3)
     many = [" ".join(map(str, np.flatnonzero(row))) for row in
             np.random.default_rng(0).random((60, 8)) < 0.2]
     agreement, chance = evaluate.mask_agreement([many, many])
     assert agreement == 1 and 0.2 < chance < 0.5
-    assert np.isnan(evaluate.mask_agreement([first])).all()
     assert np.isnan(evaluate.mask_agreement([["", ""], ["", ""]])).all()  # not 0
 
 
@@ -2570,45 +2228,30 @@ def test_pearson_equals_numpy_and_r_squared_and_the_weighted_one_are_so_by_hand(
     observed, predicted = np.array([[3.0, -1, 9], [0, 1, 2]]), np.array([[2.0, -1, 0], [0, 1, 1]])
     mean = 0.8 * 3 - 0.2  # weighted
     first = 1 - 0.8 / (0.8 * (3 - mean) ** 2 + 0.2 * (-1 - mean) ** 2)
-    value = evaluate.weighted_r_squared((predicted - observed) ** 2, observed, weights)
+    squares = (predicted - observed) ** 2
+    value = evaluate.weighted_r_squared(squares, observed, weights)
     assert value == pytest.approx((first + 1 - 1 / 2) / 2)
+    weights[1] = 0  # a condition without weights does not count
+    assert evaluate.weighted_r_squared(squares, observed, weights) == pytest.approx(first)
 
 
-def test_the_weighted_r_squared_is_the_field_s_also_by_scperteval_where_it_is_installed(tmp_path):
-    # Three conditions and the control, of few cells and genes, all of them training cells.
+def test_the_weighted_r_squared_is_that_of_scperteval():
+    de, metrics = map(pytest.importorskip, (
+        "scperteval.blocks.de", "scperteval.protocols.metrics"))
     rng = np.random.default_rng(0)
-    label = np.repeat(["control", "A", "B", "C"], [20, 12, 15, 30])
-    x = rng.poisson(rng.uniform(1, 6, (4, 9))[[["control", "A", "B", "C"].index(v) for v in label]])
-    arms, batches = screen_of(tmp_path, x, label)
-    means = evaluate.mean_expression(batches, np.arange(len(x)), arms)["log_normalised"]
-    said, *_ = evaluate.effects_by_data(arms, means, means, np.zeros((3, 9), bool))
-    y = np.log2(1 + 1e4 * x / x.sum(1, keepdims=True))
-    for k, name in enumerate("ABC"):
-        own, rest = y[label == name], y[np.isin(label, list(set("ABC") - {name}))]
-        t = (own.mean(0) - rest.mean(0)) / (  # Welch's
-            own.var(0, ddof=1) / len(own) + rest.var(0, ddof=1) / len(rest)) ** 0.5
-        np.testing.assert_allclose(evaluate.t_against_others(arms, means)[k], t, rtol=1e-3)
-        truth = own.mean(0) - np.mean([y[label == v].mean(0) for v in set("ABC") - {name}], axis=0)
-        np.testing.assert_allclose(said.from_mean[k], truth, rtol=1e-3, atol=1e-4)
-        delta = rng.normal(size=(1, 9))  # a prediction, from the mean of the others
-        ours = evaluate.effect_metrics(delta, delta, evaluate.Said(*(v[[k]] for v in said)))
-        with contextlib.suppress(ImportError):
-            from scperteval.blocks import de
-            from scperteval.protocols import metrics
-
-            np.testing.assert_allclose(said.weights[k], de.mejia_weights(t), atol=1e-5)
-            context = types.SimpleNamespace(
-                de=lambda *_, own=own, rest=rest: de.de_ttest(own, rest), current_pert=name,
-                cfg=types.SimpleNamespace(truth="x"))
-            assert ours["weighted_r_squared"] == pytest.approx(
-                metrics.weighted_r2(truth, delta[0], context), rel=1e-3)
+    test = de.de_ttest(rng.normal(1, 1, (12, 9)), rng.normal(0, 2, (45, 9)))
+    context = types.SimpleNamespace(de=lambda *_: test, current_pert="A",
+                                    cfg=types.SimpleNamespace(truth="x"))
+    truth, predicted = rng.normal(size=(2, 1, 9))
+    weights = evaluate.response_weights(test.statistic[None])
+    assert evaluate.weighted_r_squared((predicted - truth) ** 2, truth, weights) == pytest.approx(
+        metrics.weighted_r2(truth[0], predicted[0], context))
 
 
 def test_the_discrimination_scores_by_hand():
-    def scores(predicted, observed, left_out=None):
+    def scores(*arrays, **options):
         """Both orientations, as lists."""
-        left_out = np.zeros(observed.shape, bool) if left_out is None else left_out
-        return evaluate.discrimination_scores(predicted, observed, left_out).tolist()
+        return evaluate.discrimination_scores(*arrays, **options).tolist()
 
     observed = np.array([[0.0, 0], [1, 0], [0, 5]])
     assert scores(observed, observed) == [[1, 1, 1]] * 2
@@ -2616,26 +2259,19 @@ def test_the_discrimination_scores_by_hand():
     # Of prediction 0 to the observed: 3, 2, 8, own rank 1; of 1: .5, 1.5, 4.5: 1; of 2: 1, 0, 6: 2.
     predicted = np.array([[3.0, 0], [0, 0.5], [1, 0]])
     assert scores(predicted, observed) == [[0, 0.5, 0.5], [0.5, 0.5, 0]]
-    constant = scores(np.ones((3, 2)), observed)
-    assert constant[0] == [0.5, 0.5, 0.5] and np.mean(constant[1]) == 0.5  # chance
-    # Without its first gene condition 0 is at 0, .5 and 0 of the predictions, a tie of the first.
-    left_out = np.zeros((3, 2), bool)
-    left_out[0, 0] = True
-    assert scores(predicted, observed, left_out) == [[0.75, 0.5, 0.5], [0.75, 0.5, 0]]
+    assert scores(np.ones((3, 2)), observed)[0] == [0.5, 0.5, 0.5]  # all tie
     assert np.isnan(scores(observed[:1], observed[:1])).all()
     # Of many conditions, a few are the rivals of each.
     many, other = np.random.default_rng(0).normal(size=(2, 700, 3))
-    near, left_out = many + 0.5 * other, np.random.default_rng(1).random(many.shape) < 0.1
-    some = evaluate.discrimination_scores(near, many, left_out, most=50)
+    some = scores(many + 0.5 * other, many, most=50)
     rivals = np.random.default_rng(0).permutation(700)[:50]
     for i in (0, 3, 699, rivals[0]):
-        distance = np.abs(many[i] - near)[:, ~left_out[i]].sum(1)
+        distance = np.abs(many[i] - many - 0.5 * other).sum(1)
         found = (distance[i] < distance[rivals[rivals != i]]).mean()
-        assert some[0, i] == pytest.approx(found, abs=1e-6)
-    assert np.allclose(some.mean(1), np.mean(scores(near, many, left_out), 1), atol=0.02)
+        assert some[0][i] == pytest.approx(found, abs=1e-6)
 
 
-def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error():
+def test_the_noise_limit_is_what_the_true_effects_score():
     rng, differences = np.random.default_rng(0), []
     for scale in (0.2, 0.5, 1.0, 3.0):
         for _ in range(30):
@@ -2645,22 +2281,19 @@ def test_the_noise_limit_is_what_the_true_effects_score_within_its_stated_error(
             without_control = truth + of_condition**0.5 * rng.normal(size=truth.shape)
             effect = without_control + of_control**0.5 * rng.normal(size=60)
             said = evaluate.Said(effect, of_condition + of_control,
-                                 without_control - truth.mean(0), of_condition,
-                                 evaluate.response_weights(truth))
-            scores = evaluate.effect_metrics(truth, truth - truth.mean(0), said)
-            limit = evaluate.noise_limit(said, np.arange(40) < 30)
-            differences.append([(scores["pearson"] - limit["pearson"]) / limit["pearson_se"]] + [
-                scores[k] - limit[k] for k in ("pearson", "r_squared", "from_mean")])
+                                 without_control - truth.mean(0), of_condition, truth)
+            weights = evaluate.response_weights(truth)
+            of_truth = evaluate.Prediction(truth, truth - truth.mean(0))
+            scores, limit = (f(*arguments, weights) for f, arguments in (
+                (evaluate.effect_metrics, (of_truth, said)), (evaluate.noise_limit, (said,))))
+            differences.append([scores[k] - limit[k] for k in (
+                "pearson", "r_squared", "from_mean")])
             if scale > 1:  # of weak effects the weighted R2 of a condition is far below 0
                 assert scores["weighted_r_squared"] == pytest.approx(
                     limit["weighted_r_squared"], abs=0.08)
-    in_errors, *differences = np.array(differences).T
-    assert abs(np.mean(in_errors)) < 0.5 and 0.3 < np.std(in_errors) < 1.3
-    for values, at_most in zip(differences, (0.02, 0.01, 0.02)):
-        assert abs(values.mean()) < at_most and values.std() < 0.08
-    of_one = evaluate.noise_limit(evaluate.Said(*(v[:1] for v in said)), np.array([True]))
-    assert of_one["pearson_se"] > 0  # by its genes
-    nothing = evaluate.noise_limit(evaluate.Said(0 * truth, *said[1:]), np.ones(40, bool))
+    for values, at_most in zip(zip(*differences), (0.02, 0.01, 0.02)):
+        assert abs(np.mean(values)) < at_most and np.std(values) < 0.08
+    nothing = evaluate.noise_limit(evaluate.Said(0 * truth, *said[1:]), weights)
     assert math.isnan(nothing["r_squared"])
 
 
@@ -2714,25 +2347,27 @@ def test_masks_that_determine_the_pathway_predict_it_and_others_are_at_chance():
     pathway = rng.choice(["a", "b", "c", "d"], 120)
     mask = np.stack([pathway == p for p in "abcd"], 1)
     mask = np.concatenate([mask, rng.random((120, 10)) < 0.1], 1)
-    found = evaluate.mask_pathway_accuracy(mask, pathway)
+    found = evaluate.mask_pathway_accuracy(mask, pathway, n_splits=3)
     assert found["mask_pathway_accuracy"] > 0.97 and found["mask_pathway_accuracy_sd"] < 0.05
-    found = evaluate.mask_pathway_accuracy(rng.permutation(mask), pathway)
-    assert abs(found["mask_pathway_accuracy"] - 0.25) < 0.1
-    assert 0 < found["mask_pathway_accuracy_sd"] < 0.2 and found["mask_pathway_chance"] < 0.4
+    found = evaluate.mask_pathway_accuracy(rng.permutation(mask), pathway, n_splits=3)
+    assert abs(found["mask_pathway_accuracy"] - 0.25) < 0.1 and found["mask_pathway_chance"] < 0.4
 
 
 def test_baseline_effects_by_hand():
     dosages = np.array([[0, -1], [1, -1], [0, 1], [0, 2]])
     effect = np.array([[2.0, 0], [0, 1], [8, 8], [0, 0]])
     seen = np.array([True, True, True, False])
-    others = evaluate.mean_of_others(effect, seen)
-    assert others.tolist() == [[4, 4.5], [5, 4], [1, 0.5], [10 / 3, 3]]
-    effects = evaluate.baseline_effects(effect, 0 * effect, seen, others, dosages)
-    assert (effects["no_change"] == 0).all() and effects["perturbed_mean"] is others
-    assert effects["additive"].tolist() == [[2, 0], [0, 1], [2, 1], [2, 0]]
-    np.testing.assert_allclose(effects["matching_mean"], [[2, 0], [0, 1], [1, 0.5], [8 / 3, 1.5]])
-    for name in ("own_mean", "shrunken_mean"):  # without noise there is nothing to shrink
-        assert effects[name].tolist() == [[2, 0], [0, 1], [8, 8], [2, 0]]
+    found = evaluate.baseline_effects(effect, 0 * effect, seen, dosages)
+    mean = [[4, 4.5], [5, 4], [1, 0.5], [10 / 3, 3]]  # of the others
+    own = [[2, 0], [0, 1], [8, 8], [2, 0]]  # without noise there is nothing to shrink
+    for row, expected, of_others in (
+            ("no_change", [[0, 0]] * 4, [[0, 0]] * 4), ("perturbed_mean", mean, mean),
+            ("additive", [[2, 0], [0, 1], [2, 1], [2, 0]],
+             [[1, 1], [2, 0.5], [1, 0.5], [4 / 3, 2 / 3]]),
+            ("matching_mean", [[2, 0], [0, 1], [1, 0.5], [8 / 3, 1.5]], mean),
+            ("own_mean", own, mean), ("shrunken_mean", own, mean)):
+        np.testing.assert_allclose(found[row].effect, expected)
+        np.testing.assert_allclose(found[row].from_mean, np.subtract(expected, of_others))
 
 
 def test_shrunken_effects_are_nearest_to_the_true_ones_and_shrink_as_known_variances_say():
@@ -2780,7 +2415,8 @@ def test_conditions_are_compared_with_controls_of_the_same_covariates_by_hand(tm
     treated, control = arms.compared(np.array([[1.0], [2], [3], [4], [5], [6], [7]]), share)
     assert treated.tolist() == [[0.75 * 4 + 0.25 * 6], [7]]
     assert control.tolist() == [[0.75 * 1 + 0.25 * 3], [3]]
-    assert arms.shares(np.array([0, 5, 0, 3, 0, 1, 2])).tolist() == [[0]] * 4  # nowhere
+    nowhere = arms.shares(np.array([0, 5, 0, 3, 0, 1, 2]))
+    assert nowhere.tolist() == [[0]] * 4 and not arms.have_some(nowhere).any()
 
 
 def test_effects_from_the_mean_of_others_have_no_noise_of_controls_by_hand(tmp_path):
@@ -2790,73 +2426,77 @@ def test_effects_from_the_mean_of_others_have_no_noise_of_controls_by_hand(tmp_p
                               np.array([9, 9, 9]))
     trained = evaluate.Means(np.array([[2.0], [5], [0]]), np.array([[0.2], [0.1], [0]]),
                              np.array([5, 5, 0]))
-    said, baselines, seen, independent = evaluate.effects_by_data(
-        arms, observed, trained, np.zeros((2, 1), bool), n_enough=5)
-    assert said.effect.tolist() == [[3], [6]] and seen.tolist() == [True, False]
-    assert baselines["perturbed_mean"].tolist() == [[0], [3]]
+    said, baselines = evaluate.effects_by_data(arms, observed, trained, np.array([True, False]))
+    assert said.effect.tolist() == [[3], [6]]
+    assert baselines["perturbed_mean"].effect.tolist() == [[0], [3]]
     np.testing.assert_allclose(said.variance, [[0.8], [0.9]])
     # a has no other training condition: from the controls; b from the mean of a.
     assert said.from_mean.tolist() == [[4 - 2], [7 - 5]]
     np.testing.assert_allclose(said.variance_from_mean, [[0.3 + 0.2], [0.4 + 0.1]])
-    assert baselines["own_mean"].tolist() == [[3], [0]] and independent.tolist() == [True, False]
+    assert baselines["own_mean"].effect.tolist() == [[3], [0]]
 
 
-def test_mean_expression_by_hand(tmp_path):
-    x = np.array([[1, 3], [2, 2], [8, 0], [5, 5]])
-    arms, batches = screen_of(tmp_path, x, ["a", "a", "control", "b"])
-    found = evaluate.mean_expression(batches, np.array([0, 1, 2]), arms)
-    per_10k = 1e4 * x / x.sum(1, keepdims=True)
-    assert found["counts"].n.tolist() == [1, 2, 0] and (found["counts"].mean[2] == 0).all()
-    np.testing.assert_allclose(found["counts"].mean[1], per_10k[:2].mean(0), rtol=1e-6)
-    np.testing.assert_allclose(found["log_normalised"].mean[:2], [
-        np.log2(1 + per_10k[2]), np.log2(1 + per_10k[:2]).mean(0)], rtol=1e-6)
-    # An arm of one cell has the variance of all arms together, here the other arm's.
-    squared_error = per_10k[:2].var(0, ddof=1)
-    np.testing.assert_allclose(found["counts"].variance[:2], [squared_error, squared_error / 2],
-                               rtol=1e-5)
-
-
-def test_entries_that_do_not_count_are_in_no_score_and_a_broken_prediction_is_not_hidden():
+def test_expression_its_error_and_t_against_other_perturbed_cells_are_so_by_hand(tmp_path):
     rng = np.random.default_rng(0)
-    predicted, effect, from_mean = rng.normal(size=(3, 5, 30))
+    label = np.repeat(["control", "A", "B", "C", "D"], [20, 12, 15, 30, 1])
+    x = rng.poisson(rng.uniform(1, 6, (5, 9)).repeat([20, 12, 15, 30, 1], 0)) + 1
+    arms, batches = screen_of(tmp_path, x, label)
+    means = evaluate.mean_expression(batches, np.arange(77), arms)  # without the cell of D
+    y = {"counts": 1e4 * x / x.sum(1, keepdims=True)}
+    y["log_normalised"] = np.log2(1 + y["counts"])
+    for scale, values in y.items():
+        mean, variance, n = means[scale]
+        assert n.tolist() == [20, 12, 15, 30, 0] and (mean[4] == 0).all()
+        for k, name in enumerate(("control", "A", "B", "C")):
+            own = values[label == name]
+            np.testing.assert_allclose(mean[k], own.mean(0), rtol=1e-5)
+            np.testing.assert_allclose(variance[k], own.var(0, ddof=1) / len(own), rtol=1e-4)
+        t = evaluate.t_against_others(arms, means[scale])
+        for k, name in enumerate("ABC"):
+            own, rest = values[label == name], values[np.isin(label, [*{*"ABC"} - {name}])]
+            welch = (own.mean(0) - rest.mean(0)) / (
+                own.var(0, ddof=1) / len(own) + rest.var(0, ddof=1) / len(rest)) ** 0.5
+            np.testing.assert_allclose(t[k], welch, rtol=1e-3)
+    # An arm of one cell has the variance within all arms together.
+    all_of_d = evaluate.mean_expression(batches, np.r_[0:20, 77], arms)["counts"]
+    np.testing.assert_allclose(all_of_d.variance[4], y["counts"][:20].var(0, ddof=1), rtol=1e-4)
+
+
+def test_entries_that_do_not_count_are_zero_and_a_broken_prediction_is_not_hidden():
+    rng = np.random.default_rng(0)
+    predicted, effect, from_mean, t = rng.normal(size=(4, 5, 30))
     variance, is_left_out = rng.uniform(0.5, 2, (5, 30)), np.eye(5, 30, dtype=bool)
     known = np.array([True, True, True, False, True])
     groups = {"all": known, "first": np.arange(5) < 1, "none": np.zeros(5, bool)}
 
-    def scores():
+    def scores(said, *prediction, left_out=is_left_out):
         """Of this prediction, {(group, row): metrics}."""
-        weights = np.full((5, 30), 1 / 30)
-        said = evaluate.Said(effect, variance, from_mean, variance, weights)
         return {(row.pop("group"), row.pop("row")): row for row in evaluate.scores(
-            groups, {"model": predicted, "no_change": 0 * predicted}, said, known, known,
-            is_left_out, "cpu")}
+            groups, {"model": evaluate.Prediction(*prediction),
+                     "no_change": evaluate.Prediction(0 * predicted, 0 * predicted)},
+            evaluate.Said(*said), known, left_out, "cpu")}
 
-    results = []
-    for value in (0.0, 100.0):
-        for v in (predicted, effect, from_mean):
-            v[is_left_out] = value
-        predicted[is_left_out] *= -1  # wrong, too
-        results.append(scores())
-    for place, row in results[0].items():  # (the others' entries count in their mean and ranks)
-        for name in ("pearson", "r_squared"):
-            assert row[name] == pytest.approx(results[1][place][name], nan_ok=True)
-    for v in (predicted, effect):
-        v[is_left_out] = 0
-    found = scores()
+    said = effect, variance, from_mean, variance, t
+    of_model = evaluate.prediction(predicted, known)
+    found = scores(said, *of_model)
+    zeroed = [[np.where(is_left_out, 0, v) for v in arrays] for arrays in (said, of_model)]
+    assert repr(found) == repr(scores(  # as text NaN equals NaN
+        zeroed[0], *zeroed[1], left_out=np.zeros((5, 30), bool)))
     assert [found[group, "model"]["n_conditions"] for group in ("all", "first")] == [4, 1]
     assert not any(group == "none" for group, _ in found)
     none = found["all", "no_change"]  # all alike: no rank, and nothing from the mean
     assert math.isnan(none["discrimination"]) and math.isnan(none["from_mean"])
-    of_others = predicted - evaluate.mean_of_others(predicted, known)
-    assert found["all", "model"]["from_mean"] == pytest.approx(evaluate.pearson(
-        np.where(is_left_out, 0, of_others)[known], np.where(is_left_out, 0, from_mean)[known]))
-    assert found["all", "model"]["pearson"] == pytest.approx(
-        evaluate.pearson(predicted[known], effect[known]))
-    ranked = evaluate.discrimination_scores(predicted[known], effect[known], is_left_out[known])
-    assert found["all", "model"]["discrimination"] == pytest.approx(ranked[0].mean())
-    assert found["first", "model"]["discrimination_by_prediction"] == ranked[1, 0]  # among four
-    predicted[1, 9] = np.nan
-    assert math.isnan(scores()["all", "model"]["pearson"])
+    predicted_known, effect, of_others = (np.where(is_left_out, 0, v)[known] for v in (
+        predicted, effect, of_model.from_mean))
+    model, first = found["all", "model"], found["first", "model"]
+    assert model["pearson"] == pytest.approx(evaluate.pearson(predicted_known, effect))
+    assert model["from_mean"] == pytest.approx(evaluate.pearson(
+        of_others, np.where(is_left_out, 0, from_mean)[known]))
+    ranked = evaluate.discrimination_scores(predicted_known, effect)
+    assert model["discrimination"] == pytest.approx(ranked[0].mean())
+    assert first["discrimination_by_prediction"] == ranked[1, 0]  # among four
+    of_model.effect[1, 9] = np.nan
+    assert math.isnan(scores(said, *of_model)["all", "model"]["pearson"])
 
 
 # ============================================================================================
@@ -2885,6 +2525,11 @@ def evaluation(name, iwelbo_particles=2, ate_particles=2, **options):
     """The metrics of runs/NAME."""
     return evaluate.evaluate(evaluate.open_run(f"runs/{name}"), iwelbo_particles=iwelbo_particles,
                              ate_particles=ate_particles, **options)
+
+
+def last(name):
+    """What last.pt of runs/NAME holds."""
+    return train.load_checkpoint(f"runs/{name}", "last.pt")
 
 
 def outcome(folder):
@@ -2942,20 +2587,21 @@ def test_a_run_killed_at_any_step_and_resumed_is_bit_identical_to_one_that_was_n
             codes.append(stopped.code)
     assert codes == [130] * len(died) + [0] and len(died) > 3
     assert_same(*(outcome(f"runs/{name}") for name in ("whole", "parts")))
-    (best, last), log = outcome("runs/parts")
-    turned = last["progress"]["masks_from"] == 8
+    state = last("parts")
+    turned = state["progress"]["masks_from"] == 8
     assert turned == (not {"learned", "cpa-vae", "cvae"} & {*options})
-    assert turned == (not torch.equal(last["model"]["axes"], torch.eye(4)))
-    assert [line["step"] for line in log] == [3, 5, 6] + [8] * turned + [9, 10, 12, 15, 16]
+    assert turned == (not torch.equal(state["model"]["axes"], torch.eye(4)))
+    assert [line["step"] for line in train.read_log("runs/parts")] == [
+        3, 5, 6] + [8] * turned + [9, 10, 12, 15, 16]
 
 
-def new_screen(n_genes=40, batch=None):
+def new_screen(n_genes=40, batch=1):
     """new.h5ad: the cells of screen.h5ad with its genes, or some, in another order, two more of one
-    name, and, if given, one value of batch."""
+    name, and one value of batch."""
     file = data.read_h5ad("screen.h5ad")
     genes = np.random.default_rng(1).permutation(40)[:n_genes]
-    obs = {"cell": file.cell_names, **{name: file.obs(name) for name in ("condition", "split")}}
-    obs |= {} if batch is None else {"batch": np.full(len(file.cell_names), batch)}
+    obs = {"cell": file.cell_names, **{name: file.obs(name) for name in ("condition", "split")},
+           "batch": np.full(len(file.cell_names), batch)}
     x = file.counts().dense()
     data.write_h5ad("new.h5ad", X=np.column_stack([x[:, genes], x[:, [0, 0]]]), obs=obs,
                     var={"gene": [*file.gene_names[genes], "twice", "twice"]})
@@ -2963,63 +2609,36 @@ def new_screen(n_genes=40, batch=None):
 
 @pytest.mark.parametrize("options", [
     [], ["--axes", "learned"], ["--model", "svae+"], ["--model", "cvae"]])
-def test_a_run_is_adapted_to_the_new_perturbations_of_another_file(folder, options, capsys):
-    new = ["--exclude", "P002", "--exclude", "P011"]
-    settings = ["--steps", "200", "--validate-every", "100", "--lr", "0.01", *options]
-    train_on_screen("base", *new, *settings)
+def test_a_run_is_adapted_to_new_perturbations_and_what_it_knew_stays_as_it_was(folder, options):
+    train_on_screen("base", "--exclude", "P002", "--exclude", "P011", "--steps", "100", "--lr",
+                    "0.01", "--validate-every", "50", *options)
     new_screen()
-    command = ["--adapt", "runs/base", "--split-column", "split", "--validate-every", "50",
-               "--steps", "200"]
-    train.main([*command, "--data", "new.h5ad", "--name", "new"])
-    base, found = (train.load_checkpoint(f"runs/{name}", "best.pt") for name in ("base", "new"))
-    of_base, fixed = base["fixed"], found["fixed"]
-    known = [p for p, n in zip(of_base["perturbations"], of_base["arguments"]["n_cells"]) if n]
-    assert fixed["gene_names"] == of_base["gene_names"]
-    assert fixed["perturbations"][:len(known)] == known
-    assert fixed["n_known"] == len(known) and "P002" in fixed["perturbations"][len(known):]
-    # What is of genes and of the known perturbations is as it was; the file's order of genes, which
-    # is another one, does not matter.
-    for name in ("log_theta", "decoder.last.weight"):
-        assert torch.equal(found["model"][name], base["model"][name])
-    x = {name: evaluate.open_run(f"runs/{name}").screen.counts.dense() for name in ("base", "new")}
-    assert x["new"].shape[1] == 40 and {*map(bytes, x["base"])} < {*map(bytes, x["new"])}
-    assert torch.equal(fixed["arguments"]["n_cells"].float(), found["model"]["n_cells"])
-    rows = [of_base["perturbations"].index(name) for name in known]
+    train.main(["--adapt", "runs/base", "--data", "new.h5ad", "--name", "new", "--split-column",
+                "split", "--validate-every", "50", "--steps", "100"])
+    base, new = (train.load_checkpoint(f"runs/{name}", "best.pt") for name in ("base", "new"))
+    names = base["fixed"]["perturbations"]
+    known = [t for t, n in enumerate(base["model"]["n_cells"]) if n]
+    n_known = new["fixed"]["n_known"]
+    assert new["fixed"]["gene_names"] == base["fixed"]["gene_names"]  # in the file others' order
+    assert new["fixed"]["perturbations"][:n_known] == [names[t] for t in known]
+    assert "P002" in new["fixed"]["perturbations"][n_known:]
+    for name in ("log_theta", "decoder.last.weight", "axes"):
+        assert torch.equal(new["model"][name], base["model"][name])
     for name in {"effect_loc", "n_cells"} & base["model"].keys():
-        assert torch.equal(found["model"][name][:len(known)], base["model"][name][rows]), name
-    # The new cells are explained better by what was learned.
+        assert torch.equal(new["model"][name][:n_known], base["model"][name][known])
     evaluate.main(["runs/new", "--ate-particles", "20", "--iwelbo-particles", "10"])
-    found = json.load(open("runs/new/metrics.json"))
-    assert found["iwelbo_new"] > found["iwelbo_new_before"] + 0.2
-    names = evaluate.Arms(evaluate.open_run("runs/new")).names.tolist()
+    metrics = json.load(open("runs/new/metrics.json"))
+    assert metrics["iwelbo_new"] > metrics["iwelbo_new_before"] + 0.2
     effects = data.read_layers("runs/new/effects.h5ad")["model_log_normalised"]
-    assert np.abs(effects[names.index("P002")]).max() > 0.2
-    if options:
-        return
-    evaluate.main(["runs/new", "--predict", "P001+P002", "P002", "--ate-particles", "20"])
-    # And beside a run that was trained on all of the same file:
-    train_on_screen("all", *settings)
-    train.main([*command, "--data", "screen.h5ad", "--name", "same"])
-    capsys.readouterr()
-    evaluate.main(["runs/same", "runs/all", "--ate-particles", "20", "--iwelbo-particles", "10"])
-    table = capsys.readouterr().out
-    same, of_all = (json.load(open(f"runs/{name}/metrics.json")) for name in ("same", "all"))
-    assert same["fingerprint"] == of_all["fingerprint"]
-    with open("runs/all/iwelbo.csv") as file:
-        values = [float(row["iwelbo"]) for row in csv.DictReader(file)
-                  if row["condition"] in same["new_conditions"]]
-    assert len(values) == same["n_new_cells"] > 0
-    (row,) = (line for line in table.splitlines() if line.startswith("| runs/same "))
-    assert [word.strip() for word in row.split("|")[1:-1]] == [
-        "runs/same", str(len(values)), *(f"{v:.2f}" for v in (
-            same["iwelbo_new_before"], same["iwelbo_new"], np.mean(values))), "runs/all"]
+    of_new = evaluate.Arms(evaluate.open_run("runs/new")).names.tolist().index("P002")
+    assert np.abs(effects[of_new]).max() > 0.2
 
 
-def test_an_adapted_run_goes_on_where_it_was_and_one_without_new_perturbations_has_ended(
-        folder, capsys):
+def test_an_adapted_run_is_resumed_bit_identically_and_needs_the_genes_and_covariates_of_its_base(
+        folder):
     data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=2.0)
     train_on_screen("base", "--exclude", "P002", "--steps", "40", "--covariate", "batch")
-    new_screen(batch=1)
+    new_screen()
     command = ["--adapt", "runs/base", "--data", "new.h5ad", "--validate-every", "10"]
     train.main([*command, "--name", "whole", "--steps", "40"])
     train.main([*command, "--name", "parts", "--steps", "20"])
@@ -3027,37 +2646,16 @@ def test_an_adapted_run_goes_on_where_it_was_and_one_without_new_perturbations_h
     assert_same(*(outcome(f"runs/{name}") for name in ("whole", "parts")))
     run = evaluate.open_run("runs/whole")
     assert run.screen.covariates == ["batch=0", "batch=1"] and (run.screen.c == 1).all()
-    assert run.model_screen.perturbations[-1] == "P002" == run.screen.perturbations[1]
     assert [run.model_screen.perturbations[t] for t in run.model_screen.d[:, 0]] == [
         (name.split("+")[0] if name != "control" else "P002") for name in run.screen.conditions]
-
-    train.main([*command, "--name", "none", "--exclude", "P002"])
-    assert "runs/none has ended, at step 0" in capsys.readouterr().out
-    train.main(["--resume", "runs/none"])
-    evaluate.main(["runs/none", "--ate-particles", "20"])
-    evaluate.main(["runs/none", "--latents"])
-    same, base = (train.load_checkpoint(f"runs/{name}", "best.pt")["model"]
-                  for name in ("none", "base"))
-    assert all(torch.equal(same[name].sort(0).values, base[name].sort(0).values) for name in (
-        "effect_loc", "log_theta", "decoder.last.weight"))
-    new_screen()
-    with pytest.raises(data.DataError, match="no obs column 'batch', a covariate that the run"):
-        train.main(command)
-    new_screen(batch=7)
-    with pytest.raises(data.DataError, match="has batch=7, and the run"):
-        train.main(command)
-    new_screen(n_genes=15, batch=1)
-    with pytest.raises(data.DataError, match="25 of the 40 genes wanted are not there"):
-        train.main(command)
-    assert sorted(os.listdir("runs")) == ["base", "none", "parts", "whole"]
-
-
-def test_adapting_two_runs_makes_rows_of_one_table_only_if_seeds_are_all_that_differs(folder):
-    for name, options in (("a", []), ("b", ["--lr", "0.02"]), ("c", ["--seed", "1"])):
-        train_on_screen(name, "--steps", "1", *options)
-    a, b, c = (evaluate.settings({"done": True, "config": configuration(
-        "--adapt", f"runs/{name}", "--data", "x")}) for name in "abc")
-    assert a == c != b
+    for screen, options, words in (
+            ({}, ["--exclude", "P002"], "no training or no validation cells with pert"),
+            ({"batch": 7}, [], "has batch=7, and the run was trained on batch=0, batch=1"),
+            ({"n_genes": 15}, [], "25 of the 40 genes wanted are not there")):
+        new_screen(**screen)
+        with pytest.raises(data.DataError, match=words):
+            train.main([*command, *options])
+    assert sorted(os.listdir("runs")) == ["base", "parts", "whole"]
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -3069,43 +2667,31 @@ def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
     assert fixed["perturbations"] == screen.perturbations
     assert fixed["arguments"]["n_cells"][0] == (screen.d[train_cells] == 0).sum() > 0
     assert json.load(open("runs/run/config.json")) == run["config"]
-    assert run["progress"]["step"] == 4
-    lines = [json.loads(line) for line in open("runs/run/log.jsonl")]
-    assert {"step", "loss", "log_likelihood", "kl_basal", "kl_mask", "kl_effect",
-            "cells_per_second"} == lines[0].keys() - {"epoch", "validation_loss"}
-    assert lines[-1].keys() - lines[0].keys() == {"mask_probability", "mask_size"}  # it has masks
-    assert lines[-1]["validation_loss"] == pytest.approx(run["progress"]["best"], abs=1e-3)
-
-
-@pytest.mark.parametrize("axes, losses", [("learned", [3.0, 1.0, 2.0]),
-                                          ("sparsest", [0.5, 3.0, 1.0, 2.0])])
-def test_best_is_the_checkpoint_of_the_lowest_validation_loss_since_there_are_masks(
-        folder, monkeypatch, axes, losses):
-    losses = iter(losses)  # at steps 5, 10 and 15; and at 7, where the axes turn
-    monkeypatch.setattr(train, "validation_loss", lambda run: next(losses))
-    train_on_screen("run", "--steps", "15", "--axes", axes)
-    best, last = (train.load_checkpoint("runs/run", name)["progress"]
-                  for name in ("best.pt", "last.pt"))
-    assert (best["step"], best["best"], last["step"], last["best"]) == (10, 1.0, 15, 1.0)
+    first, *_, end = train.read_log("runs/run")
+    assert first.keys() == {"step", "epoch", "loss", "log_likelihood", "kl_basal", "kl_mask",
+                            "kl_effect", "cells_per_second", "validation_loss"}
+    assert end.keys() - first.keys() == {"mask_probability", "mask_size"}  # there are masks now
+    assert end["validation_loss"] == pytest.approx(run["progress"]["best"], abs=1e-3)
 
 
 @pytest.mark.parametrize("axes", ["learned", "sparsest"])
 def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_does_not_improve(
         folder, monkeypatch, axes):
     # Of validations every 5 steps. With masks of one: the best is at step 10, and 10 steps later
-    # masks begin, at step 20, after which the best is at step 30.
-    warm, losses = [5.0, 3.0, 4.0, 3.5], [9.0, 2.0, 6.0, 7.0]
-    values = iter(warm + losses if axes == "sparsest" else losses)
-    weights = []
+    # masks begin, at step 20, after which the best is at step 30, though worse than the other.
+    warm, losses = [5.0, 1.0, 4.0, 3.5], [9.0, 2.0, 6.0, 7.0]
+    values, weights = iter(warm + losses if axes == "sparsest" else losses), []
     plain = train.begin_masks
     monkeypatch.setattr(train, "begin_masks", lambda model: (
         weights.append(copy.deepcopy(model.state_dict())), plain(model))[1])
     monkeypatch.setattr(train, "validation_loss", lambda run: (
         weights.append(copy.deepcopy(run.model.state_dict())), next(values))[1])
     train_on_screen("run", "--steps", "80", "--axes", axes, "--patience", "10")
-    best, last = (train.load_checkpoint("runs/run", name) for name in ("best.pt", "last.pt"))
-    assert (best["progress"]["best"], last["progress"]["best"], next(values, None)) == (2, 2, None)
-    steps = [state["progress"][name] for state in (best, last) for name in ("step", "masks_from")]
+    best = train.load_checkpoint("runs/run", "best.pt")
+    assert best["progress"]["best"] == last("run")["progress"]["best"] == 2
+    assert next(values, None) is None
+    steps = [state["progress"][name] for state in (best, last("run"))
+             for name in ("step", "masks_from")]
     model = train.build_model(best)
     assert not model.masks_of_one and (model.mask_probability() < 1).all()
     assert os.path.exists("runs/run/warm.pt") == (axes == "sparsest")
@@ -3113,21 +2699,19 @@ def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_do
         assert steps == [30, 20, 40, 20]
         assert_same(weights[1], weights[4])  # of the second validation; after four
         # The weights alone say whether masks are of one.
-        warm = train.build_model(train.load_checkpoint("runs/run", "warm.pt"))
-        assert warm.masks_of_one and (warm.mask_probability() == 1).all()
+        model = train.build_model(train.load_checkpoint("runs/run", "warm.pt"))
+        assert model.masks_of_one and (model.mask_probability() == 1).all()
     else:
         assert steps == [10, 0, 20, 0]
     # A run that has ended by patience is as complete as one that made all of its steps.
-    metrics = evaluation("run")
-    assert metrics["done"] and evaluate.settings(metrics)["steps"] == 80
+    assert evaluation("run")["done"]
 
 
 def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(
         folder, monkeypatch, capsys):
     def progress():
         """Where the axes turned, and the last step."""
-        found = train.load_checkpoint("runs/run", "last.pt")["progress"]
-        return found["masks_from"], found["step"]
+        return last("run")["progress"]["masks_from"], last("run")["progress"]["step"]
 
     with monkeypatch.context() as killing, pytest.raises(SystemExit):
         dying(killing, lambda moment: moment[1] == 6, set())
@@ -3137,9 +2721,11 @@ def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(
     assert progress() == (6, 12)  # at half of the steps that are asked for now
     capsys.readouterr()
     train.main(["--resume", "runs/run"])
-    assert "runs/run has ended, at step 12\n" in capsys.readouterr().out
+    assert "runs/run has ended, at step 12;" in capsys.readouterr().out
     os.rename("screen.h5ad", "moved.h5ad")
-    train.main(["--resume", "runs/run", "--steps", "20", "--data", "moved.h5ad", "--seed", "0"])
+    with pytest.raises(data.DataError, match="not there any more; --data says where"):
+        train.main(["--resume", "runs/run"])
+    train.main(["--resume", "runs/run", "--steps", "20", "--data", "moved.h5ad"])
     assert progress() == (6, 20)  # and where it was, if they have begun
     config = json.load(open("runs/run/config.json"))
     assert config["steps"] == 20 and os.path.samefile(config["data"], "moved.h5ad")
@@ -3148,70 +2734,55 @@ def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(
 
 
 def test_a_file_without_a_preset_has_settings_of_its_own_that_flags_override(folder):
-    train.main(["--data", "screen.h5ad", "--name", "own", "--steps", "2"])
-    train.main(["--data", "screen.h5ad", "--name", "flags", "--steps", "2", "--n-latent", "10",
-                "--lr", "0.1", "--model", "cpa-vae"])
-    own, flags = (train.load_checkpoint(f"runs/{run}", "last.pt") for run in ("own", "flags"))
-    assert [state["progress"]["masks_from"] for state in (own, flags)] == [1, 0]
-    own, flags = own["config"], flags["config"]
-    assert own.items() >= (train.own_settings(0.64 * 540, 12) | {"steps": 2}).items()
+    def config(*options):
+        """The configuration of a run that is begun with these options."""
+        arguments = train.parse_arguments(["--data", "screen.h5ad", *options])
+        return train.new_run(*arguments, torch.device("cpu")).config
+
+    own, flags = config(), config("--n-latent", "10", "--lr", "0.1", "--model", "cpa-vae")
+    assert own.items() >= train.own_settings(0.64 * 540, 12).items()
     assert (own["n_latent"], own["alpha"]) == (30, 0.1)
     assert (flags["n_latent"], flags["alpha"], flags["lr"]) == (10, 0.3, 0.1)
-    assert not flags["correlated_effects"]
-    metrics = evaluation("own")
-    library = data.read_screen("screen.h5ad").library
-    assert metrics["options"]["library"] == int(np.median(library))
-    assert metrics["options"]["effects_from"] == "test"
     large = train.own_settings(1_000_000, 5000)
     assert (large["n_latent"], large["n_hidden"], large["steps"]) == (100, 400, 50_000)
 
 
 def test_a_covariate_value_without_training_cells_is_taken_as_unknown(folder, capsys):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, n_genes=40, batch=1.0)
+    data.simulate("screen.h5ad", perturbations=12, cells=20, n_genes=40, batch=1.0, n_controls=400)
+    train_on_screen("run", "--steps", "1")  # controls and others differ: a run says so
+    assert "--covariate batch compares like with like" in capsys.readouterr().out
     split = data.read_h5ad("screen.h5ad").obs("split")
     with h5py.File("screen.h5ad", "a") as file:
         file["obs/batch"][...] = np.where(split == "test", 2, file["obs/batch"][()])
-    train_on_screen("run", "--steps", "1", "--covariate", "batch", "--weight-decay", "0")
+    train_on_screen("with", "--steps", "1", "--covariate", "batch", "--weight-decay", "0")
     assert "batch=2: no training cell" in capsys.readouterr().out
-    model = train.build_model(train.load_checkpoint("runs/run", "last.pt"))
+    model = train.build_model(last("with"))
     for network in (model.encoder, model.decoder):
         columns = network.first.weight[:, network.part_sizes[0]:][:, :3]
         assert (columns[:, 2] == 0).all() and (columns[:, :2] != 0).any()
-
-
-def test_columns_that_differ_between_controls_and_others_are_named_where_a_run_begins(
-        folder, capsys):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, n_genes=40, n_controls=400, batch=1.0)
-    train_on_screen("run", "--steps", "1")
-    assert "--covariate batch compares like with like" in capsys.readouterr().out
-    train.main(["--resume", "runs/run", "--steps", "2"])
-    train.main(["--adapt", "runs/run", "--data", "screen.h5ad"])
-    assert "--covariate" not in capsys.readouterr().out
 
 
 def test_options_reach_the_model_and_the_optimizer(folder):
     train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
                     "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4", "--axes",
                     "learned", "--correlated-effects")
-    run = train.load_checkpoint("runs/run", "last.pt")
-    model = train.build_model(run)
+    model = train.build_model(last("run"))
     assert (model.alpha, model.beta) == (0.3, 2.5)
     assert len(model.encoder.residual) == len(model.decoder.residual) == 2
     assert len(model.f_emb.residual) == 3
-    networks, masks, _ = run["optimizer"]["param_groups"]
+    networks, masks, _ = last("run")["optimizer"]["param_groups"]
     assert networks["lr"] == masks["lr"] == 0.125
     assert networks["weight_decay"] == masks["weight_decay"] == 0.5
     # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
     for clip, moves in (("0", True), ("1e-12", False)):
         train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0",
                         "--start", "zero")
-        weights = train.load_checkpoint(f"runs/clip{clip}", "last.pt")["model"]["log_theta"]
-        assert (weights.abs().max() > 1e-5) == moves
+        assert (last(f"clip{clip}")["model"]["log_theta"].abs().max() > 1e-5) == moves
 
 
 def test_masks_have_their_learning_rate_and_turned_effects_new_moments_in_the_sparsest_axes(folder):
     train_on_screen("run", "--steps", "2", "--lr", "0.125", "--mask-lr", "0.5")  # they turn after 1
-    run = train.load_checkpoint("runs/run", "last.pt")
+    run = last("run")
     assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5, 0.01]
     names = [name for name, _ in train.build_model(run).named_parameters()]
     names.sort(key=lambda name: 1 * name.startswith("mask_") + 2 * name.startswith("effect_"))
@@ -3231,31 +2802,23 @@ def test_runs_that_start_at_the_same_time_have_folders_of_their_own(folder, monk
 
     monkeypatch.setattr(data, "split_cells", slowly)
     train.main(["--data", "screen.h5ad", *TINY[4:], "--steps", "4"])
-    names = sorted(os.listdir("runs"))
-    assert names == ["screen-sams-vae-basal-sparsest-seed0",
-                     "screen-sams-vae-basal-sparsest-seed0-2"]
-    steps = [train.load_checkpoint(f"runs/{name}", "last.pt")["progress"]["step"]
-             for name in names]
-    assert steps == [4, 3]
-    train_on_screen("mine", "--steps", "1")
-    with pytest.raises(data.DataError, match="runs/mine exists"):
-        train_on_screen("mine", "--steps", "1")
+    names = ["screen-sams-vae-basal-sparsest-seed0", "screen-sams-vae-basal-sparsest-seed0-2"]
+    assert sorted(os.listdir("runs")) == names
+    assert [last(name)["progress"]["step"] for name in names] == [4, 3]
+    with pytest.raises(data.DataError, match="runs/screen-sams-vae-basal-sparsest-seed0 exists"):
+        train_on_screen(names[0])
 
 
-def test_screens_of_one_gene_and_of_cells_of_one_and_a_million_counts_are_trained_and_evaluated(
-        folder):
-    for name, n_genes in (("one", 1), ("deep", 5)):
-        x = np.random.default_rng(0).poisson(1 if n_genes == 1 else 200_000, (80, n_genes)) + 1
-        if n_genes > 1:
-            x[:2] = [0, 0, 0, 0, 1], [0, 0, 1_000_000, 0, 0]
-        data.write_h5ad("x.h5ad", X=x, var={"gene": [f"g{i}" for i in range(n_genes)]}, obs={
-            "cell": [f"c{i}" for i in range(80)],
-            "condition": text((["control"] * 3 + ["A"] * 5) * 10)})
-        train.main(["--data", "x.h5ad", "--name", name, "--steps", "4", "--n-latent", "1",
-                    "--n-hidden", "2"])
-        metrics = evaluation(name, 3, 20)
-        assert math.isfinite(metrics["iwelbo"]) and math.isfinite(metrics["validation_loss"])
-        assert "nan" not in evaluate.table(metrics)
+def test_cells_of_one_and_of_a_million_counts_are_trained_on_and_evaluated(folder):
+    x = np.random.default_rng(0).poisson(200_000, (80, 5))
+    x[:2] = [0, 0, 0, 0, 1], [0, 0, 1_000_000, 0, 0]
+    data.write_h5ad("x.h5ad", X=x, var={"gene": list("abcde")}, obs={
+        "cell": [f"c{i}" for i in range(80)],
+        "condition": text((["control"] * 3 + ["A"] * 5) * 10)})
+    train.main(["--data", "x.h5ad", "--name", "deep", "--steps", "4", "--n-latent", "1"])
+    metrics = evaluation("deep", 3, 20)
+    assert math.isfinite(metrics["iwelbo"]) and math.isfinite(metrics["validation_loss"])
+    assert "nan" not in evaluate.table(metrics)
 
 
 def test_the_lines_for_a_notebook_in_the_readme_run(folder, capsys):
@@ -3266,27 +2829,8 @@ def test_the_lines_for_a_notebook_in_the_readme_run(folder, capsys):
     assert sum("tensor([" in line for line in out) == 6 and out[-1].startswith("P001 tensor([")
 
 
-def test_a_start_that_fails_leaves_no_folder(folder):
-    for options in (["--data", "screen.h5ad", "--control", "nothing", "--perturbation-column",
-                     "condition"], ["--split", "norman-ood", "--simulated-pairs", "0"]):
-        with pytest.raises(data.DataError):
-            train.main([*options, "--name", "run"])
-        assert not os.path.exists("runs/run")
-
-
-def test_another_file_or_the_same_cells_in_another_order_are_refused(folder):
-    train_on_screen("run", "--steps", "2")
-    file = data.read_h5ad("screen.h5ad")
-    data.write_h5ad("other.h5ad", X=file.counts().dense()[::-1], obs={
-        "cell": file.cell_names[::-1], "condition": file.obs("condition")[::-1],
-        "split": file.obs("split")[::-1]}, var={"gene": file.gene_names})
-    for run in (lambda: train.main(["--resume", "runs/run", "--data", "other.h5ad"]),
-                lambda: evaluate.main(["runs/run", "--data", "other.h5ad"])):
-        with pytest.raises(data.DataError, match="another order"):
-            run()
-
-
 def test_the_fingerprint_depends_on_every_count_and_not_on_how_they_are_stored(folder):
+    train_on_screen("run", "--steps", "2")
     file, found = data.read_h5ad("screen.h5ad"), set()
     obs, x = {"cell": file.cell_names, "condition": file.obs("condition")}, file.counts().dense()
     for counts in (x, x.astype(float), iter([file.counts()])):
@@ -3297,15 +2841,19 @@ def test_the_fingerprint_depends_on_every_count_and_not_on_how_they_are_stored(f
         del out["X"]
         write_sparse(out, "X", x, by_row=False)
     found.add(data.read_screen("again.h5ad").fingerprint())
-    assert len(found) == 1
+    assert found == {last("run")["fixed"]["fingerprint"]}
     swapped = x.copy()
     swapped[7, [0, 1, 2]] += np.array([1, 0, 1], np.uint16)
     same_library = x.copy()
     same_library[7, 1] += 2  # as many in all, at other genes
     for counts in (swapped, same_library, x[:, ::-1], np.roll(x, 1, axis=0)):
-        data.write_h5ad("other.h5ad", X=counts, obs=obs, var={"gene": file.gene_names})
+        data.write_h5ad("other.h5ad", X=counts, var={"gene": file.gene_names},
+                        obs=obs | {"split": file.obs("split")})
         found.add(data.read_screen("other.h5ad").fingerprint())
     assert len(found) == 5
+    for main, command in ((train.main, ["--resume", "runs/run"]), (evaluate.main, ["runs/run"])):
+        with pytest.raises(data.DataError, match="another order, than the run was trained on"):
+            main([*command, "--data", "other.h5ad"])
 
 
 def test_no_bit_of_a_checkpoint_flips_without_a_word(folder):
@@ -3317,99 +2865,48 @@ def test_no_bit_of_a_checkpoint_flips_without_a_word(folder):
         with open("runs/run/last.pt", "wb") as file:
             file.write(damaged)
         with pytest.raises(data.DataError, match="runs/run/last.pt: is damaged"):
-            train.load_checkpoint("runs/run", "last.pt")
+            last("run")
 
 
-def test_checkpoints_metrics_and_logs_of_another_content_are_not_believed(folder, capsys):
+def test_metrics_of_other_weights_and_half_a_line_of_the_log_are_not_believed(folder):
     train_on_screen("run", "--steps", "4")
     evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2"])
-    best = open("runs/run/best.pt", "rb").read()
-    whole = train.load_checkpoint("runs/run", "last.pt")
-    os.rename("runs/run/last.pt", "last.pt")
-    torch.save(whole | {"split": {}}, "runs/run/last.pt")
-    for main, arguments in ((train.main, ["--resume", "runs/run", "--steps", "6"]),
-                            (evaluate.main, ["runs/run", "--again"])):
-        with pytest.raises(data.DataError, match="last.pt: is damaged, was changed, or is no"):
-            main(arguments)
-    earlier = io.BytesIO()
-    torch.save({"config": {}, "step": 3}, earlier)
-    with open("runs/run/last.pt", "wb") as file:
-        file.write(earlier.getvalue() + train.hash_of(earlier.getvalue()))
-    with pytest.raises(data.DataError, match="an earlier version of train.py wrote it"):
-        train.load_checkpoint("runs/run", "last.pt")
-    os.replace("last.pt", "runs/run/last.pt")
-
     assert evaluate.evaluated("runs/run", {"ate_particles": 2})
     assert evaluate.evaluated("runs/run", {"ate_particles": 3}) is None
     train_on_screen("other", "--steps", "4", "--seed", "1")  # as many steps, other weights
     os.replace("runs/other/best.pt", "runs/run/best.pt")
     assert evaluate.evaluated("runs/run", {}) is None
-    open("runs/run/best.pt", "wb").write(best)
-    assert evaluate.evaluated("runs/run", {})
 
-    lines = open("runs/run/log.jsonl").readlines()
+    lines = train.read_log("runs/run")
     with open("runs/run/log.jsonl", "wb") as file:
-        file.write(b"\0\0\n" + "".join(lines).encode() + b'{"step": 5')  # as kills leave it
-    assert train.read_log("runs/run") == [json.loads(line) for line in lines]
-    evaluate.main(["runs/run", "--again", "--iwelbo-particles", "2", "--ate-particles", "2"])
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode()
+                   + b'\0\0\n{"step": 5')  # as kills leave it
+    assert train.read_log("runs/run") == lines
     train.main(["--resume", "runs/run", "--steps", "6"])
-    assert [line["step"] for line in train.read_log("runs/run")][-1] == 6
+    assert [line["step"] for line in train.read_log("runs/run")] == [2, 4, 5, 6]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_previous_checkpoint(
-        folder, monkeypatch, capsys):
+        folder, capsys):  # without capsys, what is printed goes to a file, too
     import resource
 
     train_on_screen("run", "--steps", "4")
-    evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2"])
-    before = {name: open(f"runs/run/{name}", "rb").read() for name in os.listdir("runs/run")}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = outcome("runs/run"), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         for size in (1000, 8000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            for main, arguments in (
-                    (train.main, ["--data", "screen.h5ad", "--name", "new", *TINY[4:]]),
-                    (train.main, ["--resume", "runs/run", "--steps", "8"])):
+            for command in (["--data", "screen.h5ad", "--name", "new", *TINY[4:]],
+                            ["--resume", "runs/run", "--steps", "8"]):
                 with pytest.raises(data.DataError, match="cannot be written: File too large"):
-                    main(arguments)
+                    train.main(command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    # An .h5ad file is not begun: HDF5 may crash on a full disk.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**24))
-    for main, arguments in (
-            (train.main, ["--name", "new", *TINY]), (evaluate.main, ["runs/run", "--again"]),
-            (evaluate.main, ["runs/run", "--predict", "P001"]),
-            (evaluate.main, ["runs/run", "--latents"]),
-            (data.main_of_prepare, ["screen.h5ad", "out.h5ad"])):
-        with pytest.raises(data.DataError, match="h5ad: cannot be written: No space left"):
-            main(arguments)
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    assert sorted(os.listdir(".")) == ["runs", "screen.h5ad"] and os.listdir("runs") == ["run"]
-    after = {name: open(f"runs/run/{name}", "rb").read() for name in os.listdir("runs/run")}
-    assert before.keys() == after.keys()
-    assert all(before[name] == after[name] for name in ("best.pt", "last.pt", "effects.h5ad"))
-    train.main(["--resume", "runs/run", "--steps", "8"])
+    assert os.listdir("runs") == ["run"]
+    assert_same(outcome("runs/run"), before)
 
 
-def test_a_disk_that_fills_up_is_noticed_between_the_parts_of_a_matrix(tmp_path, monkeypatch):
-    free, written = [2**25, 2**24], []
-
-    def parts():
-        for _ in range(4):
-            written.append(1)
-            yield data.Counts((1, 3), np.ones(3, np.uint16), np.arange(3, dtype=np.uint8),
-                              np.array([0, 3]))
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(
-        free=free.pop(0) if len(free) > 1 else free[0]))
-    with pytest.raises(data.DataError, match="x.h5ad: cannot be written: No space left"):
-        data.write_h5ad(tmp_path / "x.h5ad", X=parts(), obs={"cell": []}, var={"gene": GENES})
-    assert len(written) == 2 and os.listdir(tmp_path) == []
-
-
-def test_what_the_machine_refuses_is_one_sentence_and_status_2(folder, capsys):
+def test_what_the_machine_refuses_is_one_sentence_and_status_2(capsys):
     def raising(error):
         def main():
             raise error
@@ -3427,10 +2924,6 @@ def test_what_the_machine_refuses_is_one_sentence_and_status_2(folder, capsys):
         assert errors.count("\n") == 1 and len(errors) < 2100
     with pytest.raises(RuntimeError, match="a bug"):  # which is no problem of the user's
         data.run(raising(RuntimeError("a bug")))
-    open("runs", "w").close()
-    for options in ([], ["--name", "n" * 300]):
-        with pytest.raises(OSError):
-            train.main(["--data", "screen.h5ad", *options, *TINY[4:]])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of files that are no text")
@@ -3444,6 +2937,7 @@ def test_a_closed_pipe_and_a_name_that_is_no_text_are_no_traceback(folder):
     errors = running.stderr.read().decode()
     assert (running.wait(), errors) == (2, "error: standard output is closed\n")
     done = subprocess.run(one, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and done.stdout.startswith("caf\ufffd.h5ad\n".encode()), done.stderr
     assert done.returncode == 0 and done.stdout.startswith("caf\ufffd.h5ad\n".encode()), done.stderr
 
 
@@ -3508,10 +3002,11 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         assert mean["from_mean"] is None and mean["weighted_r_squared"] <= 0
 
 
-@pytest.mark.parametrize("depth", [100, 1000, 10_000])
+@pytest.mark.parametrize("depth", [100, 10_000])
 def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_allows(
-        folder, monkeypatch, depth):
-    # A model with clear effects, whose own cells take the place of the screen's.
+        folder, depth):
+    # A model with clear effects, whose own cells take the place of the screen's. Only with many of
+    # them, and many particles, is there little noise: that takes seconds.
     data.simulate("screen.h5ad", perturbations=8, cells=400, n_controls=1500, pairs=6, n_genes=40)
     train_on_screen("run", "--steps", "1", "--axes", "learned", "--min-cells", "0")
     run = train.Run.load("runs/run", "last.pt")
@@ -3521,7 +3016,7 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
             values *= 3
         elif name == "mask_logits":
             values[:] = torch.where(torch.rand_like(values) < 0.3, 20.0, -20.0)
-        elif name.startswith("f_emb") or name.startswith("effect"):
+        elif name.startswith(("f_emb", "effect")):
             values += torch.randn_like(values)
         elif name == "log_theta":
             values[:] = 1.0
@@ -3535,15 +3030,13 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
         file["X"][...] = sample_counts(run.model, log_rho, library).numpy().clip(0, 65535)
     run.fixed["fingerprint"] = data.read_screen("screen.h5ad", split_column="split").fingerprint()
     run.save("best.pt"), run.save("last.pt")
-
-    for cells, scale in itertools.product(("all", "test"), evaluate.SCALES):
-        if scale == evaluate.SCALES[0]:
-            metrics = evaluation("run", 2, 2000, effects_from=cells)
-        model, limit = (evaluate.score(metrics, scale, "all", row)
-                        for row in ("model", "noise_limit"))
-        assert cells == "test" or (model["pearson"] > 0.99 and model["r_squared"] > 0.98)
-        assert model["pearson"] == pytest.approx(
-            limit["pearson"], abs=max(0.003, 3 * limit["pearson_se"]))
+    for cells in ("all", "test"):
+        metrics = evaluation("run", 2, 2000, effects_from=cells)
+        for scale in evaluate.SCALES:
+            model, limit = (evaluate.score(metrics, scale, "all", row)
+                            for row in ("model", "noise_limit"))
+            assert cells == "test" or (model["pearson"] > 0.99 and model["r_squared"] > 0.98)
+            assert model["pearson"] == pytest.approx(limit["pearson"], abs=0.02)
     if depth == 100:  # cells of another depth have other logarithms
         metrics = evaluation("run", 2, 2000, library=10_000, effects_from="all")
         assert evaluate.score(metrics, "log_normalised", "all", "model")["pearson"] < 0.97
@@ -3554,24 +3047,23 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
         """Rows of a model with this R2, where the own mean has 0.5 and the other ones 0.4."""
         rows = dict.fromkeys(evaluate.BASELINES, {"r_squared": 0.4}) | {
             "model": {"r_squared": model}, "own_mean": {"r_squared": 0.5},
-            "noise_limit": {"pearson": limit, "pearson_se": 0.05}}
+            "noise_limit": {"pearson": limit}}
         return [{"scale": scale, "group": "all", "row": row, **values}
                 for scale in evaluate.SCALES for row, values in rows.items()]
 
     good = {"mask": [], "config": {"axes": "sparsest", "adapt": None}, "masks_from": 500,
-            "step": 900, "last_step": 1000, "mask_mean_probability": 0.1,
-            "n_trained_perturbations": 10, "n_empty_masks": 3, "effects": effects(0.6),
-            "options": {"effects_from": "test"}}
+            "step": 900, "mask_mean_probability": 0.1, "n_trained_perturbations": 10,
+            "n_empty_masks": 3, "effects": effects(0.6), "options": {"effects_from": "test"}}
     assert evaluate.warnings_of(good) == []
-    learned = good | {"config": good["config"] | {"axes": "learned"}, "masks_from": 0}
-    for metrics, n, words in (
-            (good | {"step": 550, "n_empty_masks": 9}, 1, "and rose from there: training cells"),
-            (learned | {"mask_mean_probability": 0.49}, 1, "hardly been trained: their mean"),
-            (good | {"n_empty_masks": 6}, 1, "6 of 10 perturbations are empty"),
-            (good | {"effects": effects(0.6, 0.04)}, 2, "do not stand out of their noise"),
-            (good | {"effects": effects(0.45)}, 2, "0.450 with the data's, no better than own mean "
-                                                   "(0.500), which need no model")):
-        found = evaluate.warnings_of(metrics)
+    learned = {"config": good["config"] | {"axes": "learned"}, "masks_from": 0}
+    for changed, n, words in (
+            ({"step": 550, "n_empty_masks": 9}, 1, "hardly been trained, in 50 steps"),
+            (learned | {"mask_mean_probability": 0.49}, 1, "0.490, where training starts at 0.5"),
+            ({"n_empty_masks": 6}, 1, "6 of 10 perturbations are empty"),
+            ({"effects": effects(0.6, 0.0)}, 2, "do not stand out of their noise"),
+            ({"effects": effects(0.45)}, 2, "0.450 with the data's, no better than own mean "
+                                            "(0.500), which need no model")):
+        found = evaluate.warnings_of(good | changed)
         assert words in found[0] and len(found) == n
 
 
@@ -3586,129 +3078,104 @@ def rows_of(out, *first):
         bool, lines[start + 2:])]
 
 
+def metrics_of(runs):
+    return [json.load(open(f"{run}/metrics.json")) | {"folder": run} for run in runs]
+
+
 def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
         folder, capsys, monkeypatch):
+    # Three runs, of which eight evaluations take their time.
     for seed in "01":
-        train_on_screen(f"sams{seed}", "--steps", "4", "--seed", seed)
-        train_on_screen(f"cvae{seed}", "--steps", "4", "--seed", seed, "--model", "cvae")
-    train_on_screen("svae", "--steps", "4", "--model", "svae+")
+        train_on_screen(f"sams{seed}", "--steps", "4", "--seed", seed, "--axes", "learned")
+    train_on_screen("cvae", "--steps", "4", "--model", "cvae")
     os.makedirs("runs/other")
-    runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
+    runs = ["runs/cvae", "runs/other", "runs/sams0", "runs/sams1"]
     counted, plain = [], evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **options: (
         counted.append(run.folder), plain(run, **options))[1])
     capsys.readouterr()
     evaluate.main([*runs, *FEW])
-    assert counted == [run for run in runs if run != "runs/other"]
     out = capsys.readouterr().out
-    assert "runs/other: passed over" in out
-    table = {row["model"].removesuffix(", sparsest axes"): row for row in rows_of(out, "model")}
-    of_row = {"sams-vae": ["sams0", "sams1"], "cvae": ["cvae0", "cvae1"], "svae+": ["svae"]}
-    metrics = {row: [json.load(open(f"runs/{run}/metrics.json")) for run in members]
-               for row, members in of_row.items()}
+    assert counted == [runs[0], *runs[2:]] and "runs/other: passed over" in out
+    sams, cvae = rows_of(out, "model")[:2]
+    metrics = metrics_of(runs[2:])
     for column, digits, values in (
-            ("test IWELBO", 2, [m["iwelbo"] for m in metrics["sams-vae"]]),
+            ("test IWELBO", 2, [m["iwelbo"] for m in metrics]),
             ("R2", 3, [evaluate.score(m, "log_normalised", "all", "model")["r_squared"]
-                       for m in metrics["sams-vae"]])):
-        assert table["sams-vae"][column] == (
+                       for m in metrics])):
+        assert sams[column] == (
             f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}")
-    # Differences of IWELBO, of the mean over seeds, cell by cell from the best row.
-    cells = {row: np.mean([[float(line["iwelbo"]) for line in csv.DictReader(
-        open(f"runs/{run}/iwelbo.csv"))] for run in members], axis=0)
-        for row, members in of_row.items()}
-    best = max(cells, key=lambda name: cells[name].mean())
-    noise = {row: sum(m["iwelbo_monte_carlo_error"] ** 2 for m in of_one) / len(of_one) ** 2
-             for row, of_one in metrics.items()}
-    for name, values in cells.items():
-        difference = values - cells[best]
-        text = (f"{difference.mean():+.2f} ({difference.std(ddof=1) / len(values)**0.5:.2f}, "
-                f"{(noise[name] + noise[best])**0.5:.2f})")
-        assert table[name]["difference"] == ("reference" if name == best else text)
-    assert (table["sams-vae"]["runs"], table["svae+"]["runs"]) == ("2", "1")
-    agreement, chance = evaluate.mask_agreement([m["mask"] for m in metrics["sams-vae"]])
-    assert table["sams-vae"]["masks agree"] == f"{agreement:.3f} (chance {chance:.3f})"
-    assert table["cvae"]["mask F1"] == "-" and "±" not in table["svae+"]["test IWELBO"]
+    assert (sams["model"], sams["runs"], cvae["model"]) == ("sams-vae", "2", "cvae")
+    agreement, chance = evaluate.mask_agreement([m["mask"] for m in metrics])
+    assert sams["masks agree"] == f"{agreement:.3f} (chance {chance:.3f})"
+    assert cvae["mask F1"] == "-" and "±" not in cvae["test IWELBO"]
+    assert [sams["difference"], cvae["difference"]].count("reference") == 1
 
     evaluate.main(runs)  # without options: whatever is there
-    assert len(counted) == 5 and capsys.readouterr().out.count("| sams-vae") == 1
-    evaluate.main([*runs[:2], "--library", "21"])
-    assert len(counted) == 7
+    assert len(counted) == 3 and capsys.readouterr().out.count("| sams-vae") == 1
+    evaluate.main([runs[0], "--library", "21"])
     evaluate.main([runs[0], "--again", *FEW])
-    assert len(counted) == 8
+    assert len(counted) == 5
     # A damaged run does not keep others from the table, nor do metrics that cannot be read.
-    with open("runs/cvae1/best.pt", "wb") as file:
-        file.write(b"nonsense")
-    for damaged in ("", "{", '{"format": 2, "step": 2}'):
-        with open("runs/cvae0/metrics.json", "w") as file:
-            file.write(damaged)
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main(runs[:4])
-        out, errors = capsys.readouterr()
-        assert stopped.value.code == 2 and "error: runs/cvae1" in errors and "| sams-vae" in out
+    train_on_screen("damaged", "--steps", "1")
+    for path, content in (("damaged/best.pt", "nonsense"), ("sams0/metrics.json", "{")):
+        with open(f"runs/{path}", "w") as file:
+            file.write(content)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*runs, "runs/damaged"])
+    out, errors = capsys.readouterr()
+    assert stopped.value.code == 2 and "error: runs/damaged" in errors and "| sams-vae" in out
     os.remove("screen.h5ad")
-    with pytest.raises(data.DataError, match="the run.s data, .*are not there; --data"):
+    with pytest.raises(data.DataError, match="not there any more; --data"):
         evaluate.main(["runs/sams0", "--again"])
 
 
-def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings(folder, capsys):
-    os.makedirs("x")
-    data.simulate("x/screen.h5ad", 1, perturbations=12, cells=20, pairs=10, n_genes=40)
-    train_on_screen("a", "--steps", "4")
-    train_on_screen("same", "--steps", "4", "--log-every", "3")  # nothing that matters
-    train_on_screen("settings", "--steps", "4", "--beta", "2")
-    train_on_screen("stopped", "--steps", "4", "--seed", "1")
-    train.main(["--data", "x/screen.h5ad", "--split-column", "split", "--name", "b", *TINY[4:],
-                "--steps", "4"])
-    runs = [f"runs/{name}" for name in ("a", "same", "settings", "stopped", "b")]
-    capsys.readouterr()
-    evaluate.main([*runs, *FEW])
-    out = capsys.readouterr().out
-    # Another file of the same name has a table of its own, other settings a row.
-    assert out.count("| model ") == 2 and "| beta 2.0 " in out and "| beta 1.0 " in out
-    assert "runs/same is runs/a once more" in out  # and not a second run of a row
-    # Neither over runs that were stopped early, nor over other ways to evaluate.
-    metrics = [json.load(open(f"{run}/metrics.json")) | {"folder": run}
-               for run in runs if run != "runs/same"]
-    metrics[2] |= {"last_step": 2, "done": False}
-    tables = evaluate.table_of_runs(metrics)
-    assert tables.count("| model ") == 2 and "stopped at step 2 |" in tables
-    metrics[2]["done"], metrics[0]["options"]["library"] = True, 7
-    tables = evaluate.table_of_runs(metrics)
-    assert tables.count("| model ") == 3 and tables.count("cells of 7 counts") == 1
-    # How a simulated screen was read is in no fingerprint.
-    plain, other = (evaluate.settings(metrics[1] | {"config": metrics[1]["config"] | changed})
-                    for changed in ({}, {"covariate": ["batch"]}))
-    assert plain != other
+def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings():
+    def run(*options, **changed):
+        """What tables know of a run."""
+        config = train.configuration(*train.parse_arguments(["--data", "x.h5ad", *options]))
+        return {"config": config, "fingerprint": "x", "options": {"library": 9}, "done": True,
+                "last_step": 4} | changed
+
+    runs = [run(), run("--seed", "1", "--split-seed", "2", "--log-every", "3"), run("--beta", "2"),
+            run("--covariate", "batch"),  # of a simulated screen no fingerprint has this
+            run(done=False), run(fingerprint="y"), run(options={"library": 7}),
+            run("--split", "norman-ood")]
+    assert [[len(row) for row in evaluate.grouped(members, evaluate.settings)]
+            for members in evaluate.tables_of(runs)] == [[2, 1, 1, 1], [1], [1], [1]]
+    simulated = train.configuration(*train.parse_arguments([]))
+    runs = [run(config=simulated | {"simulated_seed": seed, "simulated_cells": cells},
+                fingerprint=str((seed, cells))) for seed, cells in ((0, 20), (1, 20), (1, 30))]
+    assert [len(members) for members in evaluate.tables_of(runs)] == [2, 1]
 
 
 def test_norman_runs_are_compared_with_sams_vae_without_combinations_and_every_figure_is_drawn(
         folder, capsys, monkeypatch):
-    for model, fraction, seed in itertools.product(["sams-vae", "cvae"], "01", "01"):
+    # A dozen evaluations and figures take their time.
+    for model, fraction, seed in (("cvae", "0", "0"), ("cvae", "0", "1"), ("cvae", "1", "0"),
+                                  ("sams-vae", "0", "0"), ("sams-vae", "0", "1")):
         train.main(["--data", "screen.h5ad", "--preset", "norman-ood", "--layer", "X",
                     "--gene-column", "", "--perturbation-column", "condition", *TINY[4:],
                     "--effect-layers", "1", "--steps", "2", "--model", model,
                     "--train-combinations", fraction, "--split-seed", seed])
     runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
-    assert "runs/screen-cvae-mean-field-f0-split1-seed0" in runs
+    assert runs[1] == "runs/screen-cvae-f0-split1-seed0"
     evaluate.main([*runs, *FEW])
-    metrics = [json.load(open(f"{run}/metrics.json")) for run in runs]
-    value = {(m["config"]["model"], m["config"]["train_combinations"], m["config"]["split_seed"]):
-             m["iwelbo"] for m in metrics}
     rows = {(row["model"], row["f"]): row
             for row in rows_of(capsys.readouterr().out, "model", "guide", "f")}
-    for model, f in itertools.product(["sams-vae", "cvae"], (0, 1)):
-        difference = np.mean([value[model, f, s] - value["sams-vae", 0, s] for s in (0, 1)])
-        found = rows[model, str(f)]["difference"]
-        assert found == "reference" if (model, f) == ("sams-vae", 0) else float(
-            found.split()[0]) == pytest.approx(difference, abs=0.006)
+    metrics = metrics_of(runs)
+    of_cvae, of_sams = ([m["iwelbo"] for m in some] for some in (metrics[:2], metrics[3:]))
+    assert rows["sams-vae", "0"]["difference"] == "reference"
+    assert float(rows["cvae", "0"]["difference"].split()[0]) == pytest.approx(
+        np.mean(of_cvae) - np.mean(of_sams), abs=0.006)
     assert rows["additive", "0"]["ATE-Pearson"] != ""
     counted = evaluate.one_of_each_split(metrics)  # for baselines, whatever the model
     assert sorted((m["config"]["train_combinations"], m["config"]["split_seed"])
-                  for m in counted) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+                  for m in counted) == [(0, 0), (0, 1), (1, 0)]
 
     pytest.importorskip("matplotlib")
-    evaluate.main([*runs[::4], "--figures"])
-    for run in runs[::4]:
+    evaluate.main([*runs[::3], "--figures"])
+    for run in runs[::3]:
         figures = {"training.png", "effects.png"} | ({"masks.png"} if "cvae" not in run else set())
         assert figures == {name for name in os.listdir(run) if name.endswith(".png")}
         for name in figures:
@@ -3728,9 +3195,9 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
     out, predicted = capsys.readouterr().out, layers_of(run, "predictions")
     effect, expected = predicted["effect_counts"], predicted["expected_counts"]
     # By each batch, and averaged as often as real cells of the condition are in it.
-    by_batch = [evaluate.expected(run.model, evaluate.dosages_of(run, names)[0],
-                                  torch.full((4, 1), batch), 5000, evaluate.library_of(run))
-                for batch in (0, 1)]
+    by_batch = [evaluate.expected(run, evaluate.dosages_of(run, names)[0],
+                                  torch.full((4, 1), batch), evaluate.basal_states(run, 5000),
+                                  evaluate.library_of(run)) for batch in (0, 1)]
     for i, name in enumerate(names[:1] + [seen] + names[2:]):
         share = evaluate.population(run, name, 5000, 0)[1].numpy().mean()
         for scale in evaluate.SCALES:
@@ -3742,8 +3209,6 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
             assert (found == 0).all() or evaluate.pearson(found, treated - without) > 0.97
     assert (effect[3] == 0).all() and (predicted["effect_counts_low"][3] == 0).all()
     assert (effect[0] != 0).any() and (effect[2] == 0).all() == (model == "svae+")
-    assert ("no effect" in out) == (model == "svae+")  # three at once are no label of the data
-    np.testing.assert_allclose(expected.sum(1), 1e4, rtol=1e-4)
     np.testing.assert_allclose(predicted["log2_fold_change"],
                                np.log2(expected / (expected - effect)), atol=1e-3)
     low, high = (predicted[f"effect_counts_{name}"] for name in ("low", "high"))
@@ -3751,9 +3216,10 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
     with h5py.File(f"{run.folder}/predictions.h5ad") as file:
         n = file["obs/n_training_cells"][()]
     assert n[1] == ((run.screen.conditions == seen) & (run.screen.split == "train")).sum() > 0
-    assert n[2] == 0 and n[3] > 0
-    assert "P001+P002+P003: no training cells of its own" in out and "THE PRIOR" not in out
-    assert f"{seen}: {n[1]} training cells" in out
+    assert n[2] == 0 and f"{seen}: {n[1]} training cells" in out
+    assert "P001+P002+P003: no training cells of its own" in out
+    # Three at once are no label of the data.
+    assert ("P001+P002+P003 WAS NEVER SEEN: ITS EFFECT IS ZERO" in out) == (model == "svae+")
     # The same whatever else is asked for.
     evaluate.main([run.folder, "--predict", *names[1:3], "--ate-particles", "5000"])
     alone = layers_of(run, "predictions")
@@ -3762,9 +3228,8 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
         evaluate.main([run.folder, "--predict", "P01"])
     if model != "svae+":
         run.model.n_cells[list(run.model_screen.perturbations).index("P001")] = 0
-        lines = evaluate.predict(run, ["P001+P002+P003"], 10)
-        assert ("P001 HAS NO EFFECT IN THE MODEL" if model == "cvae" else
-                "WHAT IS PREDICTED FOR P001 IS THE PRIOR'S, NOT THE DATA'S") in lines
+        assert "P001 WAS NEVER SEEN: ITS EFFECT IS " + (
+            "ZERO" if model == "cvae" else "THE PRIOR'S") in evaluate.predict(run, ["P001"], 10)
 
 
 NOTHING = torch.zeros(1, 0, dtype=torch.long)  # no covariates
@@ -3801,12 +3266,11 @@ def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_er
 
 def test_effects_of_the_model_are_averaged_over_covariates_as_the_cells_compared_with_have_them(
         three, monkeypatch):
-    def by_batch(model, arms, c, n_particles, library):
+    def by_batch(model, arms, c, library, basal):
         """An effect of 1 in batch 0 and of 2 in batch 1."""
         value = 1 + (arms != NONE).any(1, keepdim=True) * (1.0 + c) + torch.zeros(40)
         return {scale: value.double() for scale in ("log_normalised", "per_10k")}
 
-    evaluate.evaluate(three, iwelbo_particles=2, ate_particles=2)  # with its own
     monkeypatch.setattr(evaluate, "expected_expression", by_batch)
     monkeypatch.setattr(evaluate, "write_top_genes", lambda *_: None)
     screen = three.screen
@@ -3834,9 +3298,6 @@ def test_samples_are_a_screen_of_their_own_with_the_labels_of_the_input(one):
         y = 1e4 * x[here] / x[here].sum(1, keepdims=True)  # their means are the expected ones
         difference = np.abs(y.mean(0) - predicted["expected_counts"][i])
         assert (difference < 5 * y.std(0) / 3000**0.5).all()
-    anndata = pytest.importorskip("anndata")
-    theirs = anndata.read_h5ad("runs/sams-vae/samples.h5ad")
-    assert theirs.shape == (9000, 40) and set(theirs.obs.columns) == {"condition", "batch"}
 
 
 def write_controls(name, x, genes, batch):
@@ -3865,12 +3326,7 @@ def test_predictions_for_another_file_are_what_its_control_cells_would_become(th
         other["expected_counts"], own["expected_counts"], x.sum(0, keepdims=True)))
     assert np.abs(share - in_cells).sum() < np.abs(own_share - in_cells).sum()
     assert (other["effect_counts"][0] == 0).all() and (other["effect_counts"][1] != 0).any()
-    assert data.read_screen(f"{run.folder}/samples.h5ad").counts.shape == (100, 40)
-    # The order of genes does not matter, and depth and batch are the other file's.
-    write_controls("same.h5ad", x, genes, 0)
-    evaluate.main([*predict, "--data", "same.h5ad"])
-    same = layers_of(run, "predictions")
-    np.testing.assert_allclose(same["expected_counts"], other["expected_counts"], rtol=1e-5)
+    # Depth and batch are the other file's.
     write_controls("thin.h5ad", x // 10, genes, 1)
     evaluate.main([*predict, "--data", "thin.h5ad"])
     with h5py.File(f"{run.folder}/predictions.h5ad") as file:
@@ -3909,10 +3365,8 @@ def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folde
         "condition": [n.replace("P", "G") + "_1" * (n != "control") for n in names]})
     train_on_screen("run", "--steps", "2")
     metrics = [evaluation("run", 2, 50, own_targets=counted) for counted in (None, True)]
-    assert [m["options"]["own_targets"] for m in metrics] == [False, True]
-    assert metrics[0]["n_targets"] == 12
     change = metrics[0]["on_target"]
-    assert change["data"] < -0.7 and change["additive"] < -0.7
+    assert metrics[0]["n_targets"] == 12 and change["data"] < -0.7 and change["additive"] < -0.7
     assert abs(change["model"]) < 0.2  # after two steps
     without, counted = (evaluate.score(m, "counts", "all", "own_mean") for m in metrics)
     assert without["r_squared"] < counted["r_squared"]
@@ -3974,10 +3428,6 @@ def test_latents_are_written_for_every_cell_with_its_name_and_labels(three):
         np.testing.assert_allclose((z - z_basal)[~control][0], offset, atol=1e-5)
         n = len(run.model_screen.perturbations)
         assert uns["mask_probability"].shape == uns["effect"].shape == (n, 4)
-    anndata = pytest.importorskip("anndata")
-    theirs = anndata.read_h5ad(f"{run.folder}/latents.h5ad")
-    assert list(theirs.obs_names) == list(run.screen.cell_names)
-    assert list(theirs.var_names) == list(run.screen.gene_names)
 
 
 def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
@@ -3996,20 +3446,18 @@ def test_the_evaluation_uses_training_and_not_the_other_way_round():
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
     with pytest.raises(data.DataError, match="the loss was not finite before step 2:"):
         train_on_screen("bad", "--steps", "50", "--lr", "4e9")
-    assert train.load_checkpoint("runs/bad", "last.pt")["progress"]["step"] == 0
+    assert last("bad")["progress"]["step"] == 0
 
 
 def test_training_starts_from_the_training_cells_unless_a_preset_says_otherwise(folder):
     train_on_screen("run", "--steps", "1", "--lr", "1e-9", "--weight-decay", "0")
-    run = train.load_checkpoint("runs/run", "last.pt")
+    model, split = last("run")["model"], last("run")["split"]
     batches = data.Batches(data.read_screen("screen.h5ad"))
-    *_, log_frequency, log_theta = data.training_statistics(batches, run["split"]["train"].numpy())
-    torch.testing.assert_close(run["model"]["decoder.last.bias"], log_frequency)
-    torch.testing.assert_close(run["model"]["log_theta"], log_theta)
+    *_, log_frequency, log_theta = data.training_statistics(batches, split["train"].numpy())
+    torch.testing.assert_close(model["decoder.last.bias"], log_frequency)
+    torch.testing.assert_close(model["log_theta"], log_theta)
     train_on_screen("zero", "--steps", "1", "--lr", "1e-9", "--start", "zero")
-    assert train.load_checkpoint("runs/zero", "last.pt")["model"]["log_theta"].abs().max() < 1e-6
-    for preset in train.PRESETS.keys() - {None, "sparse-shift"}:
-        assert train.PRESETS[preset]["start"] == "zero"
+    assert last("zero")["model"]["log_theta"].abs().max() < 1e-6
 
 
 def test_both_commands_simulate_the_same_screen(folder, monkeypatch):
@@ -4019,9 +3467,8 @@ def test_both_commands_simulate_the_same_screen(folder, monkeypatch):
     data.main(["simulate", "s.h5ad", "--sparse-shift", *few])
     train.main(["--preset", "sparse-shift", "--name", "a", "--steps", "1", "--n-hidden", "4", *(
         word.replace("--", "--simulated-") for word in few)])
-    state = train.load_checkpoint("runs/a", "best.pt")
-    assert data.read_screen("s.h5ad").fingerprint() == state["fixed"]["fingerprint"]
-    assert state["config"]["alpha"] == 1e-30 and started == [["runs/a", "--device", "cpu"]]
+    assert data.read_screen("s.h5ad").fingerprint() == last("a")["fixed"]["fingerprint"]
+    assert last("a")["config"]["alpha"] == 1e-30 and started == [["runs/a", "--device", "cpu"]]
     assert "latent_mcc" in evaluation("a")
 
 
@@ -4034,32 +3481,28 @@ def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, 
     assert max(len(line) for line in out.splitlines() if line.startswith("|")) <= 100
     metrics = json.load(open("runs/demo/metrics.json"))
     assert metrics["iwelbo"] < 0 and metrics["iwelbo_joint_per_cell"] < 0
+    library = data.read_screen("runs/demo/simulated.h5ad").library
+    assert metrics["options"]["library"] == int(np.median(library))
     for key in ("iwelbo_se", "iwelbo_monte_carlo_error", "mask_recall", "mask_f1", "latent_mcc",
-                "label_mcc", "basal_r_squared", "target_f1"):
+                "basal_r_squared"):
         assert isinstance(metrics[key], float), key
-    assert metrics["n_targets"] == 0  # P001 targets no gene
     cells = list(csv.DictReader(open("runs/demo/iwelbo.csv")))
     assert np.mean([float(row["iwelbo"]) for row in cells]) == pytest.approx(metrics["iwelbo"])
     assert 1 <= metrics["iwelbo_joint_effective_sample_size"] <= 100
     assert {group: evaluate.score(metrics, "counts", group, "model")["n_conditions"]
             for group in ("all", "pairs", "held_out", "test")} == {
         "all": 72, "pairs": 60, "held_out": 30, "test": 72}
-    assert metrics["n_pairs"] == [30, 60]
     with h5py.File("runs/demo/effects.h5ad") as file:
         assert file["layers/model_counts"].shape == file["layers/data_counts"].shape == (72, 200)
         assert file["obs/condition"].asstr()[0] == "P001"
-    assert sorted(os.listdir("runs/demo")) == [
+    assert {*os.listdir("runs/demo")} == {
         "best.pt", "config.json", "effects.h5ad", "iwelbo.csv", "last.pt", "log.jsonl", "masks.csv",
-        "metrics.json", "simulated.h5ad", "top_genes.csv"]
+        "metrics.json", "simulated.h5ad", "top_genes.csv"}
 
 
 def configuration(*arguments):
     """The configuration that these arguments of train.py give."""
-    args, given = train.parse_arguments(arguments)
-    if args.adapt is None:
-        return train.configuration(args, given)
-    base = train.load_checkpoint(args.adapt, "best.pt") if os.path.exists(args.adapt) else None
-    return train.configuration_of_adapted(args, given, base)
+    return train.configuration(*train.parse_arguments(arguments))
 
 
 def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
@@ -4072,25 +3515,27 @@ def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
     norman = common | dict(steps=30_000, clip=100.0, n_latent=200, effect_layers=4,
                            effect_hidden=400, alpha=0.01, layer="counts",
                            gene_column="highly_variable", one_hot_prefix="guide_")
-    for name, expected in (("replogle", replogle), ("norman-ood", norman | {"split": "norman-ood"}),
-                           ("norman-data-efficiency",
-                            norman | {"split": "norman-data-efficiency"})):
-        assert configuration("--data", "x", "--preset", name).items() >= expected.items()
-    changed = configuration("--data", "x", "--preset", "norman-ood", "--n-latent", "7", "--clip",
-                            "0", "--layer", "X", "--split", "random", "--gene-column", "")
-    assert (changed["n_latent"], changed["clip"], changed["layer"]) == (7, 0, "X")
-    assert (changed["split"], changed["gene_column"]) == ("random", "")
+
+    def of_preset(name, *arguments):
+        """The configuration of a file with this preset."""
+        return configuration("--data", "x", "--preset", name, *arguments)
+
+    assert of_preset("replogle").items() >= replogle.items()
+    for name in ("norman-ood", "norman-data-efficiency"):
+        assert of_preset(name).items() >= (norman | {"split": name}).items()
+    changed = of_preset("norman-ood", "--n-latent", "7", "--clip", "0", "--layer", "X", "--split",
+                        "random", "--gene-column", "")
+    assert changed.items() >= dict(n_latent=7, clip=0, layer="X", split="random",
+                                   gene_column="").items()
     # A file's own split, and other labels, take the place of what the preset says.
-    changed = configuration("--data", "x", "--preset", "norman-ood", "--split-column", "fold")
+    changed = of_preset("norman-ood", "--split-column", "fold", "--perturbation-column", "y")
     assert (changed["split"], changed["split_column"]) == ("random", "fold")
-    changed = configuration("--data", "x", "--preset", "replogle", "--one-hot-prefix", "guide_")
-    assert changed["perturbation_column"] is None and changed["control"] == []
-    changed = configuration("--data", "x", "--preset", "norman-ood", "--perturbation-column", "y")
     assert (changed["perturbation_column"], changed["one_hot_prefix"]) == ("y", None)
+    changed = of_preset("replogle", "--one-hot-prefix", "guide_")
+    assert changed["perturbation_column"] is None and changed["control"] == []
     assert configuration("--split", "random")["split_column"] is None
     for preset, values in train.PRESETS.items():
-        assert {name for name in values if not name.startswith("simulated_")} <= configuration(
-            "--data", "x").keys(), preset
+        assert values.keys() <= train.DEFAULTS.keys(), preset
     simulated = configuration("--preset", "sparse-shift", "--simulated-cells", "9", "--seed", "3")
     assert [simulated[f"simulated_{name}"] for name in ("perturbations", "cells", "pairs", "effect",
                                                         "seed")] == [100, 9, 0, 5.0, 3]
@@ -4099,72 +3544,50 @@ def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
 def test_the_replogle_preset_merges_all_non_targeting_guides_into_the_control(tmp_path):
     path = write_obs(tmp_path / "x.h5ad", gene=["A", "non-targeting", "non-targeting"],
                      sgID_AB=["A_1|A_2", "non-targeting_7|non-targeting_9", "non-targeting_1"])
-    config = configuration("--data", path, "--preset", "replogle")
-    screen = train.read_screen_of(config)
+    screen = train.read_screen_of(configuration("--data", path, "--preset", "replogle"))
     assert list(screen.conditions) == ["A_1|A_2", "control", "control"]
 
 
-def test_options_that_mean_nothing_together_are_refused(capsys):
-    for arguments, words in (
-            (["--axes", "sparsest", "--correlated-effects"], "needs --axes learned"),
-            (["--preset", "norman-ood"], "needs --data"),
-            (["--data", "x", "--preset", "norman-ood", "--train-combinations", "1.5"],
-             "--train-combinations: must be a fraction"),
-            (["--data", "x", "--split", "norman-ood", "--split-column", "s"], "exclude each other"),
-            (["--data", "x", "--mask-b", "0"], "--mask-b: must be positive and below 2^32, not 0"),
-            (["--data", "x", "--lr", "nan"], "--lr: must be positive and below 2^32, not nan"),
-            (["--data", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
-            (["--data", "x", "--alpha", "1"], "--alpha: must be from 1e-30 to 1 - 1e-6, not 1"),
-            (["--adapt", "runs/x"], "--adapt needs --data"),
-            (["--adapt", "runs/x", "--resume", "runs/x"], "not allowed with argument"),
-            (["--adapt", "runs/x", "--data", "x", "--n-latent", "3"], "--n-latent comes from")):
-        with pytest.raises((SystemExit, data.DataError)) as refused:
-            configuration(*arguments)
-        assert words in capsys.readouterr().err + str(refused.value)
+@pytest.mark.parametrize("arguments, words", [
+    (["--axes", "sparsest", "--correlated-effects"], "needs --axes learned"),
+    (["--preset", "norman-ood"], "needs --data"),
+    (["--train-combinations", "1.5"], "--train-combinations: must be a fraction"),
+    (["--lr", "nan"], "--lr: must be positive and below 2^32, not nan"),
+    (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--alpha", "1"], "--alpha: must be from 1e-30 to 1 - 1e-6, not 1"),
+    (["--adapt", "runs/x"], "--adapt needs --data"),
+    (["--adapt", "runs/x", "--data", "x", "--n-latent", "3"], "come from runs/x"),
+    (["--adapt", "runs/x", "--resume", "runs/x"], "not allowed with argument")])
+def test_options_that_cannot_be_or_exclude_each_other_are_refused(arguments, words, capsys):
+    with pytest.raises((SystemExit, data.DataError)) as refused:
+        configuration(*arguments)
+    assert words in capsys.readouterr().err + str(refused.value)
 
 
-def test_options_that_mean_nothing_for_a_model_are_not_in_its_configuration():
-    for model, options in (("cvae", ["--correlated-basal", "--correlated-effects"]),
-                           ("cpa-vae", ["--axes", "sparsest"])):
-        config = configuration("--data", "x", "--model", model, *options)
-        assert config["axes"] == "learned" and not config["correlated_effects"]
-        assert config["correlated_basal"] == (model == "cpa-vae")
+@pytest.mark.parametrize("arguments, axes, basal, effects", [
+    ([], "sparsest", True, False), (["--data", "x"], "sparsest", True, False),
+    (["--axes", "learned"], "learned", True, True),
+    (["--data", "x", "--preset", "replogle"], "learned", True, True),
+    (["--data", "x", "--preset", "norman-ood"], "learned", True, True),
+    (["--data", "x", "--preset", "replogle", "--axes", "sparsest"], "sparsest", True, False),
+    (["--data", "x", "--axes", "learned", "--correlated-effects"], "learned", True, True),
+    (["--model", "cpa-vae", "--axes", "sparsest"], "learned", True, True),
+    (["--model", "cvae", "--correlated-effects"], "learned", False, False)])
+def test_masks_are_in_the_sparsest_axes_unless_the_paper_the_user_or_the_model_says_otherwise(
+        arguments, axes, basal, effects):
+    assert configuration(*arguments).items() >= dict(
+        axes=axes, correlated_basal=basal, correlated_effects=effects).items()
 
 
-def test_masks_are_in_the_sparsest_axes_unless_the_paper_or_the_user_says_otherwise():
-    def chosen(*arguments):
-        """What such a run would do."""
-        config = configuration(*arguments)
-        return config["axes"], config["correlated_effects"]
-
-    assert chosen() == chosen("--data", "x") == ("sparsest", False)
-    assert chosen("--axes", "learned") == ("learned", True)
-    for preset in ("replogle", "norman-ood", "norman-data-efficiency"):
-        assert chosen("--data", "x", "--preset", preset) == ("learned", True)
-    assert chosen("--model", "cpa-vae") == ("learned", True)
-    assert chosen("--data", "x", "--preset", "replogle", "--axes", "sparsest") == (
-        "sparsest", False)
-    assert chosen("--data", "x", "--axes", "learned", "--correlated-effects") == ("learned", True)
-
-
-def test_mean_mask_probabilities_are_those_of_perturbations_with_training_cells(
-        folder, monkeypatch, capsys):
-    original = data.split_cells
-
-    def without_some(screen, *options):
-        """A split whose training cells hold three perturbations of twelve."""
-        split = original(screen, *options)
-        names = screen.conditions[split["train"]]
-        split["train"] = split["train"][np.isin(names, ["P001", "P002", "P003", "control"])]
-        return split
-
-    monkeypatch.setattr(data, "split_cells", without_some)
-    train_on_screen("run", "--steps", "2", "--lr", "1e-6", "--log-every", "1", "--axes", "learned")
-    for line in map(json.loads, open("runs/run/log.jsonl")):
-        assert line["mask_probability"] == pytest.approx(0.5, abs=1e-4)
-    capsys.readouterr()
-    evaluate.main(["runs/run", *FEW])
-    assert "mean probability is 0.500, where training starts at 0.5" in capsys.readouterr().out
+def test_the_log_s_mask_probabilities_are_those_of_perturbations_with_training_cells(tmp_path):
+    model = small_model(n_cells=(5, 0, 2))
+    run = types.SimpleNamespace(folder=str(tmp_path), device="cpu", model=model,
+                                config={"batch_size": 1}, progress=train.Progress())
+    log, probability = train.Log(run), model.mask_probability().detach()
+    run.progress.step = 1
+    expected = probability[[0, 2]].mean().item()
+    assert abs(expected - probability.mean()) > 0.01
+    assert log.means(epoch=0)["mask_probability"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_likelihood_stays_in_single_precision_where_matrix_products_do_not():
@@ -4192,29 +3615,30 @@ def test_matrix_products_in_bfloat16_change_the_objective_little_and_keep_float_
                for p in model.parameters())
 
 
-def command(*arguments, **options):
-    """Run one of the scripts as a user does: (exit status, output, errors)."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, arguments[0]), *arguments[1:]],
-                          capture_output=True, text=True, timeout=300, **options)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_wrong_files_and_options_end_with_one_sentence_and_status_2(folder, monkeypatch, capsys):
+def test_wrong_files_and_options_end_with_one_sentence_status_2_and_no_folder(
+        folder, monkeypatch, capsys):
     log = write_modern(folder / "log.h5ad", lambda f: f.create_dataset("X", data=np.log1p(MATRIX)))
-    for arguments in (["data.py", log], ["train.py", "--data", log], ["evaluate.py", "runs/none"],
-                      ["train.py", "--data", "screen.h5ad", "--perturbation-column", "split"],
-                      ["data.py", "screen.h5ad", "--layer", "raw"],
-                      ["train.py", "--resume", "runs/none"]):
-        monkeypatch.setattr(sys, "argv", arguments)
+    for main, *arguments in (
+            (data.main, log), (train.main, "--data", log), (evaluate.main, "runs/none"),
+            (train.main, "--data", "screen.h5ad", "--perturbation-column", "split"),
+            (train.main, "--split", "norman-ood", "--simulated-pairs", "0"),
+            (data.main, "screen.h5ad", "--layer", "raw"), (train.main, "--resume", "runs/none")):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            data.run({"data.py": data, "train.py": train, "evaluate.py": evaluate}[
-                arguments[0]].main)
+            data.run(main)
         errors = capsys.readouterr().err
         assert stopped.value.code == 2 and errors.count("\n") == 1, errors
         assert errors.startswith("error: ")
-    status, _, errors = command("train.py", "--data", log)  # as it is run
-    assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
     assert os.listdir("runs") == []
+
+    def command(name, *arguments):
+        """(Exit status, output, errors) of a script run as a user does."""
+        done = subprocess.run([sys.executable, os.path.join(HERE, name), *arguments],
+                              capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    status, _, errors = command("train.py", "--data", log)
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
     status, out, errors = command("data.py", "screen.h5ad")
     assert status == 0 and errors == "" and "12 perturbations, 10 combinations" in out
 
@@ -4222,10 +3646,10 @@ def test_wrong_files_and_options_end_with_one_sentence_and_status_2(folder, monk
 def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 512)
     data.simulate("screen.h5ad", perturbations=12, cells=40, pairs=10, n_genes=40)
-    found = []
     train.main(["--data", "screen.h5ad", "--stream", "--name", "run", *TINY[4:], "--steps", "4"])
-    split = train.load_checkpoint("runs/run", "last.pt")["split"]
-    assert all((cells.diff() > 0).all() for cells in split.values())  # neighbours stay neighbours
+    assert all((cells.diff() > 0).all()  # neighbours stay neighbours
+               for cells in last("run")["split"].values())
+    found = []
     for stream in (True, False):
         for name in ("last.pt", "best.pt"):
             run = train.Run.load("runs/run", name)
@@ -4236,15 +3660,14 @@ def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
         metrics = evaluate.evaluate(run, iwelbo_particles=4, ate_particles=20)
         evaluate.main(["runs/run", "--latents"])
         evaluate.main(["runs/run", "--predict", "P001", "--data", "screen.h5ad"])
-        files = [data.read_layers("runs/run/effects.h5ad"),
-                 data.read_layers("runs/run/predictions.h5ad")]
+        arrays = [*data.read_layers("runs/run/effects.h5ad").values(),
+                  *data.read_layers("runs/run/predictions.h5ad").values()]
         with h5py.File("runs/run/latents.h5ad") as file:
-            files.append({name: file[f"obsm/{name}"][()] for name in file["obsm"]})
-        found.append((metrics, files))
-    (streamed, files), (resident, others) = found
-    assert streamed["iwelbo"] == resident["iwelbo"] and streamed["effects"] == resident["effects"]
-    for a, b in zip(files, others):
-        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k], equal_nan=True) for k in a)
+            arrays += [values[()] for values in file["obsm"].values()]
+        found.append([metrics["iwelbo"], metrics["effects"], arrays])
+    assert found[0][:2] == found[1][:2]
+    for a, b in zip(found[0][2], found[1][2], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_random_numbers_differ_between_processes_seeds_and_steps(monkeypatch):
@@ -4291,7 +3714,7 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_
     for step in range(6):
         if step in (0, 3):
             run.progress.step, rng = step, []
-            train.phases(run)[step // 3].begin(run, optimizer)
+            train.phases(run.config)[step // 3].begin(run, optimizer)
             for rank in range(2):
                 with monkeypatch.context() as changed:
                     changed.setattr(train, "rank", lambda: rank)
@@ -4305,7 +3728,7 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         optimizer.step()
 
-    with open("twice.py", "w") as file:
+    with open("twice.py", "w") as file:  # slow: two more processes import torch
         file.write(TWICE)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
@@ -4313,24 +3736,12 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_
         capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("runs/two: sams-vae") == 1  # the first one speaks
-    state = train.load_checkpoint("runs/two", "last.pt")
-    torch.testing.assert_close(state["model"], run.model.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last("two")["model"], run.model.state_dict(), rtol=1e-4, atol=1e-5)
     assert_same(*(outcome(f"runs/{name}") for name in ("two", "parts")))
     train.main(["--resume", "runs/two", "--steps", "8"])  # by one
-
-
-def test_batches_that_processes_cannot_share_evenly_and_one_gpu_for_all_are_refused(
-        folder, monkeypatch):
-    train_on_screen("run", "--steps", "1")
-    with monkeypatch.context() as changed:
-        changed.setattr(train, "n_ranks", lambda: 3)
-        for options in (["--resume", "runs/run", "--steps", "2"], ["--batch-size", "64"]):
-            with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of the 3"):
-                train.main(options)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(data.DataError, match="--device cuda:0: all processes would share one GPU"):
-        train_on_screen("new", "--device", "cuda:0")
-    assert os.listdir("runs") == ["run"]
+    monkeypatch.setattr(train, "n_ranks", lambda: 3)
+    with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of the 3 processes"):
+        train.main(["--resume", "runs/two", "--steps", "9"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
@@ -4348,9 +3759,9 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_a_line_that_says_how(folder
     assert (running.returncode, errors) == (130, "")
     assert out.splitlines()[-1] == (
         "stopped; to go on from the last validation: python train.py --resume runs/run")
-    step = train.load_checkpoint("runs/run", "last.pt")["progress"]["step"]
+    step = last("run")["progress"]["step"]
     train.main(["--resume", "runs/run", "--steps", str(step + 3)])
-    assert train.load_checkpoint("runs/run", "last.pt")["progress"]["step"] == step + 3
+    assert last("run")["progress"]["step"] == step + 3
 
 
 # ============================================================================================
@@ -4374,174 +3785,120 @@ def few_or_many(few, many):
     return pytest.mark.parametrize("n", [few, pytest.param(many, marks=SLOW)])
 
 
-def in_child(function, seconds=10, n_bytes=2**31):
-    """The word that function() returns, in a child process with limits, or how it ended instead."""
+def in_child(function, n_bytes=2**31):
+    """How function() ends in a child process with limits of time and memory: "read", "refused",
+    "endless" (which HDF5 itself is in some damaged text), or worse."""
     import resource
 
-    result, to_parent = os.pipe()
     child = os.fork()
     if child == 0:
-        word = ""
+        code = 2
         try:
-            signal.alarm(6 * seconds)  # ends it where it waits
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_CPU, (2, resource.RLIM_INFINITY))
             if sys.platform == "linux":
                 with open("/proc/self/statm") as file:
                     n_bytes += int(file.read().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (n_bytes, resource.RLIM_INFINITY))
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                word = function()
+            function()
+            code = 0
         except data.DataError as error:
-            word = "refused" if str(error).isprintable() else f"a sentence with {str(error)!r}"
-        except BaseException as error:
-            word = f"a traceback: {error!r}"
+            code = 1 if str(error).isprintable() else 2
         finally:
-            os.write(to_parent, word.encode("utf-8", "replace")[:2000])
-            os._exit(0)
-    os.close(to_parent)
-    with open(result, "rb") as file:
-        word = file.read().decode()
-    _, status = os.waitpid(child, 0)
-    if not word and os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
-        return "refused"  # by the watchdog, as a command would
-    return word or f"signal {os.WTERMSIG(status)}"
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return {0: "read", 256: "refused", signal.SIGXCPU: "endless"}.get(status, f"status {status}")
 
 
 def files_to_damage(folder):
-    """Small files of all forms; their damaged copies go to the same folder."""
+    """Small files of all forms."""
     def nested(file, write_x):
         write_x(file)
         nullable(file["obs"], "perturbation")
-        file["obs/guide_A"], file["obs/guide_B"] = [0, 1, 1, 0, 0], [0, 0, 1, 0, 1]
         file["uns/pathways/one"] = text(["X", "Y"])
 
-    for number, (name, label) in enumerate(itertools.product(
-            ("dense f4", "dense gzip", "csr int64 scrambled", "csc int16"),
-            (categorical, categorical_0_7, nullable))):
-        yield write_modern(folder / f"{number}.h5ad", lambda f: nested(f, FORMS[name]), label)
-    yield write_legacy(folder / "legacy.h5ad", sparse=True)
-    data.simulate(folder / "simulated.h5ad", perturbations=4, cells=5, pairs=2, n_genes=12,
-                  n_controls=9, batch=1.0)
-    yield str(folder / "simulated.h5ad")
+    forms = ("dense f4", "dense gzip", "csr int64 scrambled", "csc int16")
+    for form, label in zip(forms, (categorical, categorical_0_7, nullable, categorical)):
+        yield write_modern(folder / form, lambda file: nested(file, FORMS[form]), label)
+    yield write_legacy(folder / "legacy", sparse=True)
+    data.simulate(folder / "simulated", perturbations=4, cells=5, n_genes=12, n_controls=9, pairs=2)
+    yield folder / "simulated"
 
 
 def damage(content, rng):
     """A copy of the bytes with one or two defects, as of disks, downloads and attackers."""
     content = bytearray(content)
     for _ in range(rng.integers(1, 3)):
-        start, width = int(rng.integers(len(content))), int(2 ** rng.integers(10))
+        start, width = int(rng.integers(len(content) - 8)), int(2 ** rng.integers(10))
         part, kind = content[start:start + width], rng.integers(6)
         if kind == 0:
             content[start] ^= 1 << int(rng.integers(8))
         elif kind == 1:  # a number, at a place where numbers are
             number = (0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)[rng.integers(6)]
             content[start // 8 * 8:start // 8 * 8 + 8] = number.to_bytes(8, "little")
-        elif kind == 2:
-            content[start:start + width] = bytes(len(part))
-        elif kind == 3:
-            content[start:start + width] = rng.bytes(len(part))
-        elif kind == 4:  # another place of the file
+        elif kind < 4:
+            content[start:start + width] = bytes(len(part)) if kind == 2 else rng.bytes(len(part))
+        elif kind == 4:  # what stood elsewhere
             other = int(rng.integers(len(content)))
             content[other:other + width] = part
         else:
-            del content[start + (len(content) - start) // 2:]
-        content = content or bytearray(1)
+            del content[max(9, start):]
     return content
 
 
-def outcomes_of_damaged_files(n, folder):
-    """What reading n damaged files comes to: {outcome: number}. Bad ones are kept in the folder."""
-    data.WATCHDOG = 2
-    (folder / "whole").mkdir()
-    whole, outcomes = [open(p, "rb").read() for p in files_to_damage(folder / "whole")], []
-    path, out = str(folder / "x.h5ad"), str(folder / "out.h5ad")
-
-    def use(prepare=False):
-        """Read all that can be read; a hash of it. Parts may be refused, and the whole."""
-        found, file = [], data.read_h5ad(path)
-        for read in (lambda: data.read_screen(
-                path, perturbation_column="condition", control="c*",
-                combination_separator="+").fingerprint(),
-                     lambda: data.read_pathways(path), lambda: data.read_simulation(path),
-                     *(lambda c=c: file.obs(c).tolist() for c in file.obs_columns)):
-            try:
-                found.append(read())
-            except data.DataError as error:
-                assert str(error).startswith(path) and str(error).isprintable(), error
-                found.append("refused")
-        if prepare:
-            with contextlib.suppress(data.DataError):
-                data.main_of_prepare([path, out])
-        return f"read, with {found.count('refused')} parts refused, {hash(str(found))}"
-
-    before = []
-    for content in whole:
-        (folder / "x.h5ad").write_bytes(content)
-        before.append(in_child(use))
-        assert before[-1].startswith("read"), before[-1]
-    rng = np.random.default_rng(n)
-    for i in range(n):
-        content, known = damage(whole[i % len(whole)], rng), before[i % len(whole)]
-        (folder / "x.h5ad").write_bytes(content)
-        word = in_child(use if i % 10 else functools.partial(use, prepare=True))
-        outcomes.append("the same" if word == known else word.split(",")[0])
-        if outcomes[-1] not in ("the same", "read", "refused"):
-            (folder / f"bad{i}.h5ad").write_bytes(content)
-            outcomes[-1] = f"{word} (bad{i}.h5ad)"
-    return dict(collections.Counter(outcomes))
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
-@few_or_many(100, 20_000)
+@few_or_many(60, 20_000)  # 60 forks take some 10 seconds
 def test_every_damaged_file_is_read_or_refused_in_a_sentence(n, tmp_path):
-    # In a process of its own: the more memory there is, the longer a fork takes.
-    done = subprocess.run(
-        [sys.executable, "-c", "import json, pathlib, test_sams_vae as tests; print(json.dumps("
-         f"tests.outcomes_of_damaged_files({n}, pathlib.Path({str(tmp_path)!r}))))"],
-        capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
-    assert set(counts) == {"the same", "read", "refused"}, counts
-    assert min(counts.values()) > n / 50
+    def use():
+        """Read all that can be read; the rest may be refused."""
+        for read in (data.read_pathways, data.read_simulation, lambda path: data.prepare(
+                path, tmp_path / "out.h5ad")):
+            with contextlib.suppress(data.DataError):
+                read(path)
+        data.read_screen(path, perturbation_column="condition", control="c*",
+                         combination_separator="+")
+
+    path, rng, outcomes = tmp_path / "x.h5ad", np.random.default_rng(n), collections.Counter()
+    whole = [open(file, "rb").read() for file in files_to_damage(tmp_path)]
+    for i in range(-len(whole), n):
+        content = whole[i % len(whole)]
+        path.write_bytes(content if i < 0 else damage(content, rng))
+        ended = in_child(use)
+        outcomes[ended] += 1
+        assert ended == "read" or i >= 0 and ended in ("refused", "endless"), (i, ended)
+    assert min(outcomes["read"], outcomes["refused"]) > n / 5 > 4 * outcomes["endless"], outcomes
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills")
 @few_or_many(1, 100)
 def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folder):
-    rng, n_kills, n_runs = np.random.default_rng(n), 0, 0
+    rng = np.random.default_rng(n)
     options = ["--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
-               "--validate-every", "2", "--log-every", "1"]
+               "--validate-every", "2", "--log-every", "1", "--name"]
 
-    def ended(arguments, seconds=None):
+    def ends(*arguments, seconds=None):
         """Whether a process that trains ends within these seconds; if not, it is killed."""
         running = subprocess.Popen(
             [sys.executable, os.path.join(HERE, "train.py"), *arguments],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"})
+            stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
-            _, errors = running.communicate(timeout=seconds)
-            assert running.returncode == 0, errors
+            assert running.wait(seconds) == 0
             return True
         except subprocess.TimeoutExpired:
             running.kill()
-            running.communicate()
-            return False
+            return running.wait() is None
 
     began = time.time()
-    assert ended([*options, "--name", "whole"])
+    assert ends(*options, "whole")
     seconds, whole = time.time() - began, outcome("runs/whole")
-    while n_kills < n:
-        run, n_runs = f"runs/{n_runs}", n_runs + 1
-        while True:
-            begun = os.path.exists(f"{run}/last.pt")
-            if not begun:  # what a start leaves that was killed before its first checkpoint
-                shutil.rmtree(run, ignore_errors=True)
-            if ended(["--resume", run] if begun else [*options, "--name", run[5:]],
-                     rng.uniform(0.3, 1) * seconds if n_kills < n else None):
-                break
-            n_kills += 1
-        assert_same(outcome(run), whole)
-        assert not [file for file in os.listdir(run) if file.endswith(".writing")]
+    for i in range(n):
+        if not ends(*options, str(i), seconds=rng.uniform(0.3, 1) * seconds):
+            if os.path.exists(f"runs/{i}/last.pt"):
+                assert ends("--resume", f"runs/{i}")
+            else:  # it was killed before its first checkpoint
+                shutil.rmtree(f"runs/{i}", ignore_errors=True)
+                assert ends(*options, str(i))
+        assert_same(outcome(f"runs/{i}"), whole)
+        assert not [file for file in os.listdir(f"runs/{i}") if file.endswith(".writing")]
 
 
 from torch.utils._python_dispatch import TorchDispatchMode  # undocumented

@@ -53,7 +53,7 @@ def train(run):
     Each cell pays its share of the global KL (A.1), so that no step looks beyond its batch. A run
     can be killed at any time: last.pt, which every validation writes, holds all that moves."""
     config, model, progress = run.config, run.model, run.progress
-    if run.n_known is not None:  # --adapt
+    if config["adapt"]:
         learn_others_only(model, run.n_known)
     optimizer, log, cells = new_optimizer(run), Log(run), run.taught_by["train"]
     epoch, position = divmod(progress.step * config["batch_size"], len(cells))
@@ -64,16 +64,17 @@ def train(run):
     def step(x, d, c):
         """x (B, G) counts, d (B, P) dosages, c (B, C) covariates."""
         optimizer.zero_grad(set_to_none=True)
-        with products_in(config["precision"]):
-            value, terms = objective(model, x, d, c, config)  # the ELBO: eq. 3, A.1
-            (-value).backward()
+        torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
+        value, terms = objective(model, x, d, c, config)  # the ELBO: eq. 3, A.1
+        (-value).backward()
+        torch.set_float32_matmul_precision("highest")  # for validation and axes
         average_gradients(model)  # of several processes
         if config["clip"]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
         optimizer.step()
         log.add(value, terms)
 
-    for number, phase in enumerate(phases(run)):
+    for number, phase in enumerate(phases(config)):
         if number > progress.phase:
             phase.begin(run, optimizer)
             progress.enter(number)
@@ -95,7 +96,8 @@ def train(run):
             if validates:
                 run.save("last.pt", optimizer)  # after its line: --resume removes later ones
                 seed_from_here(run)
-    log.say_end()
+    print(f"{run.folder} has ended, at step {progress.step:,}; lowest validation loss "
+          f"{progress.best:.2f}, at step {progress.best_step:,}")
 
 
 class Phase(typing.NamedTuple):
@@ -104,16 +106,13 @@ class Phase(typing.NamedTuple):
     last_step: int
     patience: float         # steps without a lower validation loss that end it; inf for never
     file: str | None        # receives its best weights
-    begin: typing.Callable  # what changes before its first step
+    begin: typing.Callable  # what changes before its first step: begin(run, optimizer)
 
 
-def phases(run):
+def phases(config):
     """The phases of a run, a list. The paper has one; with --axes sparsest (ours) there are two."""
-    config = run.config
     steps, patience = config["steps"], config["patience"] or math.inf
-    if run.n_known == len(run.model.n_cells):  # --adapt without a new perturbation
-        return []
-    if config["axes"] == "learned" or run.n_known is not None:
+    if config["axes"] == "learned" or config["adapt"]:
         return [Phase(steps, patience, "best.pt", lambda run, optimizer: None)]
     return [Phase(steps // 2, patience, "warm.pt" if config["patience"] else None, masks_of_one),
             Phase(steps, patience, "best.pt", turn_axes)]
@@ -181,16 +180,14 @@ def parameters_of(model, names):
 
 
 def new_optimizer(run):
-    """Adam (A.4) in the run's state, with learning rates of their own for masks and effects (ours).
-    """
+    """Adam (A.4) in the run's state; masks and effects have learning rates of their own (ours)."""
     config = run.config
-    masks, effects = (parameters_of(run.model, names) for names in (MASKS, EFFECTS))
     others = [p for name, p in run.model.named_parameters() if name not in MASKS + EFFECTS]
-    own = config["axes"] == "sparsest" or run.n_known is not None
+    own = config["axes"] == "sparsest" or config["adapt"]
     optimizer = torch.optim.Adam(
         [{"params": others, "lr": config["lr"]},
-         {"params": masks, "lr": config["mask_lr"] if own else config["lr"]},
-         {"params": effects, "lr": config["effect_lr"] or config["lr"]}],
+         {"params": parameters_of(run.model, MASKS), "lr": config["mask_lr" if own else "lr"]},
+         {"params": parameters_of(run.model, EFFECTS), "lr": config["effect_lr"] or config["lr"]}],
         weight_decay=config["weight_decay"], fused=True,
         capturable=run.device.type == "cuda")  # as launch_once needs it
     if run.optimizer_state:
@@ -209,20 +206,10 @@ def objective(model, x, d, c, config):
         return elbo(model, x, d, c, config["particles"])
 
 
-@contextlib.contextmanager
-def products_in(precision):
-    """With --precision tf32, a GPU multiplies in tf32 inside: not in validation, nor for axes."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def launch_once(step, device, n_first=3):
     """A function like step(*batch) whose kernels a GPU gets as one piece, a CUDA graph.
 
-    To launch a step's hundreds of kernels from Python takes longer than what they compute. So the
+    To launch a step's hundreds of kernels from Python takes longer than to compute them. So the
     first steps run as they are (Adam makes its moments in them), the next is recorded, and from
     then on the record is played: the same kernels, on the same memory, with the generator's next
     random numbers. Whatever a step reads or writes must stay in place: batches are copied into
@@ -260,8 +247,8 @@ def seed_from_here(run):
 
 @torch.no_grad()
 def validation_loss(run):
-    """Mean over the validation cells of what `elbo` says of each, negated; n_t counts training
-    cells, as in training. Always with the same random numbers: checkpoints see the same noise."""
+    """The mean of minus `elbo` over the validation cells, in nats; n_t counts training cells, as in
+    training. Always with the same random numbers: checkpoints see the same noise."""
     torch.manual_seed(0)
     total, cells = 0.0, run.taught_by["validation"]
     for x, d, c in run.batches.in_order(cells):
@@ -271,7 +258,7 @@ def validation_loss(run):
 
 
 class Log:
-    """log.jsonl and lines on the screen: means of all terms over the steps since the last line."""
+    """log.jsonl, and lines on the screen: means of all terms over the steps since the last line."""
 
     TERMS = ("log_likelihood", "kl_basal", "kl_mask", "kl_effect", "loss")
 
@@ -279,7 +266,7 @@ class Log:
         self.run, self.path = run, os.path.join(run.folder, "log.jsonl")
         self.sums = torch.zeros(len(self.TERMS), device=run.device)  # nothing waits for a GPU
         self.first = self.step = run.progress.step
-        self.started = self.since = time.time()
+        self.began = self.since = time.time()
         if rank() == 0:  # the steps after last.pt are done again: their lines go
             kept = [line for line in read_log(run.folder) if line["step"] <= self.step]
             with data.replacing(self.path) as path, open(path, "w") as file:
@@ -305,36 +292,20 @@ class Log:
         return line | {"cells_per_second": round(rate)}
 
     def write(self, line):
-        """Write the line, and say it. Raises DataError where a loss is not finite."""
+        """Write a line, and print it if it has a validation. DataError if a loss is not finite."""
         self.since = time.time()  # validation is no training time
         if not all(map(math.isfinite, line.values())):
             raise DataError(f"the loss was not finite before step {self.step}: start a new run with"
                             " a lower --lr, or with --clip 100")
-        if rank() > 0:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        left = (self.since - self.started) * (self.run.config["steps"] - self.step) / (
-            self.step - self.first)
-        left = f"{datetime.timedelta(seconds=round(left))} left"
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         if "validation_loss" in line:
-            masks = (f"mask probability {line['mask_probability']:.4f}  "
-                     if "mask_probability" in line else "")
-            print(f"step {self.step:,}  validation {line['validation_loss']:.2f}  loss "
-                  f"{line['loss']:.2f} = data {-line['log_likelihood']:.2f} + basal "
-                  f"{line['kl_basal']:.2f} + mask {line['kl_mask']:.3f} + effect "
-                  f"{line['kl_effect']:.3f}  {masks}{line['cells_per_second']:,} cells/s  {left}",
-                  flush=True)
-        elif sys.stdout.isatty():
-            print(f"step {self.step:,}  {left}", end="\r", flush=True)  # the next line covers it
-
-    def say_end(self):
-        """The last line on the screen."""
-        progress = self.run.progress
-        seconds = datetime.timedelta(seconds=round(time.time() - self.started))
-        print(f"{self.run.folder}: {self.step - self.first:,} steps in {seconds}, {self.step:,} in "
-              f"all; lowest validation loss {progress.best:.2f}, at step {progress.best_step:,}"
-              + "; ended by --patience" * (0 < self.step < self.run.config["steps"]))
+            per_step = (self.since - self.began) / (self.step - self.first)
+            seconds = round(per_step * (self.run.config["steps"] - self.step))
+            print(f"step {self.step:,}  loss {line['loss']:.2f}  validation "
+                  f"{line['validation_loss']:.2f}  {line['cells_per_second']:,} cells/s  "
+                  f"{datetime.timedelta(seconds=seconds)} left", flush=True)
 
 
 def read_log(folder):
@@ -373,10 +344,8 @@ class Run:
         Raises DataError where something is missing, damaged or another file."""
         device, state = choose_device(device), load_checkpoint(folder, name)
         config, fixed = state["config"] | changes, state["fixed"]
-        check_shares(config)
         if not os.path.exists(config["data"]):
-            raise DataError(f"the run's data, {config['data']}, are not there; --data says where "
-                            "they are")
+            raise DataError(f"{config['data']}: not there any more; --data says where it is now")
         screen = read_screen_of(config, fixed)
         if fixed["fingerprint"] != screen.fingerprint():
             raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
@@ -405,8 +374,8 @@ class Run:
 
     def has_ended(self, progress):
         """Whether training that has come as far as `progress` has ended."""
-        plan = phases(self)
-        return progress.phase == len(plan) - 1 and (not plan or progress.is_over(plan[-1]))
+        plan = phases(self.config)
+        return progress.phase == len(plan) - 1 and progress.is_over(plan[-1])
 
     def save(self, name, optimizer=None):
         """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer as it began.
@@ -443,10 +412,7 @@ def load_checkpoint(folder, name):
                         "its first validation with masks") from None
     if hash_of(content[:-64]) != content[-64:]:
         raise DataError(f"{path}: is damaged, was changed, or is no checkpoint of train.py")
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if "progress" not in state:
-        raise DataError(f"{path}: an earlier version of train.py wrote it: train it again")
-    return state
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def build_model(state):
@@ -457,37 +423,30 @@ def build_model(state):
 
 
 def read_screen_of(config, fixed=None):
-    """The screen of a configuration; with --adapt, a checkpoint's `fixed` names genes, covariates.
-    """
+    """The screen of a configuration. With --adapt, genes and covariates are the other run's, which
+    a checkpoint's `fixed` names."""
     options = {name: config[name] for name in data.READING} | {"stream": config["stream"]}
     if not config["adapt"]:
         return data.read_screen(config["data"], **options)
     screen = data.read_screen(config["data"], **options | {"covariate": []},
                               genes_of=fixed["gene_names"])
-    if config["covariate"]:
-        screen.covariates = fixed["covariates"]
-        screen.c = known_covariates(screen, config["covariate"], screen.covariates)
-        screen.notes.append(f"covariates as in {config['adapt']}: " + ", ".join(screen.covariates))
+    screen.covariates = fixed["covariates"]
+    screen.c = known_covariates(screen, config["covariate"], screen.covariates)
     return screen
 
 
 def known_covariates(screen, columns, known):
-    """Covariates (N, columns) of a screen's cells as positions in the values that a run knows.
-    Raises DataError where a column is missing, or has no known value."""
-    place, c = {name: i for i, name in enumerate(known)}, []
-    for column in columns:
-        if column not in screen.file.obs_columns:
-            raise DataError(f"{screen.path}: has no obs column {column!r}, a covariate that the run"
-                            " was trained with: add it, if need be with a single value")
+    """Covariates (N, columns) of a screen's cells as positions in `known`, the values that a run
+    was trained on; others are unknown. Raises DataError where a column has none of them."""
+    place = {name: i for i, name in enumerate(known)}
+    c = np.full((len(screen.rows), len(columns)), data.NONE)
+    for k, column in enumerate(columns):
         values = [f"{column}={value}" for value in screen.obs(column).astype(str)]
-        unknown = ", ".join(sorted({*values} - {*known})[:5])
-        if {*values}.isdisjoint(known):
-            raise DataError(f"{screen.path}: has {unknown}, and the run was trained on "
+        c[:, k] = [place.get(value, data.NONE) for value in values]
+        if (c[:, k] == data.NONE).all():
+            raise DataError(f"{screen.path}: has {values[0]}, and the run was trained on "
                             f"{', '.join(known[:10])}: one of these is needed")
-        if unknown:
-            print(f"{screen.path}: the run knows no {unknown}: taken as unknown")
-        c.append([place.get(value, data.NONE) for value in values])
-    return np.array(c).T
+    return c
 
 
 def as_the_model_sees(screen, config, known):
@@ -503,7 +462,7 @@ def choose_device(name=None):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
-            raise DataError(f"--device {name}: only cpu and cuda have all that is needed")
+            raise RuntimeError("only cpu and cuda have all that is needed")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -525,15 +484,17 @@ def main(arguments=None):
         run = new_run(args, given, device) if rank() == 0 else None
         folder = from_first(lambda: run.folder)
         run = run or Run.load(folder, "last.pt", device)
+    if run.config["batch_size"] % n_ranks():
+        raise DataError(f"--batch-size {run.config['batch_size']} is no multiple of the "
+                        f"{n_ranks()} processes")
+    cells = ", ".join(f"{len(v):,} {name}" for name, v in run.split.items())
+    print(f"{run.folder}: {run.config['model']} on {n_ranks()} x {run.device}; cells: {cells}; "
+          f"counts {run.batches.where}", flush=True)
     try:
-        if run.has_ended(run.progress):
-            print(f"{run.folder} has ended, at step {run.progress.step:,}")
-        else:
-            say_begin(run)
-            train(run)
+        train(run)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on from the last validation: python train.py --resume "
-              f"{run.folder}")
+        print("\nstopped; to go on from the last validation: python train.py --resume "
+              + run.folder)
         sys.exit(130)
     is_first = rank() == 0
     if dist.is_initialized():
@@ -552,42 +513,33 @@ def main(arguments=None):
 def new_run(args, given, device):
     """Begin a run: its folder, as at step 0. Where that fails, no folder is left."""
     base = load_checkpoint(args.adapt, "best.pt") if args.adapt else None
-    config = configuration_of_adapted(args, given, base) if base else configuration(args, given)
-    check_shares(config)
+    config = configuration(args, given, base)
     folder = new_folder(args.name, config)
     try:
         run = begin(folder, config, given, base, device)
         run.save("last.pt")
-        if not phases(run):
-            print("  no perturbation is new: the model stays as it is")
-            run.save("best.pt")
+        return run
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return run
 
 
 def new_folder(name, config):
     """Create runs/NAME; without a name, one made of the options, with a number if it is taken."""
-    words = [os.path.splitext(os.path.basename(config["data"] or "simulated"))[0][:80]]
-    if config["adapt"]:
-        words += ["adapted", os.path.basename(config["adapt"])[:80]]
-    else:
-        guide = ["basal"] * config["correlated_basal"] + ["effects"] * config[
-            "correlated_effects"] + ["sparsest"] * (config["axes"] == "sparsest")
-        words += [config["model"], *(guide or ["mean-field"])]
-        if config["split"] != "random":
-            words += [f"f{config['train_combinations']:g}", f"split{config['split_seed']}"]
-    base = name or "-".join([*words, f"seed{config['seed']}"])
+    words = [os.path.splitext(os.path.basename(config["data"] or "simulated"))[0][:80],
+             "adapted" * bool(config["adapt"]), config["model"],
+             "basal" * config["correlated_basal"], "effects" * config["correlated_effects"],
+             "sparsest" * (config["axes"] == "sparsest")]
+    if config["split"] != "random":
+        words += [f"f{config['train_combinations']:g}", f"split{config['split_seed']}"]
+    base = name or "-".join([*filter(None, words), f"seed{config['seed']}"])
     for n in itertools.count(1):
         folder = os.path.join("runs", base if n == 1 else f"{base}-{n}")
-        try:
+        with contextlib.suppress(FileExistsError):
             os.makedirs(folder)  # of commands that start side by side, one makes it
             return folder
-        except FileExistsError:
-            if name:
-                raise DataError(f"{folder} exists: choose another --name, or --resume {folder}"
-                                ) from None
+        if name:
+            raise DataError(f"{folder} exists: choose another --name, or --resume {folder}")
 
 
 def begin(folder, config, given, base, device):
@@ -607,24 +559,24 @@ def begin(folder, config, given, base, device):
     known = [] if base is None else [  # a perturbation without training cells is not known
         t for t, n in zip(base["fixed"]["perturbations"], base["model"]["n_cells"]) if n > 0]
     model_screen = as_the_model_sees(screen, config, known)
-    perturbations = model_screen.perturbations
     batches = data.Batches(model_screen, device)
     config["stream"] = batches.from_file
     if batches.from_file:  # in which neighbours are read together
         split = {name: np.sort(cells) for name, cells in split.items()}
     d = model_screen.d[split["train"]]  # n_t of A.1, here for each t:
-    n_cells = torch.from_numpy(np.bincount(d[d != data.NONE], minlength=len(perturbations)))
+    n_cells = torch.from_numpy(np.bincount(d[d != data.NONE],
+                                           minlength=len(model_screen.perturbations)))
     if base:
         model, arguments = adapted_model(config, base, n_cells)
     else:
         model, arguments = fresh_model(config, given, screen, batches, split["train"], n_cells)
     fixed = {"fingerprint": screen.fingerprint(), "gene_names": list(screen.gene_names),
-             "perturbations": perturbations, "covariates": screen.covariates,
+             "perturbations": model_screen.perturbations, "covariates": screen.covariates,
              "arguments": arguments, "n_known": len(known) if base else None}
     run = Run(folder, config, screen, model_screen, batches, split, fixed, model.to(device))
-    if phases(run) and not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):
-        raise DataError(f"{config['data']}: no training or no validation cells (with --adapt: with "
-                        "new perturbations): more cells, or another --split-seed, are needed")
+    if not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):  # by --adapt
+        raise DataError(f"{config['data']}: has no training or no validation cells with "
+                        "perturbations that are new to the run")
     return run
 
 
@@ -661,16 +613,12 @@ def adapted_model(config, base, n_cells):
 
 def resumed(args, given, device):
     """The run of --resume, as last.pt has it. It may be trained longer or in another precision, and
-    its file may have moved (the fingerprint says whether it is the same); all else is fixed."""
-    config = load_checkpoint(args.resume, "last.pt")["config"]
-    changes = {name: value for name, value in given.items() if value != config.get(name)}
-    if args.name or changes.keys() - {"steps", "precision"}:
+    its file may have moved: its fingerprint says whether it is the same."""
+    if args.name or args.preset or given.keys() - {"steps", "precision"}:
         raise DataError(f"--resume takes its options from {args.resume}; only --steps, --precision,"
                         " --device and --data can be given")
-    if args.data:
-        changes["data"] = os.path.abspath(args.data)
+    changes = given | ({"data": os.path.abspath(args.data)} if args.data else {})
     run = Run.load(args.resume, "last.pt", device, **changes)
-    data.say(run.screen.path, *run.screen.notes)
     if changes and not run.has_ended(run.progress):
         if run.config["steps"] <= run.progress.step:
             raise DataError(f"{run.folder} is at step {run.progress.step}: --steps must be larger")
@@ -678,32 +626,20 @@ def resumed(args, given, device):
     return run
 
 
-def say_begin(run):
-    """The lines before the first step."""
-    config, n_parameters = run.config, sum(p.numel() for p in run.model.parameters())
-    print("  split: " + ", ".join(f"{len(v):,} {name}" for name, v in run.split.items()))
-    print(f"{run.folder}: {config['model']}, {len(run.model.n_cells) - (run.n_known or 0):,} "
-          f"perturbations to learn, {n_parameters:,} parameters, {len(run.taught_by['train']):,} "
-          f"training cells, steps {run.progress.step:,} to {config['steps']:,} of "
-          f"{config['batch_size']} cells on {n_ranks()} x {run.device}, counts {run.batches.where}")
-
-
 # ============================================================================================
 # Several processes: torchrun --nproc-per-node N train.py ...
 # ============================================================================================
 
-# Every process has the model, and makes the same steps with it. All follow one random order of
-# cells: each takes its share of every batch and draws its own latents, and gradients are averaged.
-# So two processes do what one does with the same --batch-size, but each draws masks and effects of
-# its own. The first process (rank 0) validates, writes and prints.
+# Every process has the model and makes the same steps with it. All follow one random order of
+# cells: each takes its share of every batch and draws its own latents, masks and effects, and
+# gradients are averaged: as one process does with the same --batch-size, but for these draws. The
+# first process (rank 0) validates, writes and prints.
 
 
 def begin_processes(device):
     """Join the other processes, if torchrun has started several. Returns this one's device."""
     if not dist.is_torchelastic_launched():
         return choose_device(device)
-    if device and device.startswith("cuda:"):
-        raise DataError(f"--device {device}: all processes would share one GPU: leave it out")
     if device != "cpu" and torch.cuda.is_available():  # a GPU for each
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = choose_device(device)
@@ -727,13 +663,6 @@ def n_ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def check_shares(config):
-    """Raise DataError where the cells of a batch cannot be shared out evenly."""
-    if config["batch_size"] % n_ranks():
-        raise DataError(f"--batch-size {config['batch_size']} is no multiple of the {n_ranks()} "
-                        "processes")
-
-
 def from_first(function):
     """What function() returns in the first process, for all of them."""
     values = [function() if rank() == 0 else None]
@@ -751,13 +680,10 @@ def average(tensor):
 
 
 def average_gradients(model):
-    """The gradient of the whole batch, the mean of its shares: one exchange for all parameters."""
-    if n_ranks() == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # the same in all
-    flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    """Gradients of the whole batch, the means of its shares."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:  # in all processes or in none
+            average(parameter.grad)
 
 
 # ============================================================================================
@@ -765,6 +691,7 @@ def average_gradients(model):
 # ============================================================================================
 
 POSITIVE = (1e-30, 2**32, "positive and below 2^32")
+FRACTION = (0, 1, "a fraction, from 0 to 1")
 
 # "Replogle" and "Norman" are the settings of the paper (A.4) and its code for its two data sets.
 MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
@@ -783,8 +710,7 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
 ]
 OPTIONS = [
     ("--model", "sams-vae", list(MODELS), "cpa-vae: every mask entry is 1; cvae: conditional VAE"),
-    ("--axes", "sparsest", ["learned", "sparsest"], "of the masks: as training leaves them (paper) "
-     "or the sparsest, with masks from half of the steps on at the latest (ours: see begin_masks)"),
+    ("--axes", "sparsest", ["learned", "sparsest"], "of masks: learned (paper), sparsest (ours)"),
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
@@ -794,16 +720,13 @@ OPTIONS = [
     ("--mask-lr", 0.03, POSITIVE, "of mask logits with --axes sparsest or --adapt (ours)"),
     ("--effect-lr", 0.0, AT_LEAST_0, "of a free q(e); 0 for --lr (paper; ours 0.01)"),
     ("--weight-decay", 1e-6, AT_LEAST_0, "of Adam (paper)"),
-    ("--start", "data", ["data", "zero"], "of the decoder's last bias and of dispersions: from the "
-     "training cells (ours: see training_statistics in data.py), or zero (paper)"),
-    ("--patience", 0, AT_LEAST_0, "steps without a lower validation loss after which masks begin, "
-     "from the best weights so far, or training ends; 0 for never (paper; ours by the screen)"),
+    ("--start", "data", ["data", "zero"], "bias and dispersions by the data (ours), zero (paper)"),
+    ("--patience", 0, AT_LEAST_0, "steps without better validation that end a phase; 0: never"),
     ("--clip", 0.0, AT_LEAST_0, "largest gradient norm, 0 for none (Replogle none; Norman 100)"),
     ("--seed", 0, AT_LEAST_0, "of the weights and of training (paper: five seeds)"),
     # the split (4.1, 4.2)
-    ("--split", "random", data.SPLITS, "Replogle random; Norman two tasks, see data.py"),
-    ("--train-combinations", 1.0, (0, 1, "a fraction, from 0 to 1"), "part of the combinations, or "
-     "of their cells, that the Norman splits train on (Norman 0, 0.25, 0.5, 0.75 and 1)"),
+    ("--split", "random", list(data.SPLITS), "Replogle random; Norman two tasks, see data.py"),
+    ("--train-combinations", 1.0, FRACTION, "part of combinations to train on (Norman 0 to 1)"),
     ("--split-seed", 0, AT_LEAST_0, "of the split (Replogle 0, Norman 0 to 4)"),
     # the run (ours)
     ("--precision", "float32", ["float32", "tf32", "bf16"], "of matrix products in training"),
@@ -818,17 +741,16 @@ SIMULATION_OPTIONS = [  # of the screen that is simulated without --data
 ]
 DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS + SIMULATION_OPTIONS}
 DEFAULTS |= {name: default for name, (default, *_) in data.READING.items()}
-DEFAULTS |= {"min_cells": data.MIN_CELLS, "data": None, "preset": None, "adapt": None}
+DEFAULTS["min_cells"] = data.MIN_CELLS
 
 
 def own_settings(n_cells, n_perturbations, n_latent=None):
     """Settings of a file without --preset, by its training cells (64 % of all, whatever the split),
-    its perturbations and --n-latent; a flag overrides each (ours).
+    its perturbations and --n-latent (ours). A perturbation touches three latents a priori.
 
     Chosen, with the first row of PRESETS, by validation loss and by effects in validation cells, on
-    two real files and four simulated screens of 4,000 to 13,000 training cells; above 50,000 cells
-    or 300 perturbations nothing was measured, and what changes leans on the paper. Small, shallow
-    screens are overfitted soon: hence the patience. A perturbation touches three latents a priori.
+    two real files and four simulated screens of 4,000 to 13,000 training cells. Above 50,000 cells
+    or 300 perturbations nothing was measured: settings there lean on the paper.
     """
     epoch = math.ceil(n_cells / 256)  # steps
     large, n_latent = n_cells > 50_000, n_latent or (30 if n_perturbations <= 300 else 100)
@@ -853,18 +775,18 @@ PRESETS = {
     "simulated": dict(n_latent=10, n_hidden=100, effect_hidden=100, alpha=0.01, steps=5000,
                       batch_size=256, lr=1e-2, start="zero", min_cells=0, split_column="split"),
     # The benchmark of the SVAE+ paper, without --data or on a file of data.py simulate. Chosen on a
-    # screen of seed 100: sizes and rates by validation loss, alpha and mask_b by F1 of targets. So
-    # small an alpha, since the latent space is bent: what is zero in the true one is small here,
-    # but clear in hundreds of cells.
+    # screen of seed 100: sizes and rates by validation loss, alpha and mask_b by F1 of targets.
     "sparse-shift": dict(n_latent=15, n_hidden=200, n_layers=2, alpha=1e-30, mask_b=100.0,
                          steps=5000, batch_size=256, particles=1, lr=1e-3, effect_lr=0.01,
                          clip=100.0, min_cells=0, split_column="split") | {
         f"simulated_{name}": data.SPARSE_SHIFT[name]
         for name in ("perturbations", "cells", "pairs", "effect")},
 }
-# --adapt: chosen by validation loss on the screen of the preset sparse-shift.
+# What --adapt changes of the other run's options: what its file held, and how it was trained. Rates
+# were chosen by validation loss on the screen of the preset sparse-shift.
 ADAPTED = dict(steps=2000, lr=5e-3, effect_lr=0.02, mask_lr=0.03, patience=500, validate_every=100,
-               weight_decay=0.0, split="random", train_combinations=1.0)
+               weight_decay=0.0, split="random", train_combinations=1.0, gene_column=None,
+               gene_names=None, subset=[], exclude=[], split_column=None, stream=None)
 # An option that is given takes the place of what a preset, or an adapted run, has of its rivals.
 RIVALS = {"split": dict(split_column=None), "split_column": dict(split="random"),
           "perturbation_column": dict(one_hot_prefix=None),
@@ -872,7 +794,7 @@ RIVALS = {"split": dict(split_column=None), "split_column": dict(split="random")
 
 
 def parse_arguments(arguments=None):
-    """The arguments, and what of a configuration they give explicitly, a dict."""
+    """The arguments, and which of DEFAULTS they give, a dict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
@@ -884,34 +806,35 @@ def parse_arguments(arguments=None):
                        help="go on with this run")
     which.add_argument("--adapt", metavar="runs/NAME", type=os.path.normpath, help="a new run: "
                        "this one's model learns new perturbations of --data (Lopez et al. 2023)")
-    parser.add_argument("--name", help="the run's folder is runs/NAME (default: from the options)")
+    parser.add_argument("--name", help="the run's folder is runs/NAME (default: FILE-MODEL-seedN)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     data.add_screen_options(parser)
     add_options(parser.add_argument_group("the model and its training"),
                 OPTIONS + SIMULATION_OPTIONS)
     args = parser.parse_args(arguments)
     return args, {name: value for name, value in vars(args).items()
-                  if name in DEFAULTS.keys() - {"data", "adapt"} and value is not None}
+                  if name in DEFAULTS and value is not None}
 
 
-def override(config, given):
-    """The configuration with the options that were given."""
+def configuration(args, given, base=None):
+    """Every option of a new run: DEFAULTS, what the preset changes, what was given. (`fresh_model`
+    adds `own_settings`, which need the screen.) With --adapt the options of model and labels are
+    the other run's, whose best.pt is `base`."""
+    preset = args.preset or (None if args.data else "simulated")
+    if args.data is None and (args.adapt or preset not in ("simulated", "sparse-shift")):
+        raise DataError(f"{'--adapt' if args.adapt else '--preset ' + preset} needs --data")
+    if args.adapt:
+        of_model = {"model", "axes", *(option_name(flag) for flag, *_ in MODEL_OPTIONS)}
+        if args.preset or given.keys() & {*of_model, "start", "covariate"}:
+            raise DataError(f"the model's options, and covariates, come from {args.adapt} in a run "
+                            "that adapts it: leave them out")
+        config = base["config"] | ADAPTED
+    else:
+        config = DEFAULTS | PRESETS[preset] | {"simulated_seed": given.get("seed", 0)}
     for name in given:
         config |= RIVALS.get(name, {})
-    return config | given
-
-
-def configuration(args, given):
-    """Every option of a new run: DEFAULTS, what the preset changes, what was given. For a file
-    without a preset `own_settings` is still to come: it needs the screen."""
-    preset = args.preset or (None if args.data else "simulated")
-    if args.data is None and preset not in ("simulated", "sparse-shift"):
-        raise DataError(f"--preset {preset} needs --data")
-    if "split" in given and given.get("split_column"):
-        raise DataError("--split and --split-column exclude each other")
-    config = override(DEFAULTS | PRESETS[preset], {"simulated_seed": given.get("seed", 0)} | given)
-    config |= {"preset": preset, "data": args.data and os.path.abspath(args.data),
-               "simulated": args.data is None}
+    config |= given | {"preset": preset, "data": args.data and os.path.abspath(args.data),
+                       "adapt": args.adapt, "simulated": args.data is None}
 
     # Options without meaning for a model: off, so that runs that differ in nothing else are one row
     # of a table. (In the paper, too, the guides of SVAE+ and the conditional VAE are mean-field.)
@@ -922,30 +845,9 @@ def configuration(args, given):
         config["axes"] = "learned"
     if config["axes"] == "sparsest":  # effects are turned, and f_emb cannot be
         if given.get("correlated_effects") and model.has_correlated_guide:
-            raise DataError("--correlated-effects needs --axes learned: the sparsest axes, the "
-                            "default without a preset of the paper, take a free q(e)")
+            raise DataError("--correlated-effects needs --axes learned")
         config["correlated_effects"] = False
     return config
-
-
-def configuration_of_adapted(args, given, base):
-    """Configuration for --adapt: model and labels come from the run `base`, a checkpoint."""
-    own = {*data.READING} - {"covariate"} | {
-        "steps", "batch_size", "particles", "lr", "mask_lr", "effect_lr", "patience", "clip",
-        "seed", "split_seed", "precision", "stream", "log_every", "validate_every"}
-    if args.data is None:
-        raise DataError("--adapt needs --data, a file with other perturbations")
-    if given.keys() - own:
-        raise DataError(f"--{min(given.keys() - own).replace('_', '-')} comes from {args.adapt} in "
-                        "a run that adapts it: leave it out")
-    of_file = ("gene_column", "gene_names", "subset", "exclude", "keep", "split_column", "stream")
-    trained_by = {name: base["config"].get(name) for name in (
-        *(option_name(flag) for flag, *_ in OPTIONS), "base")}  # for tables
-    return override({name: base["config"][name] for name in DEFAULTS}
-                    | {name: DEFAULTS[name] for name in of_file} | ADAPTED
-                    | {"base": trained_by | {"fingerprint": base["fixed"]["fingerprint"]},
-                       "base_seed": base["config"]["seed"], "data": os.path.abspath(args.data),
-                       "adapt": args.adapt, "preset": None, "simulated": False}, given)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 import types
 import warnings
 
@@ -106,15 +105,14 @@ def assert_close_to_mean(samples, expected, sigmas=4.5):
 # ============================================================================================
 
 
-@pytest.mark.parametrize("shape, particles, n_cells", [  # of log_theta; before (B, G); rows of x
-    ((), (), 1), ((1,), (2,), 3), ((4,), (6, 2), 3), ((4,), (), 1)])
-@pytest.mark.parametrize("theta", [1e-6, 1e-3, 1.0, 1e4, 1e8])
+@pytest.mark.parametrize("shape, particles", [((), ()), ((4,), (6, 2))])  # of log_theta; of rho
+@pytest.mark.parametrize("theta", [1e-6, 1.0, 1e8])
 @pytest.mark.parametrize("n_counts", [1, 1000, 1_000_000])
 def test_nb_log_likelihood_has_the_value_and_gradients_of_torch_distributions(
-        n_counts, theta, shape, particles, n_cells):
+        n_counts, theta, shape, particles):
     torch.manual_seed(0)
     p = torch.tensor([1e-5, 0.1, 0.3, 0.6], dtype=torch.float64)
-    x = torch.distributions.Multinomial(n_counts, p).sample((n_cells,))
+    x = torch.distributions.Multinomial(n_counts, p).sample((3,))
     noise = torch.randn(*particles, 3, 4, dtype=torch.float64)
     log_rho = (p.log() + noise).requires_grad_()
     log_theta = (math.log(theta) + 0.1 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
@@ -140,9 +138,7 @@ def test_nb_probabilities_sum_to_one_and_have_the_stated_mean_and_variance():
 
 
 @pytest.mark.parametrize("n_cells, n_genes, n_counts, log_thetas, within, in_training", [
-    (8, 2000, 10_000, (-2, 2, 8, 15, 20), 0.005, 0.1),
-    (8, 2000, 100_000, (-2, 2, 8, 15, 20), 0.03, 0.5),
-    (8, 2000, 1_000_000, (-2, 2, 8, 15, 20), 0.2, 3),
+    (8, 2000, 10_000, (-2, 8, 20), 0.005, 0.1), (8, 2000, 1_000_000, (-2, 8, 20), 0.2, 3),
     (200, 10, 100_000, (math.log(1e-6), -7, math.log(0.1)), 1e-4, 0.05)])
 def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(
         n_cells, n_genes, n_counts, log_thetas, within, in_training):
@@ -161,17 +157,10 @@ def test_nb_in_single_precision_is_exact_for_deep_cells_and_every_theta(
         (single, *gradients), (exact, *exact_gradients) = found
         with torch.no_grad():  # as in evaluation
             in_evaluation = nb_log_likelihood(x, log_rho, torch.tensor(float(log_theta)), library)
-            assert (in_evaluation - exact).abs().max() < within
+        assert (in_evaluation - exact).abs().max() < within
         assert (single - exact).abs().max() < in_training  # sums are in single precision there
         for ours, trusted in zip(gradients, exact_gradients):
             torch.testing.assert_close(ours.double(), trusted, rtol=1e-3, atol=3e-6 * n_counts)
-
-
-def test_nb_with_a_huge_theta_is_poisson_even_in_single_precision():
-    x, mean = torch.tensor([[0.0, 3, 17, 120]]), torch.tensor([0.01, 4.0, 15.0, 100.0])
-    ours = nb_log_likelihood(x, mean.log(), torch.full((4,), math.log(1e7)))
-    poisson = torch.distributions.Poisson(mean.double()).log_prob(x.double()).sum()
-    assert abs(ours.item() - poisson.item()) < 2e-3
 
 
 def test_nb_is_finite_with_finite_gradients_for_every_theta():
@@ -257,43 +246,34 @@ def test_eq_1_adds_perturbations_turned_by_the_axes_and_nothing_for_the_control(
     as_printed = torch.einsum("bt,ktl->kbl", multi_hot(d, 3), effect * mask)
     R = torch.linalg.qr(torch.randn(50, 50))[0]
     torch.testing.assert_close(sum_effects(mask, effect, d, R), as_printed @ R.T)
-    paper = sum_effects(mask, effect, d, torch.eye(50))
-    assert torch.equal(paper, as_printed)  # axes that are the identity change no bit
-    with torch.autocast("cpu", torch.bfloat16):  # --precision bf16
-        assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), paper)
-    assert (paper[:, 3] == 0).all() and torch.equal(SAMSVAE([1], [0.0], [1.0], 3).axes,
-                                                    torch.eye(3))
+    with torch.autocast("cpu", torch.bfloat16):  # axes that are the identity change no bit
+        assert torch.equal(sum_effects(mask, effect, d, torch.eye(50)), as_printed)
+    assert torch.equal(SAMSVAE([1], [0.0], [1.0], 3).axes, torch.eye(3))
 
 
-@pytest.mark.parametrize("n_perturbations, n_latent, noise", [(60, 6, 0.0), (200, 20, 0.1)])
-def test_a_sparse_matrix_in_random_axes_is_recovered_up_to_order_and_signs(n_perturbations,
-                                                                          n_latent, noise):
+def test_a_sparse_matrix_in_random_axes_is_recovered_up_to_order_and_signs():
     torch.manual_seed(0)
-    mask = torch.rand(n_perturbations, n_latent) < 1.3 / n_latent
+    mask = torch.rand(200, 20) < 0.065
     sparse = mask * (3 + torch.randn(mask.shape)) * torch.randn(mask.shape).sign()
-    turned = sparse @ torch.linalg.qr(torch.randn(n_latent, n_latent))[0]
-    turned += noise * torch.randn(mask.shape)
+    turned = sparse @ torch.linalg.qr(torch.randn(20, 20))[0] + 0.1 * torch.randn(mask.shape)
     R = sparsest_axes(turned)
-    torch.testing.assert_close(R @ R.T, torch.eye(n_latent), atol=1e-5, rtol=0)
+    torch.testing.assert_close(R @ R.T, torch.eye(20), atol=1e-5, rtol=0)
     found = turned @ R
     similarity = F.normalize(sparse, dim=0).T @ F.normalize(found, dim=0)  # (L, L)
     order = similarity.abs().argmax(1)
-    assert sorted(order.tolist()) == list(range(n_latent))
+    assert sorted(order.tolist()) == list(range(20))
     signs = similarity.gather(1, order[:, None]).sign().T
-    assert (found[:, order] * signs - sparse).abs().max() < 0.1 + 6 * noise
+    assert (found[:, order] * signs - sparse).abs().max() < 0.7
 
 
-@pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE])
-def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
-    model, cpa = small_model(kind, effects=False), small_model(CPAVAE, effects=False)
+def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae():
+    model, cpa = small_model(effects=False, turned=True), small_model(CPAVAE, effects=False)
     model.masks_of_one = True
     cpa.load_state_dict(model.state_dict(), strict=False)
-    turned = copy.deepcopy(model)
-    turned.turn(torch.linalg.qr(torch.randn(3, 3))[0])
-    R = turned.axes  # turned variances are the diagonal of the turned covariance
-    torch.testing.assert_close(turned.effect_log_var.exp(), torch.stack([
-        torch.diagonal(R.T @ torch.diag(var) @ R) for var in model.effect_log_var.exp()]))
-    assert not torch.allclose(model.effect_loc, turned.effect_loc, atol=0.1)
+    turned, R = copy.deepcopy(model), torch.linalg.qr(torch.randn(3, 3))[0]
+    turned.turn(R)
+    covariance = torch.einsum("li,tl,lj->tij", R, model.effect_log_var.exp(), R)
+    torch.testing.assert_close(turned.effect_log_var.exp(), covariance.diagonal(dim1=1, dim2=2))
     results = []
     with torch.no_grad():
         for m in (cpa, model, turned):
@@ -307,7 +287,7 @@ def test_with_masks_of_one_turned_effects_are_the_same_model_as_cpa_vae(kind):
         torch.testing.assert_close(of_model, of_turned, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("misfit", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("misfit", [0.0, 0.5])
 def test_the_mask_log_odds_are_the_posterior_of_a_gaussian_spike_and_slab(misfit):
     # y ~ N(m e, s^2), e ~ N(0, beta), m ~ Bern(alpha): everything in closed form. q(e), with m = 1,
     # has seen the part s2 of s^2 alone, and not that y is wrong by some of its largest entry.
@@ -316,24 +296,16 @@ def test_the_mask_log_odds_are_the_posterior_of_a_gaussian_spike_and_slab(misfit
     loc, var = y * beta / (beta + s2), torch.full_like(y, beta * s2 / (beta + s2))
     s = (s2 + (misfit * loc.abs().amax(1, keepdim=True)).square()).sqrt()
     density, prior = torch.distributions.Normal, math.log(alpha / (1 - alpha))
-    expected = (prior + density(0, (beta + s**2).sqrt()).log_prob(y)
-                - density(0, s).log_prob(y))
+    expected = prior + density(0, (beta + s**2).sqrt()).log_prob(y) - density(0, s).log_prob(y)
     torch.testing.assert_close(mask_log_odds(loc, var, prior, beta, misfit), expected)
-
-
-def test_the_mask_log_odds_of_a_perturbation_without_cells_are_those_of_the_prior():
-    loc, var = torch.tensor([[3.0, 0.1], [0.0, 0.0]]), torch.tensor([[0.05, 0.999], [1.0, 1.0]])
-    found = mask_log_odds(loc, var, -2.0, 1.0)
-    assert found[0, 0] > 20 and (found.flatten()[1:] + 2).abs().max() < 0.1
+    without_cells = mask_log_odds(torch.zeros(1, 1), torch.full((1, 1), beta), prior, beta)
+    assert without_cells.item() == pytest.approx(prior, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus])
 def test_masks_begin_where_offsets_are_clear_and_perturbations_without_cells_say_nothing(kind):
-    torch.manual_seed(0)
-    mask = torch.eye(4).repeat(10, 1)[:, torch.randperm(4)]
-    n_cells = torch.full((40,), 50.0)
-    n_cells[-1] = 0
-    model = kind(n_cells, torch.zeros(6), torch.ones(6), 4, correlated_effects=False)
+    mask = torch.eye(4).repeat(10, 1)
+    model = small_model(kind, n_cells=[50] * 39 + [0], n_latent=4, effects=False)
     model.masks_of_one = True
     with torch.no_grad():
         model.effect_loc.copy_(2 * mask @ torch.linalg.qr(torch.randn(4, 4))[0])
@@ -342,43 +314,17 @@ def test_masks_begin_where_offsets_are_clear_and_perturbations_without_cells_say
             model.effect_log_var.fill_(-4.0)
     before, after = begin_masks(model)
     assert before > 1.5 and after == pytest.approx(1, abs=0.05) and not model.masks_of_one
-    found = evaluate.mask_recovery(mask[:-1].numpy() > 0,
-                                   model.mask_probability()[:-1].numpy(force=True) > 0.5)
-    assert found["f1"] == 1
-
-
-def test_beta_bernoulli_masks_begin_with_the_least_kl_of_their_probability():
-    model = BetaBernoulliSAMSVAE([5] * 3, [0.0], [1.0], 1)
-    logits = torch.tensor([[-4.0], [0.0], [4.0]])
-    model.set_masks(logits)
-    torch.testing.assert_close(model.mask_probability(), torch.sigmoid(logits))
-    assert (model.kl_mask(torch.arange(3)) < torch.tensor([2.5, 0.5, 60])).all()
-
-
-@pytest.mark.parametrize("kind", [SAMSVAE, BetaBernoulliSAMSVAE, SVAEPlus, CPAVAE])
-def test_weights_say_whether_masks_are_of_one_without_a_kl_as_they_always_are_in_cpa_vae(kind):
-    trained, t = small_model(kind, effects=False), torch.arange(3)
-    has_parameters = bool(set(MASKS) & set(trained.state_dict()))
-    assert has_parameters == (not trained.masks_of_one) == trained.has_mask == (kind is not CPAVAE)
-    for of_one in (True, False)[:1 + trained.has_mask]:
-        trained.masks_of_one = of_one
-        model = small_model(kind, effects=False, seed=1)
-        model.masks_of_one = not of_one
-        model.load_state_dict(trained.state_dict())
-        mask, kl = model.sample_mask(t, 50)
-        found = [(mask == 1).all(), (kl == 0).all(), (model.mask_probability() == 1).all()]
-        assert all(found) == any(found) == of_one
+    found = model.mask_probability()[:-1].numpy(force=True) > 0.5
+    assert evaluate.mask_recovery(mask[:-1].numpy() > 0, found)["f1"] == 1
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
 def test_the_guide_has_the_two_correlations_its_switches_say(basal, effects):
     model, (x, d, c) = small_model(basal=basal, effects=effects), small_batch()
-    z_pert = torch.randn(2, 10, 3)
-    means = model.encode(x, z_pert, d, c)[0]
-    assert (means.shape == (2, 10, 3)) == basal
-    assert torch.equal(means, model.encode(x, z_pert + 1, d, c)[0]) == (not basal)
-    names = dict(model.named_parameters())
-    assert ("f_emb.last.weight" in names) == effects and ("effect_loc" in names) != effects
+    z_pert, mask = torch.randn(2, 10, 3), torch.ones(2, 3, 3)
+    of_basal = [model.encode(x, z, d, c)[0] for z in (z_pert, z_pert + 1)]
+    of_effects = [model.effect_posterior(m, torch.arange(3))[0] for m in (mask, 0 * mask)]
+    assert [torch.equal(*of_basal), torch.equal(*of_effects)] == [not basal, not effects]
 
 
 def test_the_likelihood_of_the_model_has_mean_library_times_softmax_of_the_decoder():
@@ -450,22 +396,20 @@ def test_svae_plus_is_z_around_mask_times_mu_and_a_guide_of_z_that_does_not_see_
     torch.testing.assert_close(kl_normal(loc, var), trusted)
 
 
-@pytest.mark.parametrize("kind, basal, effects", MODELS)
-def test_covariates_shift_the_first_bias_of_encoder_and_decoder_and_nothing_else(kind, basal,
-                                                                                 effects):
-    x, d, without = small_batch()
-    model = small_model(kind, basal=basal, effects=effects, n_covariates=4)
-    for values in ([0, 2], [1, NONE]):
-        c, shifted, results = torch.tensor([values]).expand(10, 2), copy.deepcopy(model), []
-        with torch.no_grad():
-            for network in (shifted.encoder, shifted.decoder):  # covariates are their second part
-                of_covariates = network.first.weight.split(network.part_sizes, 1)[1]
-                network.first.bias += of_covariates @ multi_hot(c[0], 4)
-        for m, covariates in ((model, c), (shifted, without)):
-            torch.manual_seed(0)
-            predictive, joint, *_ = iwelbo(m, [(x, d, covariates)], 20)
-            results.append([elbo(m, x, d, covariates)[0], predictive, torch.tensor(joint)])
-        torch.testing.assert_close(*results)
+@pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus, ConditionalVAE])
+def test_covariates_shift_the_first_bias_of_encoder_and_decoder_and_nothing_else(kind):
+    (x, d, without), c = small_batch(), torch.tensor([[0, 2]]).expand(10, 2)
+    model = small_model(kind, n_covariates=4)
+    shifted, results = copy.deepcopy(model), []
+    with torch.no_grad():
+        for network in (shifted.encoder, shifted.decoder):  # covariates are their second part
+            of_covariates = network.first.weight.split(network.part_sizes, 1)[1]
+            network.first.bias += of_covariates[:, 0] + of_covariates[:, 2]
+    for m, covariates in ((model, c), (shifted, without)):
+        torch.manual_seed(0)
+        predictive, joint, _ = iwelbo(m, [(x, d, covariates)], 20)
+        results.append([elbo(m, x, d, covariates)[0], predictive, torch.tensor(joint)])
+    torch.testing.assert_close(*results)
 
 
 def test_the_dosages_of_the_conditional_vae_enter_both_networks():
@@ -481,43 +425,9 @@ def test_the_dosages_of_the_conditional_vae_enter_both_networks():
     assert all((v == 0).all() for v in (z_pert, kl_mask, kl_effect))
 
 
-@pytest.mark.parametrize("n_particles", [1, 10_000])
-@pytest.mark.parametrize("kind, basal, effects", MODELS)
-def test_one_gene_one_cell_one_perturbation_and_one_latent_are_enough(kind, basal, effects,
-                                                                      n_particles):
-    model = small_model(kind, n_cells=(1,), n_genes=1, n_latent=1, basal=basal, effects=effects)
-    for count in (1.0, 1e6):
-        x, d, c = torch.tensor([[count]]), torch.tensor([[0]]), no_covariates(1)
-        elbo(model, x, d, c, n_particles)[0].backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        found = iwelbo(model, [(x, d, c)], n_particles)
-        assert found[0].shape == (1,) and found[0].isfinite().all() and math.isfinite(found[1])
-    effect = average_treatment_effects(model, d, n_particles)  # the only gene is all of a cell
-    assert all((values.abs() < 1e-3).all() for values in effect.values())
-
-
-@pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus])
-@pytest.mark.parametrize("logit", [-1e4, -100.0, 100.0, 1e4])
-def test_saturated_masks_have_finite_terms_and_gradients(kind, logit):
-    model = small_model(kind)
-    with torch.no_grad():
-        model.mask_logits.fill_(logit)
-    value, terms = elbo(model, *small_batch())
-    value.backward()
-    assert all(v.isfinite() for v in (value, *terms.values()))
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert iwelbo(model, [small_batch()], 50)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("log_theta", [math.log(1e-6), 0.0, math.log(1e5)])  # above, differences
-@pytest.mark.parametrize("library", [1, 10**6])                               # are of rounding
-def test_gradients_of_the_elbo_equal_differences_in_double_precision(log_theta, library):
-    model = small_model(SAMSVAE).double()
+def test_gradients_of_the_elbo_equal_differences_in_double_precision():
+    model, (x, d, c) = small_model().double(), small_batch()
     model.masks_of_one = True  # the gradient of masks is the straight-through one, no derivative
-    torch.manual_seed(3)
-    x = torch.distributions.Multinomial(library, torch.rand(6)).sample((10,)).double()
-    with torch.no_grad():
-        model.log_theta.fill_(log_theta)
     parameters = [p for name, p in model.named_parameters() if name not in MASKS]
     direction = [torch.randn_like(p) for p in parameters]
 
@@ -527,7 +437,7 @@ def test_gradients_of_the_elbo_equal_differences_in_double_precision(log_theta, 
         with torch.no_grad():
             for p, v in zip(parameters, direction):
                 p.add_(v, alpha=step)
-        return elbo(model, x, *small_batch()[1:], 3)[0]
+        return elbo(model, x.double(), d, c, 3)[0]
 
     gradient = torch.autograd.grad(value_after(0.0), parameters)
     along = sum((g * v).sum() for g, v in zip(gradient, direction)).item()
@@ -554,14 +464,12 @@ def test_each_perturbation_pays_its_kl_exactly_once_per_epoch(n_absent):
     batch = small_batch()
     model = small_model(n_cells=(5, 3, 2) + (0,) * n_absent, effects=False)
     for batches in ([range(10)], [range(4), range(4, 10)], [[i] for i in range(10)]):
-        paid = {"kl_mask": 0.0, "kl_effect": 0.0}
-        for cells in batches:
-            _, terms = elbo(model, *(part[list(cells)] for part in batch))
-            paid = {name: paid[name] + len(cells) * terms[name].item() for name in paid}
+        terms = [elbo(model, *(part[list(cells)] for part in batch))[1] for cells in batches]
         _, _, kl_mask, kl_effect = model.sample_globals(torch.arange(3 + n_absent), 1)
         # The sum over all T: an absent perturbation's KL is zero, and so is what is paid for it.
-        assert paid["kl_mask"] == pytest.approx(kl_mask.sum().item(), rel=1e-5)
-        assert paid["kl_effect"] == pytest.approx(kl_effect.sum().item(), rel=1e-5)
+        for name, kl in (("kl_mask", kl_mask), ("kl_effect", kl_effect)):
+            paid = sum(len(cells) * of_batch[name] for cells, of_batch in zip(batches, terms))
+            assert paid.item() == pytest.approx(kl.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
@@ -583,47 +491,6 @@ def test_minibatches_sum_to_the_full_data_elbo_in_expectation(kind, basal, effec
     full, batches = torch.stack(full).double(), torch.stack(batches).double()
     error = math.sqrt((full.var() + batches.var()) / n)
     assert abs(full.mean() - batches.mean()) < 4.5 * error
-
-
-@pytest.mark.parametrize("kind, basal, effects", MODELS)
-def test_no_array_of_a_step_grows_with_particles_times_all_perturbations(kind, basal, effects):
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    model, sizes = small_model(kind, (1,) * 3000, basal=basal, effects=effects), []
-
-    class Sizes(TorchDispatchMode):
-        """Sees every operation, forward and backward."""
-
-        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-            result = operation(*arguments, **(options or {}))
-            sizes.extend(r.numel() for r in tree_leaves(result) if isinstance(r, torch.Tensor))
-            return result
-
-    with Sizes():
-        elbo(model, *small_batch(), 5)[0].backward()
-    most = max(p.numel() for p in model.parameters())  # nothing but gradients of parameters
-    assert 3000 <= max(sizes) <= most < 5 * 3000 * model.n_latent
-
-
-@pytest.mark.parametrize("n_perturbations", [3, 5000])  # shared draws, draws of each cell's own
-@pytest.mark.parametrize("effects", [False, True])
-def test_gradients_on_several_threads_are_the_same_to_the_last_bit(n_perturbations, effects):
-    torch.manual_seed(0)
-    model = SAMSVAE(torch.full((n_perturbations,), 9), torch.zeros(5), torch.ones(5), 100, 8,
-                    effect_hidden=8, correlated_effects=effects)
-    x, d = torch.poisson(torch.full((512, 5), 9.0)), torch.randint(0, 3, (512, 2))
-    torch.set_num_threads(4)
-    try:
-        gradients = []
-        for _ in range(10):
-            torch.manual_seed(1)
-            model.zero_grad()
-            elbo(model, x, d, no_covariates(512))[0].backward()
-            gradients.append([p.grad.clone() for p in model.parameters()])
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for other in gradients for a, b in zip(gradients[0], other))
 
 
 # ============================================================================================
@@ -662,24 +529,20 @@ def test_predictive_iwelbo_converges_to_the_exact_log_marginal(kind, basal, effe
         p = model.mask_probability()[:, 0] if model.has_effects else torch.ones(2)
         for m in torch.tensor(list(itertools.product([0.0, 1.0], repeat=2))):
             loc = var = torch.zeros(2)
-            if kind is SVAEPlus:
-                loc = model.effect_loc[:, 0]
-            elif kind is not ConditionalVAE and effects:
-                loc, log_var = model.f_emb(m[:, None], t[:, None]).T
-                var = log_var.exp() + 1e-4
-            elif kind is not ConditionalVAE:
-                loc, var = model.effect_loc[:, 0], model.effect_log_var[:, 0].exp()
-            center, spread = has @ (m * loc), 1 + has @ (m * var)
+            if model.has_effects:
+                loc, var = (v.flatten() for v in model.effect_posterior(m[None, :, None], t))
+            center, spread = has @ (m * loc), 1 + has @ (m * var) * (kind is not SVAEPlus)
             density = torch.distributions.Normal(center, spread.sqrt()).log_prob(z[:, None]).exp()
             q_m = torch.where(m == 1, p, 1 - p).prod()
             exact += q_m * (likelihood * density).sum(0) * (z[1] - z[0])
-    estimate, *_ = iwelbo(model, [batch], 100_000, chunk=50_000)
+    estimate, joint, ess = iwelbo(model, [batch], 100_000, chunk=50_000)
     torch.testing.assert_close(estimate.double(), exact.log(), rtol=0, atol=0.02)
+    if kind is ConditionalVAE:  # without global latents, both are the same
+        assert joint == pytest.approx(estimate.sum().item(), rel=1e-6) and math.isnan(ess)
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS[:6] + MODELS[8:9])
-def test_joint_iwelbo_converges_to_the_exact_log_marginal_likelihood_of_all_cells(
-        kind, basal, effects):
+def test_joint_iwelbo_converges_to_the_exact_log_marginal_of_all_cells(kind, basal, effects):
     # log p(X) = log sum over masks, integral over both effects, of their priors times the product
     # over cells of p(x_i | offset), each an integral over z.
     model, batch, has, z, likelihood = tiny_problem(kind, basal, effects)
@@ -704,7 +567,8 @@ def test_joint_iwelbo_converges_to_the_exact_log_marginal_likelihood_of_all_cell
 
 @pytest.mark.parametrize("kind", [SAMSVAE, CPAVAE, BetaBernoulliSAMSVAE])
 def test_both_iwelbos_are_equations_6_and_7_of_the_same_draws(kind):
-    model, (x, d, c) = small_model(kind, n_cells=(5, 3, 0), turned=True), small_batch()
+    model = small_model(kind, turned=True)
+    x, d, c = (part[[0, 1, 3, 6, 7]] for part in small_batch())  # none has the last perturbation
     torch.manual_seed(5)
     predictive, joint, ess = iwelbo(model, [(x, d, c)], 4)
     torch.manual_seed(5)
@@ -724,28 +588,11 @@ def test_both_iwelbos_are_equations_6_and_7_of_the_same_draws(kind):
         z_basal = loc + var.sqrt() * torch.randn_like(z_pert)
         local = model.log_likelihood(x, z_basal + z_pert, d, c) + (
             normal(0.0, 1.0).log_prob(z_basal) - normal(loc, var.sqrt()).log_prob(z_basal)).sum(-1)
-    w = (log_p_global.sum((1, 2)) + local.sum(1)).double()
+    w = (log_p_global[:, :2].sum((1, 2)) + local.sum(1)).double()
     assert joint == pytest.approx(torch.logsumexp(w, 0).item() - math.log(4), abs=1e-3)
     w = (w - w.max()).exp()
     assert ess == pytest.approx((w.sum() ** 2 / (w**2).sum()).item(), rel=1e-3)
     torch.testing.assert_close(predictive, torch.logsumexp(local, 0) - math.log(4))
-
-
-def test_perturbations_that_no_test_cell_has_are_no_part_of_the_joint_iwelbo():
-    batch, values = small_batch(), []
-    for shift in (0.0, 5.0):
-        model = small_model(effects=False)
-        model.effect_loc.data[2] += shift
-        for cells in ([0, 1, 3], [0, 1, 2]):  # the former have perturbations 0 and 1 alone
-            torch.manual_seed(0)
-            values.append(iwelbo(model, [[part[cells] for part in batch]], 10)[1])
-    assert values[0] == values[2] and values[1] != values[3]
-
-
-def test_the_joint_iwelbo_without_global_latents_is_the_sum_over_cells():
-    in_three = zip(*(part.split(4) for part in small_batch()))
-    predictive, joint, ess = iwelbo(small_model(ConditionalVAE), in_three, 20)
-    assert joint == pytest.approx(predictive.sum().item(), rel=1e-6) and math.isnan(ess)
 
 
 # ============================================================================================
@@ -782,19 +629,8 @@ def test_effects_on_every_scale_equal_plain_sampling(log_theta):
         assert (ours[scale].abs() > 15 * samples.std(0) / math.sqrt(n)).any(1).all()
 
 
-def test_effects_have_less_noise_than_those_of_as_many_sampled_cells():
-    model, dosages = small_model(n_genes=200), torch.tensor([[0]])
-    with torch.no_grad():
-        model.f_emb.last.bias[3:] -= 4  # mask and effect known well, as after training
-        model.mask_logits *= 30
-    ours = torch.stack([average_treatment_effects(model, dosages, 300, 1000)["log_normalised"]
-                        for _ in range(15)])
-    sampled = sampled_effects(model, dosages, 5000, 1000)["log_normalised"]
-    assert sampled.var(0).mean() / 300 > 5 * ours.var(0).mean()
-
-
 @pytest.mark.parametrize("library", [500, 2])  # 2: many cells have no counts, and are left out
-@pytest.mark.parametrize("kind", [SAMSVAE, SVAEPlus, ConditionalVAE])
+@pytest.mark.parametrize("kind", [SAMSVAE, ConditionalVAE])
 def test_simulated_cells_have_the_expected_expression_as_their_mean(kind, library):
     model, d, n = small_model(kind, turned=True), torch.tensor([0, 2]), 40_000
     torch.manual_seed(0)
@@ -810,24 +646,14 @@ def test_simulated_cells_have_the_expected_expression_as_their_mean(kind, librar
         assert ((y.mean(0) - expected.mean(0)).abs() < 5 * error).all()
 
 
-def test_a_cell_of_one_gene_has_all_of_its_counts_there_however_particles_are_chunked():
-    y = expected_expression(small_model(n_genes=1), torch.tensor([[0]]), no_covariates(1), 30_000,
-                            library=1, chunk=135)  # 15 particles, of which one or two are sampled
-    assert y["per_10k"].item() == pytest.approx(1e4)
-    assert y["log_normalised"].item() == pytest.approx(math.log2(1e4 + 1), abs=0.08)
-
-
 def test_expected_expression_of_given_basal_states_is_the_mean_over_these():
     model = small_model(CPAVAE, n_cells=(5, 3), effects=False, n_covariates=2)
-    basal, arms = torch.randn(7, 3), torch.tensor([[NONE, NONE], [0, 1]])
-    c = torch.arange(7)[:, None] % 2
+    basal, c, d = torch.randn(7, 3), torch.arange(7)[:, None] % 2, torch.tensor([[0, 1]])
     with torch.no_grad():
         model.effect_log_var -= 20  # effects are certain
-        expected = expected_expression(model, arms, c.expand(2, -1, -1), library=3000, basal=basal)
-        for arm, z in enumerate((basal, basal + model.effect_loc.sum(0))):
-            by_hand = 3000 * model.log_rho(z, arms[arm], c).exp().mean(0)
-            torch.testing.assert_close(expected["counts"][arm].float(), by_hand,
-                                       rtol=1e-3, atol=1e-3)
+        by_hand = model.log_rho(basal + model.effect_loc.sum(0), d[0], c).exp().mean(0)
+    rho = expected_expression(model, d, c[None], library=1, basal=basal)["counts"][0]
+    torch.testing.assert_close(rho.float(), by_hand, rtol=1e-3, atol=1e-6)
 
 
 def test_the_mean_log_of_a_poisson_count_equals_the_sum_over_its_distribution():
@@ -852,29 +678,6 @@ def test_shared_latents_make_the_effect_of_what_moves_none_of_them_exactly_zero(
 # ============================================================================================
 
 
-@pytest.mark.parametrize("kind, basal, effects", MODELS)
-def test_a_continued_model_says_of_perturbations_it_knows_what_the_trained_one_says(
-        kind, basal, effects):
-    trained = small_model(kind, basal=basal, effects=effects, n_covariates=2, turned=True)
-    model = small_model(kind, (7, 7, 4), basal=basal, effects=effects, n_covariates=2, seed=9)
-    known = torch.tensor([2, 0])
-    continue_from(model, trained, known)
-    x, c, z = small_batch(3)[0], torch.tensor([[0], [1], [NONE]]), torch.randn(4, 3, 3)
-    d, same = torch.tensor([[0], [2], [NONE]]), torch.tensor([[1], [0], [NONE]])
-    assert torch.equal(model.log_likelihood(x, z, same, c), trained.log_likelihood(x, z, d, c))
-    for ours, theirs in zip(model.encode(x, z, same, c), trained.encode(x, z, d, c)):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(model.axes, trained.axes) and model.n_cells.tolist() == [2, 5, 4]
-    if model.has_effects:
-        mask = torch.randint(0, 2, (4, 2, 3)).float()
-        torch.testing.assert_close(model.effect_posterior(mask, torch.arange(2)),
-                                   trained.effect_posterior(mask, known))
-    if model.has_mask:  # masks become certain; nothing is known of the others
-        p = model.mask_probability()
-        assert torch.equal(p[:2].round(), trained.mask_probability()[known].round())
-        assert (p[:2] - 0.5).abs().min() > 0.4999999 and (p[2] == 0.5).all()
-
-
 def weights_of(model):
     """{name: value} of all parameters and buffers, copies."""
     return {name: value.detach().clone() for name, value in (
@@ -882,17 +685,23 @@ def weights_of(model):
 
 
 @pytest.mark.parametrize("kind, basal, effects", MODELS)
-def test_training_changes_nothing_but_what_is_of_new_perturbations(kind, basal, effects):
-    model = small_model(kind, (5, 3, 2, 4, 3), basal=basal, effects=effects, seed=9)
-    continue_from(model, small_model(kind, basal=basal, effects=effects), torch.arange(3))
-    learn_others_only(model, 3)
-    (x, d, c), z, before = small_batch(), torch.ones(1, 10, 3), weights_of(model)
-    old = [model.log_rho(z, d, c), *model.encode(x, z, d, c)]
-    d_new = torch.tensor([[3, 0], [4, NONE], [3, 4], [1, 4]])  # with known ones, too
+def test_a_continued_model_learns_new_perturbations_and_says_of_others_what_the_trained_one_says(
+        kind, basal, effects):
+    trained = small_model(kind, basal=basal, effects=effects, n_covariates=2, turned=True)
+    model = small_model(kind, (7, 7, 4, 3), basal=basal, effects=effects, n_covariates=2, seed=9)
+    known = torch.tensor([2, 0])
+    continue_from(model, trained, known)
+    learn_others_only(model, 2)
+    if model.has_mask:  # masks become certain; nothing is known of the others
+        p = model.mask_probability()
+        assert torch.equal(p[:2].round(), trained.mask_probability()[known].round())
+        assert (p[:2] - 0.5).abs().min() > 0.4999999 and (p[2:] == 0.5).all()
+    x, c, before = small_batch(4)[0], torch.tensor([[0], [1], [NONE], [1]]), weights_of(model)
+    d = torch.tensor([[2, 0], [3, NONE], [2, 3], [1, 3]])  # new ones, with known ones, too
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(5):
         optimizer.zero_grad()
-        (-elbo(model, x[:4], d_new, c[:4], 3)[0]).backward()
+        (-elbo(model, x, d, c, 3)[0]).backward()
         optimizer.step()
     for name, value in weights_of(model).items():
         dim, changed = perturbation_dims(model).get(name), value != before[name]
@@ -901,8 +710,15 @@ def test_training_changes_nothing_but_what_is_of_new_perturbations(kind, basal, 
         else:  # the last two places on dim are of the new ones, and all of these learn
             others, new = changed.split([value.shape[dim] - 2, 2], dim)
             assert new.all() and not others.any(), name
-    for ours, theirs in zip([model.log_rho(z, d, c), *model.encode(x, z, d, c)], old):
-        assert torch.equal(ours, theirs)
+    assert torch.equal(model.axes, trained.axes) and model.n_cells.tolist() == [2, 5, 4, 3]
+    z, mask = torch.randn(4, 4, 3), torch.randint(0, 2, (4, 2, 3)).float()
+    said = [[m.log_likelihood(x, z, d, c), *m.encode(x, z, d, c)] for m, d in (
+        (trained, torch.tensor([[0], [2], [NONE], [0]])),
+        (model, torch.tensor([[1], [0], [NONE], [1]])))]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*said))
+    if model.has_effects:
+        torch.testing.assert_close(model.effect_posterior(mask, torch.arange(2)),
+                                   trained.effect_posterior(mask, known))
 
 
 # ============================================================================================
@@ -928,8 +744,7 @@ def test_gpu_and_cpu_agree(kind, basal, effects):
 
 @on_a_gpu
 @pytest.mark.parametrize("kind, guide, precision, masks_begin", [
-    (SAMSVAE, True, "float32", False), (SAMSVAE, False, "float32", True),
-    (BetaBernoulliSAMSVAE, True, "float32", False), (ConditionalVAE, False, "float32", False),
+    (SAMSVAE, False, "float32", True), (BetaBernoulliSAMSVAE, True, "float32", False),
     (SVAEPlus, False, "bf16", False)])
 def test_steps_that_a_gpu_plays_from_a_record_equal_plain_ones_to_the_last_bit(
         kind, guide, precision, masks_begin):
@@ -986,100 +801,61 @@ CATEGORIES = sorted(filter(None, LABELS))
 text = functools.partial(np.array, dtype=object)
 
 
-def write_text(group, name, values):
-    return group.create_dataset(name, data=text(values), dtype=h5py.string_dtype())
-
-
-def write_frame(file, name, index, columns=(), index_name="_index"):
-    """obs or var since anndata 0.7; columns: (name, function that writes it to (group, name))."""
-    file.create_group(name).attrs.update({"encoding-type": "dataframe",
-                                          "_index": np.bytes_(index_name)})
-    for column, write in [(index_name, lambda *at: write_text(*at, index)), *columns]:
-        write(file[name], column)
-
-
-def categorical(group, name, values=LABELS):
-    """A column of categories since anndata 0.8."""
-    categories, column = sorted({v for v in values if v is not None}), group.create_group(name)
-    column.attrs["encoding-type"] = "categorical"
-    column["codes"] = np.array([-1 if v is None else categories.index(v) for v in values], "i1")
-    write_text(column, "categories", categories)
-
-
-def categorical_0_7(group, name, from_r=False):
-    """One of anndata 0.7; a converter from R leaves the reference out and writes R's NA."""
-    group[name] = np.where(CODES < 0, -2**31, CODES) if from_r else CODES.astype(np.int8)
-    store = write_text(group.require_group("__categories"), name, CATEGORIES)
-    if not from_r:
-        group[name].attrs["categories"] = store.ref
-
-
-def nullable(group, name, values=LABELS, filler=""):
-    """A column with missing values: of numbers since anndata 0.8, of text since 0.13."""
-    column, filled = group.create_group(name), [filler if v is None else v for v in values]
-    kind = {str: "string-array", int: "integer", bool: "boolean"}[type(filler)]
-    column.attrs["encoding-type"] = f"nullable-{kind}"
-    column["values"] = text(filled) if filler == "" else filled
-    column["mask"] = [v is None for v in values]
-
-
-def write_sparse(file, name, matrix=MATRIX, by_row=True, index_type=np.int32, legacy=False,
-                 scramble=False, zeros=False):
-    """A sparse matrix; `scramble`: unsorted, with duplicates that add up and explicit zeros;
-    `zeros`: sorted, with an entry for every zero; `legacy`: as until anndata 0.6."""
-    rows = [[(j, v) for j, v in enumerate(row) if v or zeros]
-            for row in (matrix if by_row else matrix.T).tolist()]
+def write_sparse(file, name, x=MATRIX, by_row=True, index_type=np.int32, zeros=False,
+                 scramble=False):
+    """A sparse matrix; `zeros`: with an entry for each; `scramble`: also unsorted, and every entry
+    in two parts, which add up."""
+    x, kind = (x, "csr") if by_row else (x.T, "csc")
+    rows, columns = np.nonzero((x != 0) | zeros | scramble)
     if scramble:
-        rows = [[(j, v - 1) for j, v in r[::-1]] + [(0, 0)] + [(j, 1) for j, _ in r] for r in rows]
-    group, kind = file.create_group(name), "csr" if by_row else "csc"
-    group.attrs.update({"h5sparse_format": np.bytes_(kind), "h5sparse_shape": matrix.shape}
-                       if legacy else {"encoding-type": f"{kind}_matrix", "shape": matrix.shape})
-    group["data"] = np.array([v for row in rows for _, v in row], np.float64)
-    group["indices"] = np.array([j for row in rows for j, _ in row], index_type)
-    group["indptr"] = np.cumsum([0, *map(len, rows)]).astype(index_type)
+        rows, columns = rows.repeat(2), columns[::-1].repeat(2)
+    values, group = x[rows, columns], file.create_group(name)
+    if scramble:
+        values[::2] -= values[1::2] // 2
+        values[1::2] //= 2
+    group.attrs.update({"encoding-type": f"{kind}_matrix", "shape": x.shape if by_row else
+                        x.shape[::-1]})
+    group.update({"data": values.astype(np.float64), "indices": columns.astype(index_type),
+                  "indptr": np.searchsorted(rows, np.arange(len(x) + 1)).astype(index_type)})
 
 
 def dense(dtype, x=MATRIX, **storage):
     return lambda file: file.create_dataset("X", data=x.astype(dtype), **storage)
 
 
-def write_modern(path, write_x, label=categorical, index_name="_index", cells=CELLS, genes=GENES):
-    """A file since anndata 0.7, with what write_x(file) adds; without labels if label is None."""
+def write_modern(path, write_x):
+    """A file since anndata 0.8, with what write_x(file) adds."""
     with h5py.File(path, "w") as file:
-        write_frame(file, "obs", cells, [("condition", label)] if label else [], index_name)
-        write_frame(file, "var", genes, (), index_name)
+        file.update({"obs/_index": CELLS, "obs/condition/codes": CODES,
+                     "obs/condition/categories": CATEGORIES, "var/_index": GENES})
         write_x(file)
     return str(path)
 
 
-def write_legacy(path, sparse):
+def write_legacy(path):
     """A file until anndata 0.6: compound tables, whose first field is the index, with text of fixed
     and of variable length; categories in uns, a single one as a scalar; raw has its own genes."""
     obs = np.zeros(5, [("index", "S8"), ("condition", "i1"), ("n", ">f4"), ("one", "i1")])
     obs["index"], obs["condition"], obs["n"] = CELLS, CODES, np.arange(5)
     var = np.array([(gene,) for gene in GENES], [("index", h5py.string_dtype())])
     with h5py.File(path, "w") as file:
-        file["obs"], file["var"], file["uns/one_categories"] = obs, var, "only"
-        file["raw.X"], file["raw.var"] = np.tile(MATRIX, 2), np.tile(var, 2)
-        file["uns/condition_categories"] = np.array(CATEGORIES, "S8")
-        write_sparse(file, "X", legacy=True) if sparse else dense("f4")(file)
+        file.update({"obs": obs, "var": var, "raw.X": np.tile(MATRIX, 2), "raw.var": np.tile(
+            var, 2), "uns/condition_categories": CATEGORIES, "uns/one_categories": "only"})
+        write_sparse(file, "X")
+        file["X"].attrs.clear()
+        file["X"].attrs.update({"h5sparse_format": np.bytes_("csr"), "h5sparse_shape": (5, 4)})
     return str(path)
 
 
 INDICES = {  # of sparse matrices
-    "uint8": dict(index_type="u1"), "int16": dict(index_type="i2"),
-    "int64 scrambled": dict(index_type="i8", scramble=True), "with zeros": dict(zeros=True)}
+    "uint8": dict(index_type="u1"), "int64 scrambled": dict(index_type="i8", scramble=True),
+    "with zeros": dict(zeros=True)}
 FORMS = {  # of a matrix: functions that write it
-    **{f"dense {t}": dense(t) for t in ("f2", "f4", "f8", ">i2", "i8", ">u4")},
-    "dense chunked": dense("f4", chunks=(2, 3)),
-    "dense chunked by column": dense("f4", chunks=(5, 1)),
+    "dense f4": dense("f4"), "dense >i2": dense(">i2"),
+    "dense chunked by column": dense("f8", chunks=(5, 1)),
     "dense gzip": dense("f4", chunks=(2, 4), compression="gzip", shuffle=True),
-    "dense lzf": dense("i4", chunks=(1, 4), compression="lzf"),
     **{f"{form} {name}": functools.partial(write_sparse, name="X", by_row=form == "csr", **options)
        for form in ("csr", "csc") for name, options in INDICES.items()}}
-three_forms = pytest.mark.parametrize("write", [  # of any matrix
-    lambda f, x: dense("f8", x)(f), lambda f, x: write_sparse(f, "X", x),
-    lambda f, x: write_sparse(f, "X", x, by_row=False)], ids=["dense", "csr", "csc"])
 
 
 def assert_counts(counts, expected):
@@ -1097,66 +873,32 @@ def test_any_cells_and_genes_of_every_form_of_a_matrix_are_the_same_counts_in_me
         form, tmp_path, monkeypatch):
     read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", FORMS[form]))
     everything, some, none = slice(None), np.array([1, 0, 1, 0, 1], bool), np.zeros(5, bool)
-    for block, rows, genes in (
-            (3, everything, everything), (3, some, everything), (2**20, some, everything),
-            (2**20, everything, [2, 0]), (3, [4, 0, 1, 3], [3, 0, 1]), (3, none, some[:4]),
-            (3, [3, 2], none[:4])):
+    for block, rows, genes in ((3, everything, everything), (2**20, some, [2, 0]),
+                               (3, [4, 0, 1, 3], [3, 0, 1]), (3, none, some[:4])):
         monkeypatch.setattr(data, "BLOCK", block)
         x = MATRIX[rows][:, genes]
         counts, stored = read.counts(rows, genes), read.counts(rows, genes, stored=True)
         assert_counts(counts, x)
-        for cells in (everything, [-1, 0, -1] if len(x) else [], x.sum(1) > 1):
+        for cells in ([-1, 0, -1] if len(x) else [], x.sum(1) > 1):
             assert (counts.dense(cells) == x[cells]).all()
         for c in (counts, stored):
-            order = np.arange(len(x))[::-1]
-            assert_counts(c.take(order), x[order])
-            assert sum((part.dense().tolist() for part in c.parts()), []) == x.tolist()
+            assert_counts(c.take(np.arange(len(x))[::-1]), x[::-1])
             assert (data.cell_sums(c) == data.cell_sums(data.from_dense(x.astype("u2")))).all()
             kept = c.without_empty(x.any(1))
             assert sum((part.dense().tolist() for part in kept.parts()), []) == x[x.any(1)].tolist()
-            assert c is stored or not x.any() or np.shares_memory(kept.values, c.values)
 
 
-@pytest.mark.parametrize("top", [1, 255, 256, 2**16, 2**32 - 1])
+@pytest.mark.parametrize("top", [1, 255, 256, 2**32 - 1])
 def test_counts_are_rounded_within_1e_6_and_kept_in_the_narrowest_type(top, tmp_path):
     x = MATRIX.clip(max=1)
     x[4, 2] = top
-    for write, expected in (
-            (dense("f8", x), x), (dense(bool, x), x > 0), (dense("u1", x), x % 256),
-            (lambda file: write_sparse(file, "X", x, scramble=True), x),  # sums
-            (dense("f8", x + 4e-7 * (x == 1)), x)):
-        counts = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write)).counts()
-        assert_counts(counts, expected.astype(int))
+    for write in (dense("f8", x), dense("f8", x + 4e-7 * (x == 1)),
+                  lambda file: write_sparse(file, "X", x, scramble=True)):
+        assert_counts(data.read_h5ad(write_modern(tmp_path / "x.h5ad", write)).counts(), x)
 
 
-def test_cells_have_the_same_hash_where_they_have_the_same_counts():
-    totals, hashes = data.cell_sums(data.from_dense(np.array([[1, 2], [2, 1], [1, 2]], "u1")))
-    assert totals.tolist() == [3, 3, 3] and hashes[0] == hashes[2] != hashes[1]
-
-
-@three_forms
-def test_what_is_not_wanted_is_not_read_where_it_can_be_skipped(write, tmp_path, monkeypatch):
-    def get(dataset, key):
-        sizes.append(np.size(values := original(dataset, key)))
-        return values
-
-    x, names = np.random.default_rng(0).integers(1, 9, (2000, 200)), np.arange(2000).astype(str)
-    sizes, original = [], h5py.Dataset.__getitem__
-    for name, new in (("data.BLOCK", 2**11), ("data.GAP", 0), ("h5py.Dataset.__getitem__", get)):
-        monkeypatch.setattr(name, new)
-    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", lambda file: write(file, x), None,
-                                       cells=names, genes=names[:200]))
-    assert 0.9 < read.counts(stored=True).n_bytes / read.counts().n_bytes < 1.3
-    some, few = np.arange(2000) // 100 % 10 == 3, np.arange(200) // 10 % 10 == 5
-    for rows, genes, n in ((slice(200), slice(20), 200), (some, few, 200)):
-        sizes.clear()
-        read.counts(*([rows] if read.streams else [slice(None), genes]))
-        assert 0 <= sum(sizes) / (1 if "dense" in read.found else 2) - 200 * n < 8000
-
-
-@pytest.mark.parametrize("sparse", [True, False])
-def test_files_of_anndata_until_0_6_with_compound_tables_read_the_same(sparse, tmp_path):
-    read = data.read_h5ad(write_legacy(tmp_path / "x.h5ad", sparse))
+def test_files_of_anndata_until_0_6_with_compound_tables_read_the_same(tmp_path):
+    read = data.read_h5ad(write_legacy(tmp_path / "x.h5ad"))
     assert_counts(read.counts(), MATRIX)
     assert read.cell_names.tolist() == CELLS and read.gene_names.tolist() == GENES
     assert [(column, read.obs(column).tolist()) for column in read.obs_columns] == [
@@ -1165,294 +907,196 @@ def test_files_of_anndata_until_0_6_with_compound_tables_read_the_same(sparse, t
     assert raw.gene_names.tolist() == 2 * GENES and raw.found == "raw.X, dense int64"
 
 
-COLUMNS = {  # values, or a function that writes them; and what is read
-    "0.8": (categorical, LABELS), "0.7": (categorical_0_7, LABELS), "0.13": (nullable, LABELS),
-    "from R": (functools.partial(categorical_0_7, from_r=True), LABELS),
-    "text": (np.array(list("abcde"), "S1"), list("abcde")),
-    "number": (np.arange(5, dtype=">i4"), [0, 1, 2, 3, 4]),
-    "flag": ([True, False, True, False, True], [True, False, True, False, True]),
-    "maybe": (lambda *at: nullable(*at, [1, 2, None, 4, 5], 0), [1, 2, None, 4, 5]),
-    "or not": (lambda *at: nullable(*at, [True, None, False, True, None], False),
-               [True, None, False, True, None]),
-    "numbered": (lambda obs, name: obs.update({f"{name}/codes": [0, 1, 0, -1, 1], f"{name}/"
-                                               "categories": [10, 20]}), [10, 20, 10, None, 20]),
-    "none": (lambda *at: categorical(*at, [None] * 5), [None] * 5),
+OBS = {  # how versions of anndata, and R, write the same labels, and other columns
+    "0.8/codes": CODES, "0.8/categories": CATEGORIES,
+    "0.7": CODES.astype(np.int8), "__categories/0.7": CATEGORIES,
+    "R": np.where(CODES < 0, -2**31, CODES), "__categories/R": CATEGORIES,
+    "0.13/values": [label or "" for label in LABELS], "0.13/mask": CODES < 0,
+    "text": np.array(list("abcde"), "S1"), "number": np.arange(5, dtype=">i4"),
+    "flag": CODES > 1, "maybe/values": [1, 2, 0, 4, 5], "maybe/mask": np.arange(5) == 2,
+    "numbered/codes": CODES, "numbered/categories": [10, 20, 30, 40],
     # No UTF-8; and control characters, which could command a terminal.
-    "odd": (lambda *at: write_text(*at, [b"\xff", "\x1b[2J", "\n\x9b", "é", "a b"]),
-            ["\ufffd", "\ufffd[2J", "\ufffd\ufffd", "é", "a b"])}
-INDEX = {  # of obs: functions that write it to (obs, name, names)
-    "nullable": nullable, "categorical": categorical,
-    "fixed": lambda obs, name, v: obs.create_dataset(name, data=np.array(v, "S1")),
-    "numbers": lambda obs, name, v: obs.create_dataset(name, data=list(map(int, v))),
-    "unnamed": lambda obs, _, v: (write_text(obs, "index", v), obs.attrs.__delitem__("_index"))}
+    "odd": np.array([b"\xff", b"\x1b[2J", b"\n\x7f", b"\xc3\xa9", b"a b"])}
+READ = dict.fromkeys(["0.8", "0.7", "R", "0.13"], LABELS) | {
+    "text": list("abcde"), "number": [0, 1, 2, 3, 4], "flag": [True, False, False, False, True],
+    "maybe": [1, 2, None, 4, 5], "numbered": [40, 20, 10, None, 30],
+    "odd": ["\ufffd", "\ufffd[2J", "\ufffd\ufffd", "é", "a b"]}
 
 
-@pytest.mark.parametrize("index", INDEX)
+@pytest.mark.parametrize("index", [
+    {"_index": [7, 8, 9, 0, 1]}, {"index": np.array(list("78901"), "S1")},
+    {"_index/codes": [2, 3, 4, 0, 1], "_index/categories": list("01789")},
+    {"_index/values": list("78901"), "_index/mask": [False] * 5}])
 def test_every_form_of_an_index_reads_as_names_and_of_a_column_as_text_numbers_bools_and_none(
         index, tmp_path):
     def write(file):
-        del file["obs/CellID"]
-        INDEX[index](file["obs"], "CellID", list("78901"))
-        for name, (column, _) in COLUMNS.items():
-            column(file["obs"], name) if callable(column) else file["obs"].update({name: column})
-        if index == "fixed":  # others, such as R, leave it out
-            file["obs"].attrs["column-order"] = [name.encode() for name in COLUMNS]
+        del file["obs"]
+        file.create_group("obs").update(index | OBS)
         dense("f4")(file)
 
-    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write, index_name="CellID"))
+    read = data.read_h5ad(write_modern(tmp_path / "x.h5ad", write))
     assert read.cell_names.tolist() == list("78901") and read.gene_names.tolist() == GENES
-    listed = [*COLUMNS] if index == "fixed" else sorted({*COLUMNS, "condition"})
-    assert read.obs_columns == listed and read.var_columns == []
-    assert {name: read.obs(name).tolist() for name in COLUMNS} == {
-        name: expected for name, (_, expected) in COLUMNS.items()}
+    assert {name: read.obs(name).tolist() for name in read.obs_columns} == READ
     assert read.obs("number").dtype.isnative and read.obs("flag").dtype == bool
     with pytest.raises(data.DataError, match="obs has no column 'no'; its columns are: 0"):
         read.obs("no")
 
 
-FOUND = "the counts are taken from"
-PLACES = [  # what is in the file beside log, short and text; layer; where counts are found; a line
-    ("X counts raw", None, "layers/counts, sparse CSC", f"there are no counts in X; {FOUND} layer"),
-    ("counts", None, "layers/counts, sparse CSC", f"there is no X; {FOUND} layers/counts$"),
-    ("X raw", None, "raw/X, dense int64", f"there are no counts in X; {FOUND} raw/X$"),
-    ("X counts raw", "raw", "raw/X, dense int64", "$"),
-    ("X counts raw", "no", None, "has no no; .* can be: counts, log, short, text, X, raw$"),
-    ("X spliced", None, None, "X holds 1.38629 for cell 'cell0', gene 'B', which is no count: not "
-     "a whole number.* start from the raw counts .--layer can be: log, short, spliced, text, X.$"),
-    ("X", "text", None, r"layers/text holds values of type \|S1, not counts$")]
+LOG, COUNTS = {"X": np.log1p(MATRIX)}, {"layers/counts": MATRIX}
+RAW = {"raw/X": np.tile(MATRIX, 2), "raw/var/_index": list("QRSTUVWX"),
+       "raw/var/id": np.arange(8)}
 
 
-@pytest.mark.parametrize("members, layer, found, line", PLACES)
-def test_counts_are_found_in_a_layer_or_in_raw_and_a_line_says_so(
-        members, layer, found, line, tmp_path, capsys):
-    def write(file):
-        file["layers/log"] = np.log1p(MATRIX)
-        file["layers/short"], file["layers/text"] = MATRIX[:3], np.full((5, 4), b"1")
-        for name in {*members.split()} - {"X", "raw"}:
-            write_sparse(file, f"layers/{name}", by_row=False)
-        if "X" in members:
-            file["X"] = np.log1p(MATRIX)
-        if "raw" in members:
-            file["raw/X"] = np.tile(MATRIX, 2)
-            write_frame(file, "raw/var", list("QRSTUVWX"), [
-                ("id", lambda var, name: var.update({name: np.arange(8)}))])
-
-    path = write_modern(tmp_path / "x.h5ad", write)
-    with contextlib.nullcontext() if found else pytest.raises(data.DataError) as error:
-        read = data.read_h5ad(path, layer)
-    out = capsys.readouterr().out if found else str(error.value)
-    assert re.match(f"{path}: {line}", out) if out else line == "$"
-    if found:
-        assert read.found == found and read.streams == ("raw" in found)
-        assert_counts(read.counts(), np.tile(MATRIX, 2) if read.streams else MATRIX)
-        assert not read.streams or (read.gene_names[7], read.var("id")[7]) == ("X", 7)
+@pytest.mark.parametrize("contents, layer, place, why", [
+    ({"X": MATRIX} | RAW, None, "X", None), (LOG | COUNTS | RAW, "raw", "raw/X", None),
+    (LOG | COUNTS | RAW, None, "layers/counts", "there are no counts in X"),
+    (LOG | RAW, None, "raw/X", "there are no counts in X"),
+    (COUNTS, None, "layers/counts", "there is no X")])
+def test_counts_are_found_in_x_in_a_layer_or_in_raw_and_a_line_says_so(
+        contents, layer, place, why, tmp_path, capsys):
+    path = write_modern(tmp_path / "x.h5ad", lambda file: file.update(contents))
+    read, raw = data.read_h5ad(path, layer), place == "raw/X"
+    line = f"{path}: {why}; the counts are taken from {place}\n" if why else ""
+    assert capsys.readouterr().out == line and read.found == f"{place}, dense int64"
+    assert_counts(read.counts(), np.tile(MATRIX, 2) if raw else MATRIX)
+    assert read.gene_names.tolist() == (list("QRSTUVWX") if raw else GENES)
+    assert not raw or read.var("id").tolist() == list(range(8))
+    with pytest.raises(data.DataError, match=f"^{path}: has no no; --layer can be: "):
+        data.read_h5ad(path, "no")
 
 
-@three_forms
-def test_what_is_no_count_in_a_later_block_is_found_among_the_wanted_cells_and_genes(
-        write, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 3)
-    x = np.where(np.arange(20).reshape(5, 4) == 14, 0.5, MATRIX)  # for cell3 and its second B
-    path = write_modern(tmp_path / "x.h5ad", lambda file: (
-        write(file, x), write_sparse(file, "layers/counts")))
-    read = data.read_h5ad(path)  # a first block holds counts
-    for chosen in ((), ([4, 3], [2, 3])):
-        with pytest.raises(data.NotCounts, match=(
-                f"^{path}: X holds 0.5 for cell 'cell3', gene 'B', .* can be: counts, X.$")):
-            read.counts(*chosen)
-    assert_counts(read.counts([0, 1, 2, 4]), MATRIX[[0, 1, 2, 4]])
-
-
-def value(v, dtype="f8"):
-    """A dense X with this value for cell3 and the first gene B."""
-    return lambda file: dense(dtype)(file).__setitem__((3, 1), v)
-
-
-def put(name, new=None, **options):
-    """A good file, sparse by rows, in which something is replaced: by values, a link, a group of
-    values, what create_dataset makes by options, or nothing."""
-    def write(file):
-        write_sparse(file, "X")
-        del file[name]
-        if options:
-            file.create_dataset(name, **options)
-        elif isinstance(new, dict):
-            file.update({f"{name}/{key}": values for key, values in new.items()})
-        elif new is not None:
-            file[name] = new
-    return write
-
-
-def coded(codes):
-    return put("obs/condition", {"codes": np.array(codes), "categories": [1, 2]})
+def with_value(v):
+    """The matrix with this value for cell3 and the first gene B."""
+    x = MATRIX.astype(float)
+    x[3, 1] = v
+    return x
 
 
 FAR = dict(shape=(2**60,), dtype="f4", chunks=(2**20,), compression="gzip")  # 4 EiB
-ALIEN = dict(shape=(7,), dtype="f8", chunks=(7,), compression=300, allow_unknown_filter=True)
-SEQUENCES = dict(data=text([np.arange(n) for n in range(7)]), dtype=h5py.vlen_dtype(np.int32))
-TABLE = np.array([(name, np.arange(2)) for name in CELLS], [
-    ("index", "S8"), ("field", h5py.vlen_dtype(np.int32))])
 INDPTR, COLUMN = [0, 2, 3, 3, 6, 7], [1, 3, 0, 0, 1, 3, 2]  # of MATRIX by rows
-REFUSED = [  # how it is written, words of the sentence
-    # Values.
-    *((value(wrong), f"^X holds {wrong:g} for cell 'cell3', gene 'B', which is no count: not a wh")
-      for wrong in (2e-6, 0.5, -1, np.nan, np.inf)),
-    (value(2**32), "^X holds 4.*09 for cell 'cell3', .* no count: not a whole number from 0 to 2"),
-    (put("X/data", [1, 1, 1, 1, 0.5, 1, 1]), "^X holds 0.5 for cell 'cell3', gene 'B'"),
-    (value("1", "S3"), r"^X holds values of type \|S3, not counts"),
-    # The matrix.
-    (lambda file: None, "^has no X, counts or raw; --layer can be"),
-    (lambda f: f.create_dataset("X", data=h5py.Empty("f4")), "^X is a data set without values"),
-    (put("var", {"_index": np.zeros(0)}), "^X has 5 cells and 0 genes"),
-    (dense("f4", MATRIX[:4]), r"^X has the shape \(4, 4\), but obs and var say \(5, 4\)"),
-    (lambda f: (write_sparse(f, "X"), f["X"].attrs.create("encoding-type", "coo")),
-     "^X has the unknown encoding 'coo'"),
-    (put("X/indptr"), "^X/indptr is missing; beside it: data, indices"),
-    *((put("X/indptr", wrong), "indptr must rise from 0 to 7, and does not$")
+REFUSED = [  # what is replaced in a good file; values, or a function that writes; words about it
+    *(("X", with_value(v), "^X holds .* for cell 'cell3', gene 'B', which is no count: not a whol")
+      for v in (2e-6, 0.5, -1, np.nan, np.inf, 2**32)),
+    *(("X", lambda f, by_row=by_row: write_sparse(f, "X", with_value(0.5), by_row),
+       "^X holds 0.5 for cell 'cell3', gene 'B', .* start from the raw counts .--layer can be: X")
+      for by_row in (True, False)),
+    ("X", np.full((5, 4), b"1"), r"^X holds values of type \|S1, not counts"),
+    ("X", None, "^has no X, counts or raw; --layer can be"),
+    ("X", MATRIX[:4], r"^X has the shape \(4, 4\), but obs and var say \(5, 4\)"),
+    ("X/indptr", None, "^X/indptr is missing; beside it: data, indices"),
+    *(("X/indptr", wrong, "^X/indptr must rise from 0 to 7, and does not$")
       for wrong in ([1, *INDPTR[1:]], [0, 3, 2, 3, 6, 7], [*INDPTR[:-1], 9])),
-    (put("X/indptr", [0, 2, 3, 3, -2**31, 7]), "does not: it has overflowed 32 bits"),
-    *((put(*wrong), "^X is inconsistent: .* and indptr 6; .* must be integers")
-      for wrong in (("X/indptr", INDPTR[:-1]), ("X/data", np.ones(6)), ("X/data", np.ones((7, 1))),
-                    ("X/indices", np.ones(7)))),
-    *((put("X/indices", [wrong, *COLUMN[1:]]), "^X/indices must be at least 0 and below 4, and are")
+    ("X/indptr", [0, 2, 3, 3, -2**31, 7], "does not: it has overflowed 32 bits"),
+    *((name, wrong, "^X is inconsistent: .* and indptr 6; .* must be integers") for name, wrong in (
+        ("X/indptr", INDPTR[:-1]), ("X/data", np.ones(6)), ("X/indices", np.ones(7)))),
+    *(("X/indices", [wrong, *COLUMN[1:]], "^X/indices must be at least 0 and below 4, and are not")
       for wrong in (-1, 4)),
     # What the file does not hold.
-    *((put("X", link), "^X is behind a link, which is not followed: copy the data to its place")
+    *(("X", link, "^X is behind a link, which is not followed: copy the data to its place")
       for link in (h5py.ExternalLink("other.h5", "/"), h5py.SoftLink("/X"))),
-    (put("X", shape=(5, 4), dtype="f4", external=[("other", 0, 80)]), "^X keeps its values in oth"),
-    (lambda f: f.create_virtual_dataset("X", h5py.VirtualLayout((5, 4), "f4")), "^X keeps its val"),
-    (put("X", shape=(5, 4), dtype="f4"), r"^X declares \(5, 4\) values of float32, 80 bytes, and "),
-    (lambda f: f.create_dataset("X", (5, 4), "f4", chunks=(1, 4)).__setitem__(0, 1), "80 bytes, "),
-    (put("X/data", **FAR), "4,611,686,018,427,387,904 bytes, and the file does not hold them"),
-    (put("X/data", **ALIEN), "^X/data is compressed by 300: pip install hdf5plugin"),
+    ("X", lambda f: f.create_dataset("X", (5, 4), "f4", external=[("other", 0, 80)]),
+     "^X keeps its values in other files"),
+    ("X", lambda f: f.create_dataset("X", (5, 4), "f4"), r"^X declares \(5, 4\) .* 80 bytes, and "),
+    ("X/data", lambda f: f.create_dataset("X/data", **FAR), "4,611,686,018,427,387,904 bytes, and"),
     # Tables.
-    (put("var"), "^var is missing; beside it: X, obs"),
-    (put("obs", np.arange(5)), "^obs is neither a table nor a group of columns"),
-    (put("obs/_index"), "^obs has no index; it holds: condition"),
-    (put("obs/_index", np.ones((5, 2))), "^obs/_index is no column .*, but 2-dimensional float64"),
-    (put("obs/_index", np.ones(5, complex)), "no column of text or numbers, .* complex128"),
-    (put("obs/_index", {"a": 1}), "^obs/_index has the unknown encoding"),
-    (coded([0, 1, 2, -1, -2]), r"the category code \[2\], but only 2 categories"),
-    (coded([2**64 - 1] * 5), r"^obs/condition has the category code \[18446744073709551615\]"),
-    (coded(np.ones(5)), "codes of type float64, not integers"),
-    (put("obs/condition", {"values": np.ones(5), "mask": [True]}), "has 5 values and a mask of 1"),
-    (put("obs/condition", [1, 2]), "^obs/condition has 2 values for 5 rows"),
-    # HDF5 can crash on damaged sequences: they are refused unread.
-    *((put("obs/condition", **options), "^obs.* holds values that are neither text nor numbers")
-      for options in (SEQUENCES, dict(data=TABLE)))]
+    ("var", None, "^var is missing; beside it: X, obs"),
+    ("obs/_index", None, "^obs has no index; it holds: condition"),
+    ("obs/condition/codes", [0, 1, 2, -1, 4], r"the category code \[4\], but only 4 categories"),
+    ("obs/condition", [1, 2], "^obs/condition has 2 values for 5 rows"),
+    ("obs/condition", lambda f: f.create_dataset("obs/condition", (5,), h5py.vlen_dtype("i4")),
+     "^obs.* holds values that are neither text nor numbers")]  # HDF5 can crash on damaged ones
 
 
-@pytest.mark.parametrize("write, words", REFUSED, ids=[words for _, words in REFUSED])
+@pytest.mark.parametrize("name, new, words", REFUSED)
 def test_what_is_no_screen_of_counts_is_refused_in_one_sentence(
-        write, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 3)
+        name, new, words, tmp_path, monkeypatch):
+    def write(file):
+        write_sparse(file, "X")
+        del file[name]
+        new(file) if callable(new) else file.update({} if new is None else {name: new})
+
+    monkeypatch.setattr(data, "BLOCK", 3)  # a first block, which is read at once, holds counts
     path = write_modern(tmp_path / "bad.h5ad", write)
     with warnings.catch_warnings(), pytest.raises(data.DataError) as error:
         warnings.simplefilter("error")
         read = data.read_h5ad(path)
-        read.counts(), [read.obs(column) for column in read.obs_columns]
+        read.counts([4, 3, 0], [1, 3, 2]), [read.obs(column) for column in read.obs_columns]
     file, _, sentence = str(error.value).partition(": ")
     assert file == path and re.search(words, sentence) and sentence.isprintable()
 
 
 def test_what_is_no_h5ad_file_is_refused_in_one_sentence(tmp_path):
     good = open(write_modern(tmp_path / "good", dense("f4")), "rb").read()
-    for name, content in (("empty", b""), ("gzip", b"\x1f\x8b123"), ("text", b"a,b\n1,2\n"),
-                          ("half", good[:len(good) // 2])):
+    for name, content in (("empty", b""), ("text", b"a,b\n1,2\n"), ("half", good[:len(good) // 2])):
         (tmp_path / name).write_bytes(content)
     with h5py.File(tmp_path / "tenx", "w") as tenx, h5py.File(tmp_path / "mudata", "w") as mudata:
         tenx["matrix/barcodes"], mudata["mod/rna/X"], mudata["obs/n"] = 1, 1, 1
-    (tmp_path / "folder").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); "
-         "print('open', flush=True); sys.stdin.read()", tmp_path / "good"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "open\n"
     for name, words in {
-            "none": "No such file", "folder": "Is a directory",
-            **dict.fromkeys(["empty", "gzip", "text"], "cannot be read: .*signature not found"),
-            "half": "cannot be read: truncated, damaged, or no HDF5 file.*truncated file",
-            "tenx": "looks like a 10x .h5 matrix", "mudata": "looks like an .h5mu file",
-            "good": "another program, such as a notebook, has it open for writing"}.items():
+            "none": "No such file", "empty": "cannot be read: .*signature not found",
+            "text": "cannot be read: .*signature not found", "half": "cannot be read: truncated",
+            "tenx": "looks like a 10x .h5 matrix", "mudata": "looks like an .h5mu file"}.items():
         with pytest.raises(data.DataError, match=f"^{tmp_path / name}: {words}") as error:
             data.read_h5ad(tmp_path / name)
         assert str(error.value).isprintable()
-    holder.communicate()
-    assert data.read_h5ad(tmp_path / "good").shape == (5, 4)
+    fcntl = pytest.importorskip("fcntl")  # not on Windows
+    with open(tmp_path / "good") as file, pytest.raises(data.DataError, match="another program"):
+        fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does for a program that writes
+        data.read_h5ad(tmp_path / "good")
 
 
 def test_the_reader_can_be_cut_out_and_used_with_h5py_and_numpy_alone(tmp_path):
     with open(os.path.join(HERE, "data.py"), encoding="utf-8") as file:
         above, cut, below = file.read().partition("\n# Cut here: ")
-    assert cut and "import torch" in below and "torch" not in above
+    assert cut and "import torch" in below
     (tmp_path / "reader.py").write_text(above, encoding="utf-8")
     # None: importing it is an ImportError. -I: the folder and PYTHONPATH are not searched.
-    done = subprocess.run([sys.executable, "-I", "-c", """
+    subprocess.run([sys.executable, "-I", "-c", """
 import sys
-sys.modules["torch"] = None
+sys.modules.update(dict.fromkeys(["torch", "data", "sams_vae"]))
 sys.path.insert(0, ".")
-import numpy as np, reader
-X = np.array([[0, 3], [2, 0]])
-reader.write_h5ad("y.h5ad", X, {"cell": ["a", "b"], "label": ["p", "q"]}, {"gene": ["g", "h"]})
+import reader, numpy as np
+reader.write_h5ad("y.h5ad", np.eye(2), {"cell": ["a", "b"], "label": ["p", "q"]}, {"gene": [1, 2]})
 file = reader.read_h5ad("y.h5ad")
-assert (file.counts().dense() == X).all() and list(file.obs("label")) == ["p", "q"]
-assert file.counts(rows=[1], stored=True).take().dense().tolist() == [[2, 0]]
-assert sys.modules["torch"] is None and not {"data", "sams_vae"} & set(sys.modules)"""],
-        cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+assert (file.counts().dense() == np.eye(2)).all() and list(file.obs("label")) == ["p", "q"]
+assert file.counts([1], stored=True).take().dense().tolist() == [[0, 1]]"""],
+        cwd=tmp_path, check=True)
 
 
-WRITTEN = [  # a column, its name in the file, its values, its type in anndata
-    ("label", "label", ["a", None, "a", "b", "b"], "category"),
-    ("a/b", "a_b", list("xyxyx"), "category"), ("a_b", "a_b_", list("pqrst"), "category"),
-    ("n", "n", [1.5, 2, 3, 4, 5], "float64"), ("some", "some", [1, None, 3, 4, 5], "float64"),
-    ("is", "is", [True, False, True, False, True], "bool"),
-    ("or not", "or not", [True, None, False, None, True], "float64")]
+WRITTEN = {  # columns: values, the type in anndata
+    "a/b": (["a", None, "a", "b", "b"], "category"), "n": ([1.5, 2, 3, 4, 5], "float64"),
+    "some": ([1, None, 3, 4, 5], "float64"), "is": ([True, False, True, False, True], "bool")}
 
 
-@pytest.mark.parametrize("form", ["asarray", "csr_matrix", "csc_matrix"])
 def test_what_is_written_is_opened_by_anndata_and_reads_the_same_as_what_anndata_writes(
-        form, tmp_path, monkeypatch, capsys):
-    def damaged():
-        raise data.DataError("in.h5ad: obs/bad is damaged")
-
+        tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 2)
     parts = (data.from_dense(MATRIX[a:b].astype(t)) for a, b, t in (
-        (0, 2, "u1"), (2, 3, "u1"), (3, 5, "u2")))  # which has to be made wider on the way
-    paths = [tmp_path / "ours.h5ad", tmp_path / "theirs.h5ad"]
+        (0, 3, "u1"), (3, 5, "u2")))  # which has to be made wider on the way
+    ours, theirs = tmp_path / "ours.h5ad", tmp_path / "theirs.h5ad"
     data.write_h5ad(
-        paths[0], X=MATRIX.astype("f4") if form == "asarray" else parts, var={"gene": GENES},
-        obs={"cell": CELLS, "bad": damaged} | {
-            name: functools.partial(text, values) if None in values else values
-            for name, _, values, _ in WRITTEN},
-        layers={"counts": MATRIX}, obsm={"Z": MATRIX[:, :2]},
+        ours, X=parts, var={"gene": GENES}, layers={"counts": MATRIX}, obsm={"Z": MATRIX[:, :2]},
+        obs={"cell": CELLS} | {name: values for name, (values, _) in WRITTEN.items()},
         uns={"a": {"names": ["p", "q"], "values": np.eye(2)}, "s": "word", "n": 3})
-    assert capsys.readouterr().out == "in.h5ad: obs/bad is damaged: this column is left out\n"
-    with h5py.File(paths[0]) as file:
-        assert form == "asarray" or (file["X/data"].dtype, file["X/indices"].dtype) == ("u2", "i4")
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import anndata
         import scipy.sparse
-        theirs = anndata.read_h5ad(paths[0])
-        assert (theirs.to_df() == MATRIX).all(None) and (theirs.layers["counts"] == MATRIX).all()
-        assert list(theirs.obs_names) == CELLS and list(theirs.var_names) == GENES
-        for _, name, values, kind in WRITTEN:
-            column = theirs.obs[name]
-            assert column.dtype == kind and column.isna().tolist() == [v is None for v in values]
-            assert column.dropna().tolist() == [v for v in values if v is not None]
-        assert list(theirs.uns["a"]["names"]) == ["p", "q"] and theirs.uns["s"] == "word"
-        assert theirs.uns["n"] == 3 and (theirs.obsm["Z"] == MATRIX[:, :2]).all()
-        theirs.X = getattr(np if form == "asarray" else scipy.sparse, form)(MATRIX.astype("f4"))
-        theirs.write_h5ad(paths[1])
-    found = {"asarray": "dense float32", "csr_matrix": "sparse CSR", "csc_matrix": "sparse CSC"}
-    for path in filter(os.path.exists, paths):
-        read, ours = data.read_h5ad(path), path == paths[0]
-        assert_counts(read.counts(), MATRIX)
-        assert read.found == "X, " + found[form.replace("csc", "csr") if ours else form]
+        opened = anndata.read_h5ad(ours)
+        assert (opened.to_df() == MATRIX).all(None) and (opened.layers["counts"] == MATRIX).all()
+        assert list(opened.obs_names) == CELLS and list(opened.var_names) == GENES
+        assert opened.obs.dtypes.tolist() == [kind for _, kind in WRITTEN.values()]
+        for name, (values, _) in zip(opened.obs, WRITTEN.values()):
+            assert opened.obs[name].isna().tolist() == [v is None for v in values]
+        assert list(opened.uns["a"]["names"]) == ["p", "q"] and opened.uns["s"] == "word"
+        assert opened.uns["n"] == 3 and (opened.obsm["Z"] == MATRIX[:, :2]).all()
+        opened.layers["counts"] = scipy.sparse.csc_matrix(MATRIX.astype("f4"))
+        opened.write_h5ad(theirs)
+    for path in filter(os.path.exists, (ours, theirs)):
+        for read in (data.read_h5ad(path), data.read_h5ad(path, "counts")):
+            assert_counts(read.counts(), MATRIX)
         assert read.cell_names.tolist() == CELLS and read.gene_names.tolist() == GENES
-        for column, (_, name, values, kind) in zip(read.obs_columns, WRITTEN, strict=True):
-            assert column == name
+        assert read.obs_columns == ["a_b", *[*WRITTEN][1:]]
+        for name, (values, kind) in zip(read.obs_columns, WRITTEN.values()):
             np.testing.assert_equal(read.obs(name).tolist(), [
                 math.nan if v is None and kind == "float64" else v for v in values])
 
@@ -1463,38 +1107,36 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
             yield data.from_dense(np.ones((1, 2), np.uint8))
             if error:
                 raise error
-            yield data.from_dense(np.ones((1, 2), np.uint8))
 
-        data.write_h5ad(tmp_path / name, parts(), {"cell": ["a", "b"]}, {"gene": ["g", "h"]})
+        data.write_h5ad(tmp_path / name, parts(), {"cell": ["a"]}, {"gene": ["g", "h"]})
 
     (tmp_path / "x.h5ad").write_text("old")
-    for error, sentence in ((data.NotCounts("in.h5ad: X holds 0.5"), "^in.h5ad: X holds 0.5$"),
-                            (OSError(28, "full"), "x.h5ad: cannot be written: No space")):
+    for name, error, sentence in (
+            ("x.h5ad", data.NotCounts("in.h5ad: X holds 0.5"), "^in.h5ad: X holds 0.5$"),
+            ("x.h5ad", OSError(28, "full"), "x.h5ad: cannot be written: No space"),
+            ("no/x.h5ad", None, "x.h5ad: cannot be written: .*No such file")):
         with pytest.raises(data.DataError, match=sentence):
-            write("x.h5ad", error)
-    with pytest.raises(data.DataError, match="x.h5ad: cannot be written: .*No such file"):
-        write("no/x.h5ad")
-    assert (tmp_path / "x.h5ad").read_text() == "old" and os.listdir(tmp_path) == ["x.h5ad"]
+            write(name, error)
+        assert (tmp_path / "x.h5ad").read_text() == "old" and os.listdir(tmp_path) == ["x.h5ad"]
     (tmp_path / "x.h5ad.writing").write_text("of a run that was killed")
     write("x.h5ad")
-    assert data.read_h5ad(tmp_path / "x.h5ad").shape == (2, 2)
+    assert data.read_h5ad(tmp_path / "x.h5ad").shape == (1, 2)
     assert os.listdir(tmp_path) == ["x.h5ad"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
-def test_a_full_disk_ends_writing_in_a_sentence_and_not_in_a_crash_of_hdf5():
+def test_a_full_disk_ends_writing_in_a_sentence_and_not_in_a_crash_of_hdf5(tmp_path):
     done = subprocess.run([sys.executable, "-c", """
-import os, resource, tempfile, numpy as np, data
-with tempfile.TemporaryDirectory() as folder:
-    for size in (1000, 20_000, 500_000):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        try:
-            data.write_h5ad(f"{folder}/x.h5ad", iter([data.from_dense(np.ones((1000, 500), "u1"))]),
-                            {"cell": range(1000)}, {"gene": range(500)})
-        except data.DataError as error:
-            print("cannot be written" in str(error), os.listdir(folder))"""],
+import resource, sys, numpy as np, data
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    data.write_h5ad(sys.argv[1], iter([data.from_dense(np.ones((1000, 500), "u1"))]),
+                    {"cell": range(1000)}, {"gene": range(500)})
+except data.DataError as error:
+    print("cannot be written" in str(error))""", tmp_path / "x.h5ad"],
         cwd=HERE, text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (0, "True []\n" * 3), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert not os.listdir(tmp_path)
 
 
 # ============================================================================================
@@ -1525,15 +1167,7 @@ def case(sentence, columns, expected, **options):
 
 
 HOT = dict(g_A=[1, 0, 1, 0, 0, np.nan], g_N1=[0, 1, 1, 1, 0, 0],
-           g_N2=[False, False, True, True, False, True],
-           g_identity=["x"] * 6, g_=[1] * 6)  # these two are no guide's
-FLAGS = dict(guide_detected=[1, 0, 1], guide_confident=[True, False, False])
-SEVERAL = dict(condition=["stimulated", "rest", "rest"], perturbation=["A", "control", "B"],
-               gene=["NT", "C", "NT"])
-GUIDES_OF_A_GENE = "condition: ctrl_g1, A_g1, A_g23+B_g2, A_g2+ctrl_g3, B, A_g1+C"
-RARE = "condition: ctrl, A, A+B, C, B, A+C, C+D, C, C"
-EMPTY, NUMBERS = dict(gene=["A", None, "NT", "", "B"]), dict(mine=[0.0, np.nan, 1.0])
-MINE = dict(perturbation_column="mine")
+           g_N2=[False, False, True, True, False, True], g_identity=["x"] * 6)  # no guide's
 
 
 @pytest.mark.parametrize("columns, expected, options", [
@@ -1543,48 +1177,27 @@ MINE = dict(perturbation_column="mine")
          "control, ZAP70_1, ZAP70+B"),
     case("what is asked for is split", "gene: NT, ZAP70_B", "control, B+ZAP70",
          combination_separator="_"),
-    case("an empty separator splits nothing", "condition: ctrl, B+A", "control, B+A",
-         combination_separator=""),
     case("names with a + are joined by one between spaces", "gene: NT, CD4+, CD4+|B",
          "control, CD4+, B + CD4+", combination_separator="|"),
-    case("a wildcard of the control does not reach beyond a part of a combination",
-         "gene: nt_1, nt_1|nt_2, nt_1|A, B|nt_2, A|B", "control, control, A, B, A+B",
-         control="nt_*", combination_separator="|"),
-    case("several labels can be controls, and capitals matter in what the user writes",
-         "gene: NT-1, safe, A, nt-3", "control, control, A, nt-3", control=["NT*", "safe"]),
-    case("a missing or empty label is none", EMPTY, "A, control, B"),
-    case("or, where that is said, a control", EMPTY, "A, control, NT, control, B", control=""),
-    case("labels can be numbers, of which NaN is a missing label", NUMBERS, "control, 1.0",
-         control="0.0", **MINE),
-    case("cells whose label names no perturbation are left out",
-         "condition: control, Multiplet, A, negative, A+negative, A+B", "control, A, A+B"),
-    case("so are those with a label to exclude, alone, in a combination or among the controls",
-         "condition: ctrl, NT+A, NT, A+B, B, C1", "control, B", control=["ctrl", "NT"],
-         exclude=["NT", "A", "C*"]),
-    case("once the cells of B and D are gone, A has too few cells, too", RARE, "control, C, C, C",
-         min_cells=3),
+    case("a missing or empty label is none", dict(gene=["A", None, "NT", ""]), "A, control"),
+    case("or, where that is said, a control", dict(gene=["A", None, "NT", ""]),
+         "A, control, NT, control", control=""),
+    case("labels that name no perturbation or that are excluded are left out, in combinations too",
+         "condition: ctrl, Multiplet, A, negative, C1+A, A+B", "control, A, A+B", exclude=["C*"]),
+    case("once the cells of B and D are gone, A has too few cells, too",
+         "condition: ctrl, A, A+B, C, B, A+C, C+D, C, C", "control, C, C, C", min_cells=3),
     case("the first group of a label pattern names the perturbation in each part of a label",
-         GUIDES_OF_A_GENE, "control, A, A+B, A, B, A+C", label_pattern="(.+)_g[0-9]+"),
-    case("and what is left out is called so, too", GUIDES_OF_A_GENE, "control, B",
-         label_pattern="(.+)_g[0-9]+", exclude="A"),
+         "condition: ctrl_g1, A_g1, A_g23+B_g2, A_g2+ctrl_g3, B", "control, A, A+B, A, B",
+         label_pattern="(.+)_g[0-9]+"),
     case("cells that have none of the one-hot columns are controls, a missing value is no label",
          HOT, "A, N1, A+N1+N2, N1+N2, control", one_hot_prefix="g_"),
     case("or those that have the columns named as controls alone, and the first have no label",
          HOT, "A, control, A, control", one_hot_prefix="g_", control="N*"),
-    case("one-hot columns can have a + in their names", {
-        "g_A": [1, 0, 1, 0], "g_B": [0, 0, 1, 0], "g_A+B": [0, 1, 0, 0]},
-         "A, A+B, A + B, control", one_hot_prefix="g_"),
-    case("one-hot columns are never guessed", FLAGS | dict(gene=["NT", "A", "B"]), "control, A, B"),
     *(case(f"labels are found in {column}", column, "control, A_x|A_y") for column in (
-        "sgID_AB: non-targeting_1|non-targeting_2, A_x|A_y", "condition: Vehicle, A_x|A_y",
-        "perturbation: CONTROL, A_x|A_y", "gene: NonTargetingControl_1, A_x|A_y",
-        "target_gene: non-targeting, A_x|A_y", "gene_target: NT, A_x|A_y",
-        "grna_target: negCtrl10, A_x|A_y", "target_gene_name: Non-Targeting, A_x|A_y")),
-    *(case(f"the first of these with the control {control} holds the labels", SEVERAL, expected,
-           control=control) for control, expected in (
-        (None, "A, control, B"), ("NT", "control, C, control"),
-        ("rest", "stimulated, control, control"))),
-    case("controls can be read alone", "gene: A, NT", "control", only_controls=True)])
+        "sgID_AB: non-targeting_1|non-targeting_2, A_x|A_y", "perturbation: CONTROL, A_x|A_y",
+        "target_gene: non-targeting, A_x|A_y", "grna_target: negCtrl10, A_x|A_y")),
+    case("the first of the known columns with the control that was named holds the labels",
+         dict(perturbation=["A", "control"], gene=["NT", "C"]), "control, C", control="NT")])
 def test_the_conditions_that_labels_mean(columns, expected, options, read):
     assert ", ".join(read(columns, **options).conditions) == expected
 
@@ -1598,49 +1211,30 @@ def test_conditions_are_rows_of_dosages_and_perturbations_are_sorted(read):
     labels = data.one_label_per_cell(screen)  # every combination a perturbation, as SVAE+ needs it
     assert labels.perturbations == ["A+B", "A+C", "B"]
     assert labels.d.tolist() == [[NONE], [0], [0], [2], [1]]
-    hot = read(HOT, one_hot_prefix="g_", control="N*")
-    assert hot.perturbations == ["A"] and hot.label_column is None
     assert data.targets(["KLF1", "klf1_2", "Klf1|KLF1", "NKX2-1_g1", "KLF"],
                         ["NKX2-1", "Klf1", "KLF1"]) == [1, 1, 1, 0, None]
 
 
-MISSING = dict(gene=["A", None, "A", "", "A", "A"], mine=["A", None, "NT", "B", "A", "B"])
 DAYS = dict(condition=["ctrl", "A", "B", "A"] * 10, day=[1, 1, 2, 1] * 10,
             other=[1, 2, 2, 2] * 10, barcode=range(40))
 TYPES = {"feature_types": ["Gene Expression", "CRISPR Guide Capture", "Gene Expression"]}
-SYMBOLS = {"id": ["E1", "E2", "E3"], "symbol": ["x", None, ""]}
 TWO = dict(gene=["NT", "A"])
 
 
 @pytest.mark.parametrize("columns, expected, options", [
     case("an empty part", "condition: ctrl, A+", "'A+', split at '+', has an empty part"),
-    case("a perturbation called like the controls", "gene: NT, control",
-         "a perturbation is called 'control'", control="NT"),
-    case("or like a combination", "gene: NT, A + B, A_B", "a perturbation is called 'A + B'",
-         combination_separator="_"),
-    *(case(f"a label pattern that is {what}", GUIDES_OF_A_GENE, f"--label-pattern {pattern!r}: ",
-           label_pattern=pattern) for what, pattern in (("none", "(.+"), ("without group", ".+"))),
+    case("a perturbation called like a combination", "gene: NT, A + B, A_B",
+         "a perturbation is called 'A + B'", combination_separator="_"),
     case("one-hot columns of other values", dict(g_A=[0, np.nan, 2]),
          "'g_A' holds other values than 0 and 1", one_hot_prefix="g_"),
-    case("one-hot columns that are not there", HOT, "no column of obs starts with 'x_'",
-         one_hot_prefix="x_"),
-    case("flags", FLAGS, "no obs column has a well-known name"),
-    case("a column without a control", "mine: A, B, B", "the labels are B (2), A (1)", **MINE),
-    case("columns without those asked for", SEVERAL,
-         "no cell has only 'x', 'y' in condition or perturbation or gene", control=["x", "y"]),
-    case("or with none but missing ones", MISSING, "the labels are A (4), '' (2)"),
+    case("no column of a known name", "mine: A, control", "no obs column has a well-known name"),
+    case("a column without a control", "mine: A, B, B", "the labels are B (2), A (1)",
+         perturbation_column="mine"),
     case("nothing but controls", "gene: NT, NT", "2 of 2 cells"),
-    *(case(f"the subset {subset}", DAYS, words, subset=subset) for subset, words in (
-        ("day", "COLUMN=VALUE"), ("day=9", "its values are 1 (30)"), ("x=1", "no column"))),
-    *(case(f"the genes {column}", TWO | dict(var={"v": ["no"] * 3}), words, gene_column=column)
-      for column, words in (("v", "--gene-column v keeps no gene; its values are no (3)"),
-                            ("w", "no column 'w'"), ("v=x", "--gene-column v=x keeps no gene"))),
+    case("a subset without cells", DAYS, "its values are 1 (30)", subset="day=9"),
     case("genes that are not there", TWO, "1 of the 2 genes wanted are not there",
          genes_of=["c", "q"]),
-    case("genes that are there twice", TWO | dict(var={"symbol": ["x", "x", "z"]}),
-         "or more than once", genes_of=["z", "x"], gene_names="symbol"),
     case("a covariate of each cell", DAYS, "has 40 values for 40 cells", covariate="barcode"),
-    case("a covariate twice", DAYS, "different columns are needed", covariate=["day", "day"]),
     case("a covariate that leaves nothing to compare", DAYS,
          "no perturbed cell has the covariates of a control", covariate="other"),
     case("a split of training cells alone", dict(condition=["ctrl", "A"], s=["Train", "x"]),
@@ -1652,14 +1246,7 @@ def test_what_cannot_be_meant_is_refused_with_a_sentence(columns, expected, opti
 
 
 @pytest.mark.parametrize("columns, expected, options", [
-    case("where labels might have been split", "gene: NT, ZAP70_1",
-         "some contain '_', nothing was split"),
-    case("which labels were left out", "condition: NT, A, None, A+negative, None",
-         "dropped 3 cells whose label is missing or left out: None (2), A+negative (1)"),
-    case("among them an empty one", MISSING, "is missing or left out: '' (1)", **MINE),
-    case("rare perturbations", RARE, "dropped 5 cells of 3 perturbations that have fewer than 3 "
-         "(--min-cells)", min_cells=3),
-    case("what is left", TWO | dict(var=TYPES), "2 cells x 2 genes kept, 1 cells are controls"),
+    case("where labels might have been split", "gene: NT, ZAP70_1", "'_', nothing was split"),
     case("totals that are all equal", TWO, "warning: nearly all cells have the same total, 6"),
     case("covariates without controls", DAYS, "warning: 10 cells have covariates that no control",
          covariate="day")])
@@ -1670,19 +1257,13 @@ def test_what_is_not_obvious_is_said_in_a_note(columns, expected, options, read)
 @pytest.mark.parametrize("columns, expected, options", [
     *(case(f"where a column of {type(values[0]).__name__} is true", {"v": values}, "a:1 c:3",
            gene_column="v")
-      for values in ([True, False, True], [1, 0, 1], [1.0, 0.0, 1.0], ["True", "no", "true"])),
-    case("where a column has a value", {"v": ["x=y", "x", "y"]}, "a:1", gene_column="v=x=y"),
+      for values in ([True, False, True], [1.0, 0.0, 1.0], ["True", "no", "true"])),
     case("of all features the genes", TYPES, "a:1 c:3"),
     case("unless others are asked for", TYPES, "b:2",
          gene_column="feature_types=CRISPR Guide Capture"),
-    case("or there are no genes", {"feature_types": ["Peaks"] * 3}, "a:1 b:2 c:3"),
-    case("called by a column or, where it is empty, by the index", SYMBOLS, "x:1 b:2 c:3",
-         gene_names="symbol"),
-    case("exactly those asked for, in this order, by the index", SYMBOLS, "c:3 a:1",
-         genes_of=["c", "a"], gene_names="symbol"),
-    case("or by the names asked for", SYMBOLS, "c:3 x:1", genes_of=["c", "x"], gene_names="symbol"),
-    case("also where names repeat, if all are the same", {"symbol": ["x", "x", "z"]},
-         "x:1 x:2 z:3", genes_of=["x", "x", "z"], gene_names="symbol")])
+    case("called by a column or, where it is empty, by the index", {"symbol": ["x", None, ""]},
+         "x:1 b:2 c:3", gene_names="symbol"),
+    case("exactly those asked for, in this order", {}, "c:3 a:1", genes_of=["c", "a"])])
 def test_the_genes_of_a_screen_are_those(columns, expected, options, read):
     screen = read(TWO | dict(var=columns), **options)
     assert " ".join(map("{}:{}".format, screen.gene_names, screen.counts.dense()[1])) == expected
@@ -1714,9 +1295,7 @@ def test_covariates_are_positions_among_all_values_and_a_missing_one_is_none(rea
     screen, plain = read(columns, covariate=["donor", "day"]), read(columns)
     assert screen.covariates == ["donor=a", "donor=b", "day=1", "day=2"]
     assert screen.c[:4].tolist() == [[1, 2], [0, 2], [0, 3], [NONE, 3]]
-    assert plain.c.shape == (40, 0) and plain.c.dtype == screen.c.dtype == np.int64
-    assert plain.fingerprint() != screen.fingerprint() == read(
-        columns, covariate=["donor", "day"]).fingerprint()
+    assert plain.c.shape == (40, 0) and plain.fingerprint() != screen.fingerprint()
 
 
 def test_a_column_over_which_controls_and_perturbed_cells_are_spread_unlike_is_named(read):
@@ -1725,11 +1304,8 @@ def test_a_column_over_which_controls_and_perturbed_cells_are_spread_unlike_is_n
                "by_chance": rng.choice(["x", "y", "z"], 1000).tolist(),
                "nperts": np.where(is_control, 0, 1),  # which describes the perturbation
                "donor": rng.binomial(1, np.where(is_control, 0.7, 0.5))}
-    screen, p = read(columns), columns["donor"]
-    line, = data.unbalanced(screen, ["condition"])
-    assert (f"{p[is_control].mean():.0%} of the controls and {p[~is_control].mean():.0%} of the "
-            "perturbed cells have donor=1") in line
-    assert data.unbalanced(screen, ["condition", "donor"]) == []
+    line, = data.unbalanced(read(columns), ["condition"])
+    assert "of the controls and " in line and "perturbed cells have donor=1" in line
     assert data.unbalanced(read(columns, covariate="donor")) == []
 
 
@@ -1743,48 +1319,35 @@ def test_splits_equal_those_of_scikit_learn():
     assert [len(train), len(validation), len(test)] == [75814, 18954, 23693]
     assert train[:5].tolist() == [46495, 49576, 41989, 29502, 93607] and train[-1] == 42146
     assert validation[:5].tolist() == [11862, 55685, 8090, 102566, 98446]
-    assert test[:5].tolist() == [56681, 21211, 60822, 60301, 19931]
 
 
 NAMES = ["control", "A", "B", "C", "D", "A+B", "B+C", "C+D", "A+D", "B+D"]
 COMBINATIONS = dict(condition=[NAMES[(7 * i + i // 10) % 10] for i in range(200)])
 
+
 # Numbers of cells, their sums and sums of squares in train, validation and test, computed once with
 # pandas.DataFrame selections and sklearn.model_selection.train_test_split(train_size=0.8).
-NORMAN_SPLITS = {
-    ("norman-ood", 0, 0.0): [(80, 8067, 1067893), (20, 1883, 257957), (7, 569, 71273)],
-    ("norman-ood", 1, 0.5): [(106, 10075, 1337237), (25, 2934, 408532), (7, 933, 147197)],
-    ("norman-ood", 3, 1.0): [(144, 13825, 1787739), (36, 3747, 515457), (10, 1029, 128369)],
-    ("norman-data-efficiency", 2, 0.25): [(96, 10056, 1354128), (36, 3223, 398421),
-                                          (20, 1564, 198712)],
-    ("norman-data-efficiency", 4, 1.0): [(144, 15452, 2118532), (36, 2807, 331959),
-                                         (20, 1641, 196209)]}
-
-
-@pytest.mark.parametrize("split, seed, fraction", NORMAN_SPLITS)
-def test_the_norman_splits_equal_those_of_scikit_learn_and_pandas(split, seed, fraction, read):
+@pytest.mark.parametrize("split, seed, fraction, expected", [
+    ("norman-ood", 0, 0.0, [(80, 8067, 1067893), (20, 1883, 257957), (7, 569, 71273)]),
+    ("norman-ood", 1, 0.5, [(106, 10075, 1337237), (25, 2934, 408532), (7, 933, 147197)]),
+    ("norman-data-efficiency", 2, 0.25, [(96, 10056, 1354128), (36, 3223, 398421),
+                                         (20, 1564, 198712)])])
+def test_the_norman_splits_equal_those_of_scikit_learn_and_pandas(
+        split, seed, fraction, expected, read):
     parts = data.split_cells(read(COMBINATIONS), seed, split, fraction).values()
-    assert [(len(cells), int(cells.sum()), int((cells**2).sum())) for cells in parts] == (
-        NORMAN_SPLITS[split, seed, fraction])
+    assert [(len(cells), int(cells.sum()), int((cells**2).sum())) for cells in parts] == expected
 
 
-def test_in_the_ood_split_training_cells_accumulate_and_test_cells_stay(read):
+def test_the_ood_split_tests_on_combinations_in_the_spelling_of_guide_identity(read):
     identity = dict(zip(NAMES, NAMES[:5] + ["z", "y", "x", "w", "v"]))
-    screen, before = read(COMBINATIONS | dict(
-        guide_identity=[identity[name] for name in COMBINATIONS["condition"]])), None
-    order = ["v", "w", "x", "y", "z"]  # of this column, where the file has it
+    screen = read(COMBINATIONS | dict(guide_identity=[identity[name] for name in
+                                                      COMBINATIONS["condition"]]))
+    order = ["v", "w", "x", "y", "z"]
     np.random.default_rng(2).shuffle(order)
-    for fraction in (0, 0.25, 0.5, 0.75, 1):
-        cells = data.split_cells(screen, 2, "norman-ood", fraction)
-        parts = {part: set(found.tolist()) for part, found in cells.items()}
-        combinations = {part: {name for name in screen.conditions[found] if "+" in name}
-                        for part, found in cells.items()}
-        assert {identity[name] for name in combinations["train"]} == set(order[:int(fraction * 5)])
-        assert {identity[name] for name in combinations["test"]} == set(order[3:])
-        assert not parts["train"] & parts["test"] and not parts["validation"] & parts["test"]
-        if before is not None:
-            assert before["train"] <= parts["train"] and before["test"] == parts["test"]
-        before = parts
+    cells = data.split_cells(screen, 2, "norman-ood", 0.6)
+    trained, tested = ({identity[name] for name in screen.conditions[cells[part]] if "+" in name}
+                       for part in ("train", "test"))
+    assert (trained, tested) == (set(order[:3]), set(order[3:]))
 
 
 def test_a_column_can_say_the_split_and_validation_cells_are_taken_from_training_cells(read):
@@ -1802,33 +1365,20 @@ def test_a_column_can_say_the_split_and_validation_cells_are_taken_from_training
         assert parts[name].tolist() == train[places].tolist()
 
 
-def test_a_split_without_combinations_or_training_controls_is_refused(read):
-    with pytest.raises(data.DataError, match="no test cells are left"):
-        data.split_cells(read(dict(condition=["ctrl", "A"] * 30)), 0, "norman-ood")
-    columns = dict(condition=["ctrl", "A", "B"] * 2, s=["test", "train", "val"] * 2)
-    with pytest.raises(data.DataError, match=r"control.*\(6 cells in all, 2 for training\)"):
-        data.split_cells(read(columns, split_column="s"))
-
-
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 def test_batches_are_rows_of_the_counts_with_their_dosages_and_covariates(
-        stream, tmp_path, monkeypatch):
+        device, stream, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 2)
     screen = data.read_screen(write_modern(tmp_path / "x.h5ad", FORMS["csr uint8"]), stream)
-    assert data.Batches(screen)(np.array([1]))[2].shape == (1, 0)
     screen = dataclasses.replace(screen, c=np.array([[5], [NONE], [7]]))
-    devices = [("cpu", None), ("cuda", 10**9), ("cuda", 0)][:1 + 2 * torch.cuda.is_available()]
-    for device, free in devices:  # on a GPU that has this much memory left
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
-        batches = data.Batches(screen, device)
-        assert (batches.whole is None) == (stream or free == 0)
-        ordered = list(batches.in_order(np.array([2, 0, 1]), size=2))
-        assert [len(x) for x, _, _ in ordered] == [2, 1]  # the same whatever the pieces
-        for cells, (x, d, c) in (([2, 0, 2], batches(np.array([2, 0, 2]))),
-                                 ([2, 0, 1], map(torch.cat, zip(*ordered)))):
-            assert x.tolist() == MATRIX[[0, 1, 4]][cells].tolist() and x.dtype == torch.float32
-            assert d.tolist() == screen.d[cells].tolist() and c.tolist() == screen.c[cells].tolist()
-            assert d.dtype == c.dtype == torch.int64
+    batches = data.Batches(screen, device)
+    ordered = list(batches.in_order(np.array([2, 0, 1]), size=2))
+    assert [len(x) for x, _, _ in ordered] == [2, 1]  # the same whatever the pieces
+    for cells, (x, d, c) in (([2, 0, 2], batches(np.array([2, 0, 2]))),
+                             ([2, 0, 1], map(torch.cat, zip(*ordered)))):
+        assert x.tolist() == MATRIX[[0, 1, 4]][cells].tolist() and x.dtype == torch.float32
+        assert d.tolist() == screen.d[cells].tolist() and c.tolist() == screen.c[cells].tolist()
 
 
 def test_a_gpu_makes_the_same_batches_of_counts_as_a_cpu_whatever_their_type():
@@ -1838,53 +1388,21 @@ def test_a_gpu_makes_the_same_batches_of_counts_as_a_cpu_whatever_their_type():
         counts, cells = data.from_dense(x), np.array([3, 0, 3, 2, 4])
         values, columns, indptr = (data._tensor(v, "cpu") for v in (
             counts.values, counts.columns, counts.indptr))
-        assert values.tolist() == counts.values.tolist()
         made = data.dense_rows(values, columns, indptr, torch.arange(3), torch.tensor(cells), 4)
         assert torch.equal(made, torch.tensor(counts.dense(cells).astype(np.float32)))
 
 
 def test_a_screen_streams_where_it_may_take_a_third_of_the_memory_or_where_that_is_asked_for(
         tmp_path, monkeypatch):
-    def streams(path, **options):
-        return data.Batches(data.read_screen(path, **options)).where.startswith("in the file")
-
     by_row, by_column = (write_modern(tmp_path / name, FORMS[name])
                          for name in ("csr uint8", "csc uint8"))
-    assert not streams(by_row) and streams(by_row, stream=True)
     n_bytes = data.read_h5ad(by_row).counts(np.arange(5) != 3, stored=True).n_bytes
-    for memory, expected in ((3 * n_bytes, False), (3 * n_bytes - 1, True)):
+    for memory, asked, expected in (
+            (3 * n_bytes, None, False), (3 * n_bytes - 1, None, True), (0, False, False)):
         monkeypatch.setattr(data, "memory", lambda memory=memory: memory)
-        assert streams(by_row) == expected and not streams(by_row, stream=False)
-    assert not streams(by_column)  # as long as it fits at all
-    monkeypatch.setattr(data, "memory", lambda: 10)
-    for stream in (None, True):
-        with pytest.raises(data.DataError, match="is not stored cell by cell.*data.py prepare"):
-            data.read_screen(by_column, stream)
-
-
-def test_streaming_takes_the_memory_of_a_piece_whatever_the_number_and_size_of_cells(
-        tmp_path, monkeypatch, read):
-    screen = read(dict(gene=["NT", "A"]), stream=True)
-    for per_cell, n in ((10, 2**16), (2**15, 2**15), (2**40, 512)):
-        screen.counts.density = (per_cell - 8) / 6  # three genes of two bytes, a cell of eight
-        assert data.Batches(screen).n_piece == n  # about a gigabyte at most
-    monkeypatch.setattr(data, "BLOCK", 2**11)
-    monkeypatch.setattr(data, "PIECE", 256)
-    peaks = []
-    for n in (1_000, 4_000):
-        x = np.random.default_rng(0).poisson(0.5, (n, 100)).astype(np.uint8)
-        data.write_h5ad(tmp_path / "x.h5ad", X=iter([data.from_dense(x)]), var={
-            "gene": range(100)}, obs={"cell": range(n), "condition": ["ctrl", "A"] * (n // 2)})
-        screen, total = data.read_screen(tmp_path / "x.h5ad", stream=True), int(x.sum())
-        batches = data.Batches(screen)
-        tracemalloc.start()
-        assert data.cell_sums(screen.counts)[0].sum() == total
-        assert sum(float(x.sum()) for x, _, _ in batches.in_order(np.arange(n))) == total
-        shuffle = data.Shuffle(batches, np.arange(n), 64, 0)
-        assert sum(float(next(shuffle)[0].sum()) for _ in range(n // 64)) > 0.9 * total
-        peaks.append(tracemalloc.get_traced_memory()[1] - 60 * n)  # orders and places of cells
-        tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0] < 2e6, peaks
+        assert data.Batches(data.read_screen(by_row, asked)).from_file == expected
+    with pytest.raises(data.DataError, match="is not stored cell by cell.*data.py prepare"):
+        data.read_screen(by_column, stream=True)
 
 
 @pytest.fixture(params=["in memory", "from the file"])
@@ -1903,7 +1421,7 @@ def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resu
         return (torch.cat([next(shuffle)[0] for _ in range(n)])[:, 0].long() - 1).tolist()
 
     cells = np.arange(10, 31)
-    for size in (4, 5, 30):
+    for size in (4, 30):
         all_of_it = visits(data.Shuffle(numbered, cells, size, seed=1), 42)
         epochs = [all_of_it[i:i + 21] for i in range(0, 42 * size - 20, 21)]
         assert all(sorted(epoch) == cells.tolist() for epoch in epochs)
@@ -1913,55 +1431,18 @@ def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resu
             again = data.Shuffle(numbered, cells, size, 1, shuffle.epoch, shuffle.position)
             assert visits(again, 3) == all_of_it[n * size:(n + 3) * size]
             next(shuffle)
-    # What is read at once after a resume is what would have been, less what is done.
-    pieces = [part.tolist() for part in numbered.cut(np.arange(20), 10)]
-    assert pieces == ([[*range(10, 16)], [*range(16, 20)]] if numbered.from_file else [
-        [*range(10, 20)]])
 
 
 def test_processes_share_every_batch_of_one_order(numbered):
-    cells = np.arange(3, 40)
-    for n_ranks in (2, 3):
-        alone = data.Shuffle(numbered, cells, 12, seed=0, epoch=1, position=11)
-        ranks = [data.Shuffle(numbered, cells, 12, 0, 1, 11, rank, n_ranks)
-                 for rank in range(n_ranks)]
-        for _ in range(20):
-            x, shares = next(alone)[0], [next(rank)[0] for rank in ranks]
-            assert [len(share) for share in shares] == [12 // n_ranks] * n_ranks
-            assert torch.equal(torch.cat(shares), x)
-            assert len({(rank.epoch, rank.position) for rank in [alone, *ranks]}) == 1
+    alone, *ranks = (data.Shuffle(numbered, np.arange(3, 40), 12, 0, 1, 11, *rank)
+                     for rank in ((0, 1), (0, 3), (1, 3), (2, 3)))
+    for _ in range(20):
+        x, shares = next(alone)[0], [next(rank)[0] for rank in ranks]
+        assert [len(share) for share in shares] == [4, 4, 4]
+        assert torch.equal(torch.cat(shares), x)
 
 
-def test_batches_from_a_sorted_file_are_nearly_as_mixed_as_in_random_order():
-    n, size, per_label = 2**18, 512, 256
-    label, cells = np.arange(n) // per_label, np.arange(n)
-
-    def variance(from_file):
-        """Of how many cells of a label are in a batch, relative to a binomial one."""
-        batches = types.SimpleNamespace(from_file=from_file, n_piece=data.PIECE,
-                                        stream=lambda pieces, size: None)
-        batches.cut = functools.partial(data.Batches.cut, batches)
-        shuffle = data.Shuffle(batches, cells, size, seed=0)
-        found = [np.bincount(label[batch], minlength=n // per_label) for epoch in range(2)
-                 for batch in shuffle.order(epoch).reshape(-1, size)]
-        return np.var(found) / (size * per_label / n)
-
-    assert variance(False) == pytest.approx(1, abs=0.02)
-    # As the docstring of Shuffle says.
-    assert variance(True) == pytest.approx(1 + data.STRIP * size / data.PIECE, abs=0.15)
-
-
-def test_training_statistics_are_those_of_log1p_over_the_training_cells(tmp_path):
-    batches = data.Batches(data.read_screen(write_modern(tmp_path / "x.h5ad", dense("f4"))))
-    for size in (512, 1):  # also merged from several batches
-        batches.in_order = functools.partial(data.Batches.in_order, batches, size=size)
-        mean, std, *_ = data.training_statistics(batches, np.array([0, 2]))
-        x = np.log1p(MATRIX[[0, 4]])
-        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
-        np.testing.assert_allclose(std, x.std(0), rtol=1e-6, atol=1e-7)
-
-
-def test_training_statistics_find_the_frequencies_and_dispersions_of_negative_binomial_counts():
+def test_training_statistics_are_of_log1p_and_find_the_parameters_of_negative_binomial_counts():
     rng = np.random.default_rng(0)
     # A few genes among many, so that the library does not depend on the counts of one.
     frequency = np.array([0.002, 0.004, 0.004, 0.0] + [0.99 / 60] * 60)
@@ -1971,7 +1452,11 @@ def test_training_statistics_find_the_frequencies_and_dispersions_of_negative_bi
     x[::2] = 0  # of cells that are not asked for
     none = np.zeros((len(x), 0), int)
     batches = data.Batches(types.SimpleNamespace(counts=data.from_dense(x), d=none, c=none))
-    *_, log_frequency, log_theta = data.training_statistics(batches, np.arange(1, len(x), 2))
+    log_mean, log_std, log_frequency, log_theta = data.training_statistics(
+        batches, np.arange(1, len(x), 2))
+    log = np.log1p(x[1::2].astype(float))
+    np.testing.assert_allclose(log_mean, log.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(log_std, log.std(0), rtol=1e-6)
     np.testing.assert_allclose(log_frequency.exp()[[0, 1, 2, 4]], frequency[[0, 1, 2, 4]], rtol=0.1)
     np.testing.assert_allclose(log_theta.exp()[:3], theta[:3], rtol=0.2)
     assert log_frequency[3] < -15 and log_theta[3] == 6  # never seen: Poisson, and finite
@@ -1995,25 +1480,10 @@ def test_the_simulated_screen_is_what_it_says(tmp_path):
     assert data.read_screen(path).fingerprint() == screen.fingerprint()
 
 
-def test_numbers_of_cells_and_effects_of_each_and_two_batches_can_be_simulated(tmp_path):
-    path = tmp_path / "s.h5ad"
-    data.simulate(path, perturbations=3, pairs=1, cells=[500, 60, 70, 80], effect=[0, 50, 100],
-                  batch=1, n_genes=20, n_controls=500)
-    screen, (_, _, effect, _) = data.read_screen(path), data.read_simulation(path)
-    assert np.bincount(screen.d[(screen.d != NONE).sum(1) == 1, 0]).tolist() == [500, 60, 70]
-    assert np.rint(np.abs(effect) / 50).tolist() == [[0] * 6, [1] * 6, [2] * 6]
-    second, is_control = screen.obs("batch") == 1, (screen.d == NONE).all(1)
-    for cells, share in ((is_control, 0.75), (~is_control, 0.5)):
-        assert second[cells].mean() == pytest.approx(share, abs=0.08)
-    sums = [screen.counts.dense(np.flatnonzero(is_control & which)).sum(0) + 1.0
-            for which in (~second, second)]
-    assert 0.5 < np.log(sums[1] / sums[0]).std() < 1.5
-
-
 def test_the_sparse_shift_screen_has_the_moments_that_its_paper_states(tmp_path):
-    data.main(["simulate", str(tmp_path / "s.h5ad"), "--sparse-shift", "--seed", "1"])
-    screen = data.read_screen(tmp_path / "s.h5ad", split_column="split")
-    names, mask, effect, z = data.read_simulation(tmp_path / "s.h5ad")
+    data.simulate(tmp_path / "s.h5ad", **data.SPARSE_SHIFT, seed=1)
+    screen = data.read_screen(tmp_path / "s.h5ad")
+    _, mask, effect, z = data.read_simulation(tmp_path / "s.h5ad")
     x, d = screen.counts.dense().astype(float), screen.d[:, 0]
     assert x.shape[1] == 100 and z.shape == (len(x), 15) and mask.shape == (100, 15)
     n = np.bincount(d[d >= 0])
@@ -2031,31 +1501,22 @@ def test_the_sparse_shift_screen_has_the_moments_that_its_paper_states(tmp_path)
         decoder = [[file[f"uns/simulation/{part}_{i}"][()] for part in ("weight", "bias")]
                    for i in (1, 2, 3, 4)]
     logits = data.decode(z, decoder)
-    assert logits.std() == pytest.approx(1) and not any(bias.any() for _, bias in decoder)
-    for i, (weight, _) in enumerate(decoder):
-        squares = weight @ weight.T
-        scale = 2 / 1.04 * 2 / sum(weight.shape) if i < 3 else squares[0, 0]
-        np.testing.assert_allclose(squares, scale * np.eye(len(squares)), atol=1e-12 * scale)
     mean = 1e6 * np.exp(logits) / np.exp(logits).sum(0)  # over cells
+    assert logits.std() == pytest.approx(1)
     assert abs(((x - mean) ** 2 / mean).mean() - 1) < 0.01 and abs(x.sum(0) - 1e6).max() < 5e3
 
 
 def test_pathways_come_from_the_file_or_from_json(tmp_path):
     data.simulate(tmp_path / "s.h5ad", perturbations=60, cells=1, n_genes=5)
     names, mask, *_ = data.read_simulation(tmp_path / "s.h5ad")
-    pathways = data.read_pathways(tmp_path / "s.h5ad").values()
-    assert len(pathways) >= 1 and all(len(genes) >= 10 for genes in pathways)
-    for genes in pathways:  # a pathway shares one mask
+    for genes in data.read_pathways(tmp_path / "s.h5ad").values():  # a pathway shares one mask
         assert len(np.unique(mask[[names.index(g) for g in genes]], axis=0)) == 1
-    other = write_obs(tmp_path / "x.h5ad", a=["b"])
-    assert data.read_pathways(other) is None and data.read_simulation(other) is None
-    for content in ({"P": ["A", "B"]}, {"source": "x", "pathways": {"P": ["A", "B"]}}):
-        (tmp_path / "p.json").write_text(json.dumps(content))
-        assert data.read_pathways(tmp_path / "p.json") == {"P": ["A", "B"]}
-    for content in ("[]", "{", '{"P": "A"}'):
-        (tmp_path / "p.json").write_text(content)
-        with pytest.raises(data.DataError, match="p.json"):
-            data.read_pathways(tmp_path / "p.json")
+    assert data.read_pathways(write_obs(tmp_path / "x.h5ad", a=["b"])) is None
+    (tmp_path / "p.json").write_text('{"source": "x", "pathways": {"P": ["A", "B"]}}')
+    assert data.read_pathways(tmp_path / "p.json") == {"P": ["A", "B"]}
+    (tmp_path / "p.json").write_text('{"P": "A"}')
+    with pytest.raises(data.DataError, match="p.json"):
+        data.read_pathways(tmp_path / "p.json")
 
 
 def prepare(*arguments):
@@ -2072,33 +1533,24 @@ def test_prepare_keeps_the_wanted_cells_and_genes_in_their_order_with_all_column
     labels[:3], labels[3:7] = None, "C"  # too few
     data.write_h5ad(
         source, X=None, uns={"pathways": {"p": ["A", "B"]}},
-        obs={"cell": [f"c{i}" for i in range(300)], "condition": labels, "line": lines,
-             "n": np.arange(300)},
-        var={"gene": [f"E{g}" for g in range(20)], "even": np.arange(20) % 2 == 0,
-             "symbol": [f"S{g}" for g in range(20)]})
+        obs={"cell": range(300), "condition": labels, "line": lines, "n": np.arange(300)},
+        var={"gene": [f"E{g}" for g in range(20)], "symbol": [f"S{g}" for g in range(20)]})
     with h5py.File(source, "a") as file:
         write_sparse(file, "X", x, by_row)
-    (tmp_path / "genes.txt").write_text("S2\nS5\n\nS16\nS4\nnowhere\n")
+    (tmp_path / "genes.txt").write_text("S2\n\nS16\nS4\nnowhere\n")
     monkeypatch.setattr(data, "BLOCK", 64)
     prepare(source, out, "--subset", "line=k", "--min-cells", 5, "--controls", 20,
-            "--genes", tmp_path / "genes.txt", "--gene-names", "symbol", "--gene-column", "even")
+            "--genes", tmp_path / "genes.txt", "--gene-names", "symbol")
     controls = np.flatnonzero((labels == "ctrl") & (lines == "k"))
     np.random.RandomState(0).shuffle(controls)  # as in the paper's recipe (4.1)
     kept = np.union1d(np.flatnonzero((lines == "k") & np.isin(labels, ["A", "B"])), controls[:20])
     read = data.read_h5ad(out)
-    assert read.cell_names.tolist() == [f"c{i}" for i in kept] and read.found == "X, sparse CSR"
     assert read.gene_names.tolist() == ["E2", "E4", "E16"] and read.var("symbol")[0] == "S2"
-    assert (read.counts().dense() == x[kept][:, [2, 4, 16]]).all()
+    assert (read.counts().dense() == x[kept][:, [2, 4, 16]]).all() and read.found == "X, sparse CSR"
     assert read.obs("condition").tolist() == labels[kept].tolist()
     assert read.obs("n").tolist() == kept.tolist() and data.read_pathways(out) == {"p": ["A", "B"]}
-    printed = capsys.readouterr().out
-    for words in ("3 of the 5 listed genes are there", "missing: S5, nowhere",
-                  f"{len(kept)} cells, 3 genes"):
-        assert words in printed
-
-    (tmp_path / "link.h5ad").symlink_to(out)
-    prepare(source, tmp_path / "link.h5ad")  # without an option, all of it; the link stays
-    assert (tmp_path / "link.h5ad").is_symlink()
+    assert "3 of the 4 listed genes are there" in capsys.readouterr().out
+    prepare(source, out)  # without an option, all of it
     assert (data.read_h5ad(out).counts().dense() == x).all()
     theirs = pytest.importorskip("anndata").read_h5ad(out)
     assert (theirs.X.toarray() == x).all() and theirs.obs["condition"].isna().sum() == 3
@@ -2125,38 +1577,17 @@ def test_the_recipe_of_the_paper_s_first_data_set(tmp_path):
     assert (screen.counts.dense() == x[kept][:, [0, 1, 2, 4]]).all()
     assert screen.obs("gene").tolist() == targets[kept].tolist()
     assert data.read_pathways(out) == lists["pathways"]
-    assert len(screen.perturbations) == 5 and (screen.conditions == "control").sum() == 2000
 
 
-def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch, capsys):
-    source, out, genes = (tmp_path / name for name in ("x.h5ad", "y.h5ad", "none.txt"))
-    x = np.ones((200, 3))
+def test_prepare_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch):
+    source, out, x = tmp_path / "x.h5ad", tmp_path / "y.h5ad", np.ones((200, 3))
     x[150, 1] = 0.5
     data.write_h5ad(source, X=x, obs={"cell": np.arange(200)}, var={"gene": list("abc")})
-    genes.write_text("zzz\n")
     monkeypatch.setattr(data, "BLOCK", 64)
-    for target, options, words in (
-            (source, [], "is the file that is read"), (out, [], "0.5 for cell '150', gene 'b'"),
-            (out, ["--genes", genes], "no gene is left"),
-            (out, ["--recipe", "replogle-filtered"], "no column 'gene'")):
+    for target, words in ((source, "is the file that is read"), (out, "0.5 for cell '150'")):
         with pytest.raises(data.DataError, match=words):
-            prepare(source, target, *options)
-    with pytest.raises(SystemExit):
-        prepare(source, out, "--controls", 0)
-    assert "must be at least 1 and below 2^32, not 0" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["none.txt", "x.h5ad"]
-
-
-def test_the_command_prints_how_a_file_is_read(tmp_path, capsys):
-    path = write_obs(tmp_path / "x.h5ad", mine=["", "safe", *"AAABBCCCC"] * 5)
-    command = [path, "--perturbation-column", "mine", "--control", "", "--control", "safe"]
-    data.main(command)
-    first, *others, last = capsys.readouterr().out.splitlines()
-    assert first == path and all(line.startswith("  ") for line in others)
-    assert "55 cells x 3 genes kept, 10 cells are controls; 3 perturb" in "".join(others)
-    assert last == "  split: 35 train, 9 validation, 11 test"
-    data.main([*command, "--min-cells", "11"])  # 10 if nothing is said
-    assert "dropped 10 cells of 1 perturbations" in capsys.readouterr().out
+            prepare(source, target)
+    assert os.listdir(tmp_path) == ["x.h5ad"]
 
 
 # ============================================================================================
@@ -2188,11 +1619,8 @@ def test_permuted_and_rescaled_latents_are_found_whole_and_noise_as_well_as_by_c
     noise = evaluate.latent_recovery(true, rng.normal(size=(2000, 5)))
     chance = math.sqrt(2 / math.pi / 2000)
     assert chance < noise["mcc"] < 3 * chance and abs(noise["r_squared"]) < 0.02
-    # True latents without a partner count as not found; too many learned ones do no harm.
+    # True latents without a partner count as not found.
     assert evaluate.latent_recovery(true, true[:, :2])["mcc"] == pytest.approx(0.4, abs=0.02)
-    many = evaluate.latent_recovery(true, np.column_stack([0 * true, true[:, order]]))
-    assert many["mcc"] == pytest.approx(1)
-    assert math.isnan(evaluate.latent_recovery(true[:9], true[:9])["r_squared"])  # too few cells
 
 
 def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_error():
@@ -2200,20 +1628,12 @@ def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_
     found = np.insert(true, 1, False, axis=1)[:, [2, 3, 1, 0]]
     assert evaluate.mask_recovery(true, found) == {"precision": 1, "recall": 1, "f1": 1}
     found[3, 2] = True  # one false entry, in a latent without partner
-    found[0] = False  # one missed
-    for a, b in ((true, found), (found, true)):  # precision and recall are the same here
-        assert evaluate.mask_recovery(a, b) == pytest.approx(
-            {"precision": 4 / 5, "recall": 4 / 5, "f1": 4 / 5})
-    assert evaluate.mask_recovery(true, 0 * found)["f1"] == 0
+    found[:2] = False  # two missed
+    assert evaluate.mask_recovery(true, found) == pytest.approx(
+        {"precision": 3 / 4, "recall": 3 / 5, "f1": 2 / 3})
     # Between runs, whose masks are texts:
-    first, second = ["0", "1 12", "", "12"], ["3", "0 1", "", "1"]
-    three = [first, second, ["0", "0", "", "0"]]
-    assert evaluate.mask_agreement(three)[0] == pytest.approx((1 + 4 / 7 + 4 / 7) / 3)
-    many = [" ".join(map(str, np.flatnonzero(row))) for row in
-            np.random.default_rng(0).random((60, 8)) < 0.2]
-    agreement, chance = evaluate.mask_agreement([many, many])
-    assert agreement == 1 and 0.2 < chance < 0.5
-    assert np.isnan(evaluate.mask_agreement([["", ""], ["", ""]])).all()  # not 0
+    runs = [["0", "1 12", "", "12"], ["3", "0 1", "", "1"], ["0", "0", "", "0"]]
+    assert evaluate.mask_agreement(runs)[0] == pytest.approx((1 + 4 / 7 + 4 / 7) / 3)
 
 
 def test_pearson_equals_numpy_and_r_squared_and_the_weighted_one_are_so_by_hand():
@@ -2235,66 +1655,34 @@ def test_pearson_equals_numpy_and_r_squared_and_the_weighted_one_are_so_by_hand(
     assert evaluate.weighted_r_squared(squares, observed, weights) == pytest.approx(first)
 
 
-def test_the_weighted_r_squared_is_that_of_scperteval():
-    de, metrics = map(pytest.importorskip, (
-        "scperteval.blocks.de", "scperteval.protocols.metrics"))
-    rng = np.random.default_rng(0)
-    test = de.de_ttest(rng.normal(1, 1, (12, 9)), rng.normal(0, 2, (45, 9)))
-    context = types.SimpleNamespace(de=lambda *_: test, current_pert="A",
-                                    cfg=types.SimpleNamespace(truth="x"))
-    truth, predicted = rng.normal(size=(2, 1, 9))
-    weights = evaluate.response_weights(test.statistic[None])
-    assert evaluate.weighted_r_squared((predicted - truth) ** 2, truth, weights) == pytest.approx(
-        metrics.weighted_r2(truth[0], predicted[0], context))
-
-
 def test_the_discrimination_scores_by_hand():
-    def scores(*arrays, **options):
-        """Both orientations, as lists."""
-        return evaluate.discrimination_scores(*arrays, **options).tolist()
-
     observed = np.array([[0.0, 0], [1, 0], [0, 5]])
-    assert scores(observed, observed) == [[1, 1, 1]] * 2
     # Distances to the observed 0: 3, .5, 1, own rank 2; to 1: 2, 1.5, 0, own 1; to 2: 8, 4.5, 6: 1.
     # Of prediction 0 to the observed: 3, 2, 8, own rank 1; of 1: .5, 1.5, 4.5: 1; of 2: 1, 0, 6: 2.
     predicted = np.array([[3.0, 0], [0, 0.5], [1, 0]])
-    assert scores(predicted, observed) == [[0, 0.5, 0.5], [0.5, 0.5, 0]]
-    assert scores(np.ones((3, 2)), observed)[0] == [0.5, 0.5, 0.5]  # all tie
-    assert np.isnan(scores(observed[:1], observed[:1])).all()
-    # Of many conditions, a few are the rivals of each.
-    many, other = np.random.default_rng(0).normal(size=(2, 700, 3))
-    some = scores(many + 0.5 * other, many, most=50)
-    rivals = np.random.default_rng(0).permutation(700)[:50]
-    for i in (0, 3, 699, rivals[0]):
-        distance = np.abs(many[i] - many - 0.5 * other).sum(1)
-        found = (distance[i] < distance[rivals[rivals != i]]).mean()
-        assert some[0][i] == pytest.approx(found, abs=1e-6)
+    found = evaluate.discrimination_scores(predicted, observed)
+    assert found.tolist() == [[0, 0.5, 0.5], [0.5, 0.5, 0]]
+    tied = evaluate.discrimination_scores(np.ones((3, 2)), observed)
+    assert tied[0].tolist() == [0.5, 0.5, 0.5]
 
 
 def test_the_noise_limit_is_what_the_true_effects_score():
     rng, differences = np.random.default_rng(0), []
-    for scale in (0.2, 0.5, 1.0, 3.0):
-        for _ in range(30):
-            truth = scale * rng.normal(size=(40, 60)) * rng.lognormal(size=(40, 1))
-            of_condition = rng.uniform(0.2, 1.8, truth.shape)
-            of_control = rng.uniform(0.2, 1.8, 60)  # the same cells for all conditions
-            without_control = truth + of_condition**0.5 * rng.normal(size=truth.shape)
-            effect = without_control + of_control**0.5 * rng.normal(size=60)
-            said = evaluate.Said(effect, of_condition + of_control,
-                                 without_control - truth.mean(0), of_condition, truth)
-            weights = evaluate.response_weights(truth)
-            of_truth = evaluate.Prediction(truth, truth - truth.mean(0))
-            scores, limit = (f(*arguments, weights) for f, arguments in (
-                (evaluate.effect_metrics, (of_truth, said)), (evaluate.noise_limit, (said,))))
-            differences.append([scores[k] - limit[k] for k in (
-                "pearson", "r_squared", "from_mean")])
-            if scale > 1:  # of weak effects the weighted R2 of a condition is far below 0
-                assert scores["weighted_r_squared"] == pytest.approx(
-                    limit["weighted_r_squared"], abs=0.08)
+    for scale in np.repeat([0.2, 0.5, 1.0, 3.0], 30):
+        truth = scale * rng.normal(size=(40, 60)) * rng.lognormal(size=(40, 1))
+        of_condition = rng.uniform(0.2, 1.8, truth.shape)
+        of_control = rng.uniform(0.2, 1.8, 60)  # the same cells for all conditions
+        without_control = truth + of_condition**0.5 * rng.normal(size=truth.shape)
+        said = evaluate.Said(without_control + of_control**0.5 * rng.normal(size=60),
+                             of_condition + of_control, without_control - truth.mean(0),
+                             of_condition, truth)
+        weights = evaluate.response_weights(truth)
+        of_truth = evaluate.Prediction(truth, truth - truth.mean(0))
+        scores = evaluate.effect_metrics(of_truth, said, weights)
+        limit = evaluate.noise_limit(said, weights)
+        differences.append([scores[k] - limit[k] for k in ("pearson", "r_squared", "from_mean")])
     for values, at_most in zip(zip(*differences), (0.02, 0.01, 0.02)):
         assert abs(np.mean(values)) < at_most and np.std(values) < 0.08
-    nothing = evaluate.noise_limit(evaluate.Said(0 * truth, *said[1:]), weights)
-    assert math.isnan(nothing["r_squared"])
 
 
 def test_differences_of_iwelbo_are_cell_by_cell_also_of_cells_with_equal_names(tmp_path):
@@ -2329,30 +1717,6 @@ def test_test_cells_are_compared_with_controls_that_no_training_cell_is():
         assert found.tolist() == expected
 
 
-def test_combinations_of_names_with_a_plus_are_predicted_as_they_are_spelled(tmp_path):
-    path = write_obs(tmp_path / "x.h5ad", mine=["NT", "CD4+", "CD4+|B", "B"])
-    screen = data.read_screen(path, perturbation_column="mine", combination_separator="|")
-    run = types.SimpleNamespace(screen=screen, model_screen=screen, device="cpu", folder="runs/x",
-                                model=types.SimpleNamespace(adds_effects=True))
-    d, spelled = evaluate.dosages_of(run, ["CD4+ + B", "B", "CD4+", "control", "B + B"])
-    assert spelled == ["B + CD4+", "B", "CD4+", "control"]
-    assert d.tolist() == [[0, 1], [0, -1], [1, -1], [-1, -1]]
-    with pytest.raises(data.DataError, match="no perturbation is called 'cd4'.*near: CD4+"):
-        evaluate.dosages_of(run, ["cd4"])
-
-
-def test_masks_that_determine_the_pathway_predict_it_and_others_are_at_chance():
-    pytest.importorskip("sklearn")
-    rng = np.random.default_rng(0)
-    pathway = rng.choice(["a", "b", "c", "d"], 120)
-    mask = np.stack([pathway == p for p in "abcd"], 1)
-    mask = np.concatenate([mask, rng.random((120, 10)) < 0.1], 1)
-    found = evaluate.mask_pathway_accuracy(mask, pathway, n_splits=3)
-    assert found["mask_pathway_accuracy"] > 0.97 and found["mask_pathway_accuracy_sd"] < 0.05
-    found = evaluate.mask_pathway_accuracy(rng.permutation(mask), pathway, n_splits=3)
-    assert abs(found["mask_pathway_accuracy"] - 0.25) < 0.1 and found["mask_pathway_chance"] < 0.4
-
-
 def test_baseline_effects_by_hand():
     dosages = np.array([[0, -1], [1, -1], [0, 1], [0, 2]])
     effect = np.array([[2.0, 0], [0, 1], [8, 8], [0, 0]])
@@ -2382,11 +1746,6 @@ def test_shrunken_effects_are_nearest_to_the_true_ones_and_shrink_as_known_varia
         ("one factor", effect * s.mean() / (s.mean() + variance.mean())))}
     assert error["best"] < error["found"] < 1.05 * error["best"]
     assert error["found"] < 0.8 * error["one factor"] < 0.8 * error["own"]
-    assert (evaluate.shrunken(0 * effect, variance, seen) == 0).all()
-    for seed in range(20):  # of noise alone next to nothing is left, on any scale
-        noise = 1e3 * np.random.default_rng(seed).normal(size=(30, 500)).astype(np.float32)
-        kept = evaluate.shrunken(noise, np.full_like(noise, 1e6), seen[:30])
-        assert (kept**2).sum() < 0.02 * (noise**2).sum()
 
 
 def screen_of(tmp_path, x, label, **obs):
@@ -2438,17 +1797,17 @@ def test_effects_from_the_mean_of_others_have_no_noise_of_controls_by_hand(tmp_p
 
 def test_expression_its_error_and_t_against_other_perturbed_cells_are_so_by_hand(tmp_path):
     rng = np.random.default_rng(0)
-    label = np.repeat(["control", "A", "B", "C", "D"], [20, 12, 15, 30, 1])
-    x = rng.poisson(rng.uniform(1, 6, (5, 9)).repeat([20, 12, 15, 30, 1], 0)) + 1
+    label = np.repeat(["control", "A", "B", "C"], [20, 12, 15, 30])
+    x = rng.poisson(rng.uniform(1, 6, (4, 9)).repeat([20, 12, 15, 30], 0)) + 1
     arms, batches = screen_of(tmp_path, x, label)
-    means = evaluate.mean_expression(batches, np.arange(77), arms)  # without the cell of D
+    means = evaluate.mean_expression(batches, np.arange(1, 77), arms)  # without the first cell
     y = {"counts": 1e4 * x / x.sum(1, keepdims=True)}
     y["log_normalised"] = np.log2(1 + y["counts"])
     for scale, values in y.items():
         mean, variance, n = means[scale]
-        assert n.tolist() == [20, 12, 15, 30, 0] and (mean[4] == 0).all()
+        assert n.tolist() == [19, 12, 15, 30]
         for k, name in enumerate(("control", "A", "B", "C")):
-            own = values[label == name]
+            own = values[1:][label[1:] == name]
             np.testing.assert_allclose(mean[k], own.mean(0), rtol=1e-5)
             np.testing.assert_allclose(variance[k], own.var(0, ddof=1) / len(own), rtol=1e-4)
         t = evaluate.t_against_others(arms, means[scale])
@@ -2457,9 +1816,6 @@ def test_expression_its_error_and_t_against_other_perturbed_cells_are_so_by_hand
             welch = (own.mean(0) - rest.mean(0)) / (
                 own.var(0, ddof=1) / len(own) + rest.var(0, ddof=1) / len(rest)) ** 0.5
             np.testing.assert_allclose(t[k], welch, rtol=1e-3)
-    # An arm of one cell has the variance within all arms together.
-    all_of_d = evaluate.mean_expression(batches, np.r_[0:20, 77], arms)["counts"]
-    np.testing.assert_allclose(all_of_d.variance[4], y["counts"][:20].var(0, ddof=1), rtol=1e-4)
 
 
 def test_entries_that_do_not_count_are_zero_and_a_broken_prediction_is_not_hidden():
@@ -2467,38 +1823,21 @@ def test_entries_that_do_not_count_are_zero_and_a_broken_prediction_is_not_hidde
     predicted, effect, from_mean, t = rng.normal(size=(4, 5, 30))
     variance, is_left_out = rng.uniform(0.5, 2, (5, 30)), np.eye(5, 30, dtype=bool)
     known = np.array([True, True, True, False, True])
-    groups = {"all": known, "first": np.arange(5) < 1, "none": np.zeros(5, bool)}
 
-    def scores(said, *prediction, left_out=is_left_out):
-        """Of this prediction, {(group, row): metrics}."""
-        return {(row.pop("group"), row.pop("row")): row for row in evaluate.scores(
-            groups, {"model": evaluate.Prediction(*prediction),
-                     "no_change": evaluate.Prediction(0 * predicted, 0 * predicted)},
-            evaluate.Said(*said), known, left_out, "cpu")}
+    def scores(of_model):
+        """The metrics of this prediction."""
+        return evaluate.scores({"all": known}, {"model": of_model}, evaluate.Said(
+            effect, variance, from_mean, variance, t), known, is_left_out, "cpu")[0]
 
-    said = effect, variance, from_mean, variance, t
     of_model = evaluate.prediction(predicted, known)
-    found = scores(said, *of_model)
-    zeroed = [[np.where(is_left_out, 0, v) for v in arrays] for arrays in (said, of_model)]
-    assert repr(found) == repr(scores(  # as text NaN equals NaN
-        zeroed[0], *zeroed[1], left_out=np.zeros((5, 30), bool)))
-    assert [found[group, "model"]["n_conditions"] for group in ("all", "first")] == [4, 1]
-    assert not any(group == "none" for group, _ in found)
-    none = found["all", "no_change"]  # all alike: no rank, and nothing from the mean
-    assert math.isnan(none["discrimination"]) and math.isnan(none["from_mean"])
-    predicted_known, effect, of_others = (np.where(is_left_out, 0, v)[known] for v in (
-        predicted, effect, of_model.from_mean))
-    model, first = found["all", "model"], found["first", "model"]
-    assert model["pearson"] == pytest.approx(evaluate.pearson(predicted_known, effect))
-    assert model["from_mean"] == pytest.approx(evaluate.pearson(
-        of_others, np.where(is_left_out, 0, from_mean)[known]))
-    ranked = evaluate.discrimination_scores(predicted_known, effect)
-    assert model["discrimination"] == pytest.approx(ranked[0].mean())
-    assert first["discrimination_by_prediction"] == ranked[1, 0]  # among four
+    found = scores(of_model)
+    a, b, c, d = (np.where(is_left_out, 0, v)[known] for v in (*of_model, effect, from_mean))
+    assert found["n_conditions"] == 4
+    assert found["pearson"] == pytest.approx(evaluate.pearson(a, c))
+    assert found["from_mean"] == pytest.approx(evaluate.pearson(b, d))
+    assert found["discrimination"] == pytest.approx(evaluate.discrimination_scores(a, c)[0].mean())
     of_model.effect[1, 9] = np.nan
-    assert math.isnan(scores(said, *of_model)["all", "model"]["pearson"])
-
-
+    assert math.isnan(scores(of_model)["pearson"])
 # ============================================================================================
 # The commands
 # ============================================================================================
@@ -2568,8 +1907,7 @@ def dying(monkeypatch, is_due, died):
 
 @pytest.mark.parametrize("options", [
     [], ["--stream"], ["--patience", "5"], ["--axes", "learned", "--correlated-effects"],
-    ["--model", "cpa-vae"], ["--model", "sams-vae-beta-bernoulli"], ["--model", "svae+"],
-    ["--model", "cvae"]])
+    ["--model", "sams-vae-beta-bernoulli"], ["--model", "svae+"], ["--model", "cvae"]])
 def test_a_run_killed_at_any_step_and_resumed_is_bit_identical_to_one_that_was_not(
         folder, options, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 100)  # an epoch has 268 cells
@@ -2588,22 +1926,19 @@ def test_a_run_killed_at_any_step_and_resumed_is_bit_identical_to_one_that_was_n
     assert codes == [130] * len(died) + [0] and len(died) > 3
     assert_same(*(outcome(f"runs/{name}") for name in ("whole", "parts")))
     state = last("parts")
-    turned = state["progress"]["masks_from"] == 8
-    assert turned == (not {"learned", "cpa-vae", "cvae"} & {*options})
+    turned = not {"learned", "cvae"} & {*options}
+    assert turned == (state["progress"]["masks_from"] == 8)
     assert turned == (not torch.equal(state["model"]["axes"], torch.eye(4)))
-    assert [line["step"] for line in train.read_log("runs/parts")] == [
-        3, 5, 6] + [8] * turned + [9, 10, 12, 15, 16]
 
 
-def new_screen(n_genes=40, batch=1):
-    """new.h5ad: the cells of screen.h5ad with its genes, or some, in another order, two more of one
-    name, and one value of batch."""
+def new_screen(batch=1):
+    """new.h5ad: the cells of screen.h5ad with its genes in another order, two more of one name,
+    and one value of batch."""
     file = data.read_h5ad("screen.h5ad")
-    genes = np.random.default_rng(1).permutation(40)[:n_genes]
-    obs = {"cell": file.cell_names, **{name: file.obs(name) for name in ("condition", "split")},
-           "batch": np.full(len(file.cell_names), batch)}
-    x = file.counts().dense()
-    data.write_h5ad("new.h5ad", X=np.column_stack([x[:, genes], x[:, [0, 0]]]), obs=obs,
+    genes, x = np.random.default_rng(1).permutation(40), file.counts().dense()
+    obs = {name: file.obs(name) for name in ("condition", "split")}
+    data.write_h5ad("new.h5ad", X=np.column_stack([x[:, genes], x[:, [0, 0]]]),
+                    obs={"cell": file.cell_names, "batch": np.full(len(x), batch)} | obs,
                     var={"gene": [*file.gene_names[genes], "twice", "twice"]})
 
 
@@ -2616,26 +1951,20 @@ def test_a_run_is_adapted_to_new_perturbations_and_what_it_knew_stays_as_it_was(
     train.main(["--adapt", "runs/base", "--data", "new.h5ad", "--name", "new", "--split-column",
                 "split", "--validate-every", "50", "--steps", "100"])
     base, new = (train.load_checkpoint(f"runs/{name}", "best.pt") for name in ("base", "new"))
-    names = base["fixed"]["perturbations"]
     known = [t for t, n in enumerate(base["model"]["n_cells"]) if n]
-    n_known = new["fixed"]["n_known"]
+    names, n_known = new["fixed"]["perturbations"], new["fixed"]["n_known"]
     assert new["fixed"]["gene_names"] == base["fixed"]["gene_names"]  # in the file others' order
-    assert new["fixed"]["perturbations"][:n_known] == [names[t] for t in known]
-    assert "P002" in new["fixed"]["perturbations"][n_known:]
+    assert names[:n_known] == [base["fixed"]["perturbations"][t] for t in known]
+    assert "P002" in names[n_known:]
     for name in ("log_theta", "decoder.last.weight", "axes"):
         assert torch.equal(new["model"][name], base["model"][name])
     for name in {"effect_loc", "n_cells"} & base["model"].keys():
         assert torch.equal(new["model"][name][:n_known], base["model"][name][known])
-    evaluate.main(["runs/new", "--ate-particles", "20", "--iwelbo-particles", "10"])
-    metrics = json.load(open("runs/new/metrics.json"))
+    metrics = evaluation("new", 10, 20)
     assert metrics["iwelbo_new"] > metrics["iwelbo_new_before"] + 0.2
-    effects = data.read_layers("runs/new/effects.h5ad")["model_log_normalised"]
-    of_new = evaluate.Arms(evaluate.open_run("runs/new")).names.tolist().index("P002")
-    assert np.abs(effects[of_new]).max() > 0.2
 
 
-def test_an_adapted_run_is_resumed_bit_identically_and_needs_the_genes_and_covariates_of_its_base(
-        folder):
+def test_an_adapted_run_is_resumed_bit_identically_and_needs_the_covariates_of_its_base(folder):
     data.simulate("screen.h5ad", perturbations=12, cells=20, pairs=10, n_genes=40, batch=2.0)
     train_on_screen("base", "--exclude", "P002", "--steps", "40", "--covariate", "batch")
     new_screen()
@@ -2644,18 +1973,11 @@ def test_an_adapted_run_is_resumed_bit_identically_and_needs_the_genes_and_covar
     train.main([*command, "--name", "parts", "--steps", "20"])
     train.main(["--resume", "runs/parts", "--steps", "40"])
     assert_same(*(outcome(f"runs/{name}") for name in ("whole", "parts")))
-    run = evaluate.open_run("runs/whole")
-    assert run.screen.covariates == ["batch=0", "batch=1"] and (run.screen.c == 1).all()
-    assert [run.model_screen.perturbations[t] for t in run.model_screen.d[:, 0]] == [
-        (name.split("+")[0] if name != "control" else "P002") for name in run.screen.conditions]
-    for screen, options, words in (
-            ({}, ["--exclude", "P002"], "no training or no validation cells with pert"),
-            ({"batch": 7}, [], "has batch=7, and the run was trained on batch=0, batch=1"),
-            ({"n_genes": 15}, [], "25 of the 40 genes wanted are not there")):
-        new_screen(**screen)
-        with pytest.raises(data.DataError, match=words):
-            train.main([*command, *options])
-    assert sorted(os.listdir("runs")) == ["base", "parts", "whole"]
+    screen = evaluate.open_run("runs/whole").screen
+    assert screen.covariates == ["batch=0", "batch=1"] and (screen.c == 1).all()
+    new_screen(batch=7)
+    with pytest.raises(data.DataError, match="batch=7, and the run was trained on batch=0, batch"):
+        train.main(command)
 
 
 def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
@@ -2674,51 +1996,31 @@ def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
     assert end["validation_loss"] == pytest.approx(run["progress"]["best"], abs=1e-3)
 
 
-@pytest.mark.parametrize("axes", ["learned", "sparsest"])
 def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_does_not_improve(
-        folder, monkeypatch, axes):
+        folder, monkeypatch):
     # Of validations every 5 steps. With masks of one: the best is at step 10, and 10 steps later
     # masks begin, at step 20, after which the best is at step 30, though worse than the other.
-    warm, losses = [5.0, 1.0, 4.0, 3.5], [9.0, 2.0, 6.0, 7.0]
-    values, weights = iter(warm + losses if axes == "sparsest" else losses), []
-    plain = train.begin_masks
+    values, weights, plain = iter([5.0, 1.0, 4.0, 3.5, 9.0, 2.0, 6.0, 7.0]), [], train.begin_masks
     monkeypatch.setattr(train, "begin_masks", lambda model: (
         weights.append(copy.deepcopy(model.state_dict())), plain(model))[1])
     monkeypatch.setattr(train, "validation_loss", lambda run: (
         weights.append(copy.deepcopy(run.model.state_dict())), next(values))[1])
-    train_on_screen("run", "--steps", "80", "--axes", axes, "--patience", "10")
-    best = train.load_checkpoint("runs/run", "best.pt")
-    assert best["progress"]["best"] == last("run")["progress"]["best"] == 2
+    train_on_screen("run", "--steps", "80", "--patience", "10")
     assert next(values, None) is None
-    steps = [state["progress"][name] for state in (best, last("run"))
-             for name in ("step", "masks_from")]
-    model = train.build_model(best)
-    assert not model.masks_of_one and (model.mask_probability() < 1).all()
-    assert os.path.exists("runs/run/warm.pt") == (axes == "sparsest")
-    if axes == "sparsest":
-        assert steps == [30, 20, 40, 20]
-        assert_same(weights[1], weights[4])  # of the second validation; after four
-        # The weights alone say whether masks are of one.
-        model = train.build_model(train.load_checkpoint("runs/run", "warm.pt"))
-        assert model.masks_of_one and (model.mask_probability() == 1).all()
-    else:
-        assert steps == [10, 0, 20, 0]
+    assert_same(weights[1], weights[4])  # of the second validation; after four
+    best, warm = (train.load_checkpoint("runs/run", name) for name in ("best.pt", "warm.pt"))
+    assert best["progress"]["best"] == last("run")["progress"]["best"] == 2
+    assert [state["progress"][name] for state in (best, last("run"))
+            for name in ("step", "masks_from")] == [30, 20, 40, 20]
+    # The weights alone say whether masks are of one.
+    assert (train.build_model(warm).mask_probability() == 1).all()
+    assert (train.build_model(best).mask_probability() < 1).all()
     # A run that has ended by patience is as complete as one that made all of its steps.
     assert evaluation("run")["done"]
 
 
-def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(
-        folder, monkeypatch, capsys):
-    def progress():
-        """Where the axes turned, and the last step."""
-        return last("run")["progress"]["masks_from"], last("run")["progress"]["step"]
-
-    with monkeypatch.context() as killing, pytest.raises(SystemExit):
-        dying(killing, lambda moment: moment[1] == 6, set())
-        train_on_screen("run", "--steps", "40")
-    assert progress() == (0, 5)
-    train.main(["--resume", "runs/run", "--steps", "12"])
-    assert progress() == (6, 12)  # at half of the steps that are asked for now
+def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(folder, capsys):
+    train_on_screen("run", "--steps", "12")
     capsys.readouterr()
     train.main(["--resume", "runs/run"])
     assert "runs/run has ended, at step 12;" in capsys.readouterr().out
@@ -2726,7 +2028,7 @@ def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(
     with pytest.raises(data.DataError, match="not there any more; --data says where"):
         train.main(["--resume", "runs/run"])
     train.main(["--resume", "runs/run", "--steps", "20", "--data", "moved.h5ad"])
-    assert progress() == (6, 20)  # and where it was, if they have begun
+    assert last("run")["progress"]["step"] == 20 and last("run")["progress"]["masks_from"] == 6
     config = json.load(open("runs/run/config.json"))
     assert config["steps"] == 20 and os.path.samefile(config["data"], "moved.h5ad")
     with pytest.raises(data.DataError, match="only --steps, --precision, --device and --data"):
@@ -2739,86 +2041,31 @@ def test_a_file_without_a_preset_has_settings_of_its_own_that_flags_override(fol
         arguments = train.parse_arguments(["--data", "screen.h5ad", *options])
         return train.new_run(*arguments, torch.device("cpu")).config
 
-    own, flags = config(), config("--n-latent", "10", "--lr", "0.1", "--model", "cpa-vae")
+    own, flags = config(), config("--n-latent", "10", "--lr", "0.1")
     assert own.items() >= train.own_settings(0.64 * 540, 12).items()
     assert (own["n_latent"], own["alpha"]) == (30, 0.1)
     assert (flags["n_latent"], flags["alpha"], flags["lr"]) == (10, 0.3, 0.1)
-    large = train.own_settings(1_000_000, 5000)
-    assert (large["n_latent"], large["n_hidden"], large["steps"]) == (100, 400, 50_000)
 
 
-def test_a_covariate_value_without_training_cells_is_taken_as_unknown(folder, capsys):
-    data.simulate("screen.h5ad", perturbations=12, cells=20, n_genes=40, batch=1.0, n_controls=400)
-    train_on_screen("run", "--steps", "1")  # controls and others differ: a run says so
-    assert "--covariate batch compares like with like" in capsys.readouterr().out
-    split = data.read_h5ad("screen.h5ad").obs("split")
-    with h5py.File("screen.h5ad", "a") as file:
-        file["obs/batch"][...] = np.where(split == "test", 2, file["obs/batch"][()])
-    train_on_screen("with", "--steps", "1", "--covariate", "batch", "--weight-decay", "0")
-    assert "batch=2: no training cell" in capsys.readouterr().out
-    model = train.build_model(last("with"))
-    for network in (model.encoder, model.decoder):
-        columns = network.first.weight[:, network.part_sizes[0]:][:, :3]
-        assert (columns[:, 2] == 0).all() and (columns[:, :2] != 0).any()
-
-
-def test_options_reach_the_model_and_the_optimizer(folder):
-    train_on_screen("run", "--steps", "1", "--alpha", "0.3", "--beta", "2.5", "--lr", "0.125",
-                    "--weight-decay", "0.5", "--n-layers", "3", "--effect-layers", "4", "--axes",
-                    "learned", "--correlated-effects")
-    model = train.build_model(last("run"))
+def test_options_reach_the_model_and_the_optimizer_and_turned_effects_get_new_moments(folder):
+    train_on_screen("run", "--steps", "2", "--alpha", "0.3", "--beta", "2.5", "--n-layers", "3",
+                    "--effect-layers", "4", "--lr", "0.125", "--mask-lr", "0.5")
+    model, (groups, state) = train.build_model(last("run")), (
+        last("run")["optimizer"][name] for name in ("param_groups", "state"))
     assert (model.alpha, model.beta) == (0.3, 2.5)
     assert len(model.encoder.residual) == len(model.decoder.residual) == 2
-    assert len(model.f_emb.residual) == 3
-    networks, masks, _ = last("run")["optimizer"]["param_groups"]
-    assert networks["lr"] == masks["lr"] == 0.125
-    assert networks["weight_decay"] == masks["weight_decay"] == 0.5
-    # Adam divides by the gradient's size, but for 1e-8: below that, clipping stops all movement.
-    for clip, moves in (("0", True), ("1e-12", False)):
-        train_on_screen(f"clip{clip}", "--steps", "1", "--clip", clip, "--weight-decay", "0",
-                        "--start", "zero")
-        assert (last(f"clip{clip}")["model"]["log_theta"].abs().max() > 1e-5) == moves
+    assert [group["lr"] for group in groups] == [0.125, 0.5, 0.01]  # masks, effects: the last ones
+    # After the first step the axes turned.
+    assert [{int(state[i]["step"]) for i in group["params"]} for group in groups] == [{2}, {1}, {1}]
 
 
-def test_masks_have_their_learning_rate_and_turned_effects_new_moments_in_the_sparsest_axes(folder):
-    train_on_screen("run", "--steps", "2", "--lr", "0.125", "--mask-lr", "0.5")  # they turn after 1
-    run = last("run")
-    assert [group["lr"] for group in run["optimizer"]["param_groups"]] == [0.125, 0.5, 0.01]
-    names = [name for name, _ in train.build_model(run).named_parameters()]
-    names.sort(key=lambda name: 1 * name.startswith("mask_") + 2 * name.startswith("effect_"))
-    steps = {name: int(run["optimizer"]["state"][i]["step"]) for i, name in enumerate(names)}
-    assert steps.pop("effect_loc") == steps.pop("effect_log_var") == steps.pop("mask_logits") == 1
-    assert set(steps.values()) == {2}
-
-
-def test_runs_that_start_at_the_same_time_have_folders_of_their_own(folder, monkeypatch):
-    original = data.split_cells
-
-    def slowly(*arguments):
-        """While the first run reads its data, a second starts and is done."""
-        monkeypatch.setattr(data, "split_cells", original)
-        train.main(["--data", "screen.h5ad", *TINY[4:], "--steps", "3"])
-        return original(*arguments)
-
-    monkeypatch.setattr(data, "split_cells", slowly)
-    train.main(["--data", "screen.h5ad", *TINY[4:], "--steps", "4"])
+def test_a_run_has_a_folder_of_its_own(folder):
+    for _ in range(2):
+        train.main(["--data", "screen.h5ad", *TINY[4:], "--steps", "1"])
     names = ["screen-sams-vae-basal-sparsest-seed0", "screen-sams-vae-basal-sparsest-seed0-2"]
     assert sorted(os.listdir("runs")) == names
-    assert [last(name)["progress"]["step"] for name in names] == [4, 3]
     with pytest.raises(data.DataError, match="runs/screen-sams-vae-basal-sparsest-seed0 exists"):
         train_on_screen(names[0])
-
-
-def test_cells_of_one_and_of_a_million_counts_are_trained_on_and_evaluated(folder):
-    x = np.random.default_rng(0).poisson(200_000, (80, 5))
-    x[:2] = [0, 0, 0, 0, 1], [0, 0, 1_000_000, 0, 0]
-    data.write_h5ad("x.h5ad", X=x, var={"gene": list("abcde")}, obs={
-        "cell": [f"c{i}" for i in range(80)],
-        "condition": text((["control"] * 3 + ["A"] * 5) * 10)})
-    train.main(["--data", "x.h5ad", "--name", "deep", "--steps", "4", "--n-latent", "1"])
-    metrics = evaluation("deep", 3, 20)
-    assert math.isfinite(metrics["iwelbo"]) and math.isfinite(metrics["validation_loss"])
-    assert "nan" not in evaluate.table(metrics)
 
 
 def test_the_lines_for_a_notebook_in_the_readme_run(folder, capsys):
@@ -2830,27 +2077,23 @@ def test_the_lines_for_a_notebook_in_the_readme_run(folder, capsys):
 
 
 def test_the_fingerprint_depends_on_every_count_and_not_on_how_they_are_stored(folder):
+    def fingerprints(x):
+        """Of these counts in the file's cells and genes, in memory and in the file."""
+        data.write_h5ad("other.h5ad", X=x, var={"gene": file.gene_names}, obs={
+            "cell": file.cell_names, "condition": file.obs("condition"),
+            "split": file.obs("split")})
+        return {data.read_screen("other.h5ad", stream=stream).fingerprint()
+                for stream in (False, True)}
+
     train_on_screen("run", "--steps", "2")
-    file, found = data.read_h5ad("screen.h5ad"), set()
-    obs, x = {"cell": file.cell_names, "condition": file.obs("condition")}, file.counts().dense()
-    for counts in (x, x.astype(float), iter([file.counts()])):
-        data.write_h5ad("again.h5ad", X=counts, obs=obs, var={"gene": file.gene_names})
-        found |= {data.read_screen("again.h5ad", stream=stream).fingerprint()
-                  for stream in (False, True)}
-    with h5py.File("again.h5ad", "a") as out:
-        del out["X"]
-        write_sparse(out, "X", x, by_row=False)
-    found.add(data.read_screen("again.h5ad").fingerprint())
-    assert found == {last("run")["fixed"]["fingerprint"]}
-    swapped = x.copy()
+    file = data.read_h5ad("screen.h5ad")
+    x, own = file.counts().dense(), {last("run")["fixed"]["fingerprint"]}
+    assert fingerprints(x.astype(float)) == fingerprints(iter([file.counts()])) == own
+    swapped, same_library = x.copy(), x.copy()
     swapped[7, [0, 1, 2]] += np.array([1, 0, 1], np.uint16)
-    same_library = x.copy()
     same_library[7, 1] += 2  # as many in all, at other genes
-    for counts in (swapped, same_library, x[:, ::-1], np.roll(x, 1, axis=0)):
-        data.write_h5ad("other.h5ad", X=counts, var={"gene": file.gene_names},
-                        obs=obs | {"split": file.obs("split")})
-        found.add(data.read_screen("other.h5ad").fingerprint())
-    assert len(found) == 5
+    others = swapped, same_library, x[:, ::-1], np.roll(x, 1, axis=0)
+    assert len(own.union(*map(fingerprints, others))) == 5
     for main, command in ((train.main, ["--resume", "runs/run"]), (evaluate.main, ["runs/run"])):
         with pytest.raises(data.DataError, match="another order, than the run was trained on"):
             main([*command, "--data", "other.h5ad"])
@@ -2872,73 +2115,29 @@ def test_metrics_of_other_weights_and_half_a_line_of_the_log_are_not_believed(fo
     train_on_screen("run", "--steps", "4")
     evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2"])
     assert evaluate.evaluated("runs/run", {"ate_particles": 2})
-    assert evaluate.evaluated("runs/run", {"ate_particles": 3}) is None
     train_on_screen("other", "--steps", "4", "--seed", "1")  # as many steps, other weights
     os.replace("runs/other/best.pt", "runs/run/best.pt")
     assert evaluate.evaluated("runs/run", {}) is None
-
-    lines = train.read_log("runs/run")
-    with open("runs/run/log.jsonl", "wb") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode()
-                   + b'\0\0\n{"step": 5')  # as kills leave it
-    assert train.read_log("runs/run") == lines
+    with open("runs/run/log.jsonl", "ab") as file:
+        file.write(b'\0\0\n{"step": 5')  # as kills leave it
+    assert [line["step"] for line in train.read_log("runs/run")] == [2, 4]
     train.main(["--resume", "runs/run", "--steps", "6"])
     assert [line["step"] for line in train.read_log("runs/run")] == [2, 4, 5, 6]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
-def test_a_full_disk_ends_in_a_sentence_and_leaves_the_previous_checkpoint(
-        folder, capsys):  # without capsys, what is printed goes to a file, too
-    import resource
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(13, "Permission denied", "runs"), "runs: Permission denied"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
+    (data.DataError("a\x1b[2J\n" + "b" * 10**6), "a\ufffd[2J\ufffdbbb")])
+def test_what_the_machine_refuses_is_one_sentence_and_status_2(error, words, capsys):
+    def main():
+        raise error
 
-    train_on_screen("run", "--steps", "4")
-    before, limits = outcome("runs/run"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        for size in (1000, 8000):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            for command in (["--data", "screen.h5ad", "--name", "new", *TINY[4:]],
-                            ["--resume", "runs/run", "--steps", "8"]):
-                with pytest.raises(data.DataError, match="cannot be written: File too large"):
-                    train.main(command)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert os.listdir("runs") == ["run"]
-    assert_same(outcome("runs/run"), before)
-
-
-def test_what_the_machine_refuses_is_one_sentence_and_status_2(capsys):
-    def raising(error):
-        def main():
-            raise error
-        return main
-
-    for error, words in ((OSError(28, "No space left on device"), "No space left on device"),
-                         (PermissionError(13, "Permission denied", "runs"), "runs: Permission"),
-                         (MemoryError("Unable to allocate 3.6 TiB"), "not enough memory"),
-                         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not eno"),
-                         (data.DataError("a\x1b[2J\n" + "b" * 10**6), r"a.\[2J.bbb")):
-        with pytest.raises(SystemExit) as stopped:
-            data.run(raising(error))
-        errors = capsys.readouterr().err
-        assert stopped.value.code == 2 and re.match(f"error: .*{words}", errors)
-        assert errors.count("\n") == 1 and len(errors) < 2100
-    with pytest.raises(RuntimeError, match="a bug"):  # which is no problem of the user's
-        data.run(raising(RuntimeError("a bug")))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="names of files that are no text")
-def test_a_closed_pipe_and_a_name_that_is_no_text_are_no_traceback(folder):
-    os.rename("screen.h5ad", b"caf\xe9.h5ad")
-    code = f"import sys; sys.path.insert(0, {HERE!r}); import data; data.run(data.main)"
-    one = [sys.executable, "-c", code, b"caf\xe9.h5ad"]
-    running = subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    running.stdout.close()
-    errors = running.stderr.read().decode()
-    assert (running.wait(), errors) == (2, "error: standard output is closed\n")
-    done = subprocess.run(one, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
-    assert done.returncode == 0 and done.stdout.startswith("caf\ufffd.h5ad\n".encode()), done.stderr
-    assert done.returncode == 0 and done.stdout.startswith("caf\ufffd.h5ad\n".encode()), done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        data.run(main)
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.startswith(f"error: {words}")
+    assert errors.count("\n") == 1 and len(errors) < 2100
 
 
 @pytest.fixture(scope="module")
@@ -2977,12 +2176,13 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         folder, effects_from, monkeypatch):
     train_on_screen("run", "--steps", "2")
     screen = data.read_screen("screen.h5ad", split_column="split")
-    chosen = np.ones(len(screen.rows), bool) if effects_from == "all" else screen.split == "test"
+    chosen = (screen.split == "test") | (effects_from == "all")
     x = screen.counts.dense().astype(float)
     y = {"per_10k": 1e4 * x / x.sum(1, keepdims=True)}
     y["log_normalised"] = np.log2(1 + y["per_10k"])
 
     def of_the_data(model, arms, *arguments, **options):
+        """The means of the chosen cells, where `expected_expression` has those of a model."""
         has = [chosen & (screen.d == d).all(1) for d in arms.numpy()]
         return {scale: torch.from_numpy(np.stack([
             values[cells].mean(0) + 1e-9 if cells.any() else np.ones(40) for cells in has]))
@@ -2999,7 +2199,6 @@ def test_a_model_with_the_effects_of_the_data_has_an_ate_pearson_of_one(
         # Its control is the data's; the other side has the control of the training cells.
         assert model["from_mean"] > 0.97 and model["weighted_r_squared"] > 0.9
         assert mean["pearson"] < 0.99 and limit["pearson"] < 1 and none["pearson"] is None
-        assert mean["from_mean"] is None and mean["weighted_r_squared"] <= 0
 
 
 @pytest.mark.parametrize("depth", [100, 10_000])
@@ -3033,13 +2232,12 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
     for cells in ("all", "test"):
         metrics = evaluation("run", 2, 2000, effects_from=cells)
         for scale in evaluate.SCALES:
-            model, limit = (evaluate.score(metrics, scale, "all", row)
+            model, limit = (evaluate.score(metrics, scale, "all", row)["pearson"]
                             for row in ("model", "noise_limit"))
-            assert cells == "test" or (model["pearson"] > 0.99 and model["r_squared"] > 0.98)
-            assert model["pearson"] == pytest.approx(limit["pearson"], abs=0.02)
-    if depth == 100:  # cells of another depth have other logarithms
-        metrics = evaluation("run", 2, 2000, library=10_000, effects_from="all")
-        assert evaluate.score(metrics, "log_normalised", "all", "model")["pearson"] < 0.97
+            assert model == pytest.approx(limit, abs=0.02) and (cells == "test" or model > 0.99)
+    # Cells of another depth have other logarithms.
+    metrics = evaluation("run", 2, 2000, library=10**6 // depth, effects_from="all")
+    assert evaluate.score(metrics, "log_normalised", "all", "model")["pearson"] < 0.97
 
 
 def test_users_are_warned_of_what_is_not_to_be_believed():
@@ -3055,16 +2253,11 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
             "step": 900, "mask_mean_probability": 0.1, "n_trained_perturbations": 10,
             "n_empty_masks": 3, "effects": effects(0.6), "options": {"effects_from": "test"}}
     assert evaluate.warnings_of(good) == []
-    learned = {"config": good["config"] | {"axes": "learned"}, "masks_from": 0}
-    for changed, n, words in (
-            ({"step": 550, "n_empty_masks": 9}, 1, "hardly been trained, in 50 steps"),
-            (learned | {"mask_mean_probability": 0.49}, 1, "0.490, where training starts at 0.5"),
-            ({"n_empty_masks": 6}, 1, "6 of 10 perturbations are empty"),
-            ({"effects": effects(0.6, 0.0)}, 2, "do not stand out of their noise"),
-            ({"effects": effects(0.45)}, 2, "0.450 with the data's, no better than own mean "
-                                            "(0.500), which need no model")):
-        found = evaluate.warnings_of(good | changed)
-        assert words in found[0] and len(found) == n
+    for changed, words in (({"step": 550}, "hardly been trained, in 50 steps"),
+                           ({"n_empty_masks": 6}, "6 of 10 perturbations are empty"),
+                           ({"effects": effects(0.6, 0.0)}, "do not stand out of their noise"),
+                           ({"effects": effects(0.45)}, "no better than own mean (0.500)")):
+        assert words in evaluate.warnings_of(good | changed)[0]
 
 
 FEW = ["--iwelbo-particles", "5", "--ate-particles", "20"]
@@ -3084,58 +2277,39 @@ def metrics_of(runs):
 
 def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
         folder, capsys, monkeypatch):
-    # Three runs, of which eight evaluations take their time.
     for seed in "01":
         train_on_screen(f"sams{seed}", "--steps", "4", "--seed", seed, "--axes", "learned")
     train_on_screen("cvae", "--steps", "4", "--model", "cvae")
-    os.makedirs("runs/other")
-    runs = ["runs/cvae", "runs/other", "runs/sams0", "runs/sams1"]
+    runs = ["runs/cvae", "runs/sams0", "runs/sams1"]
     counted, plain = [], evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **options: (
         counted.append(run.folder), plain(run, **options))[1])
-    capsys.readouterr()
     evaluate.main([*runs, *FEW])
-    out = capsys.readouterr().out
-    assert counted == [runs[0], *runs[2:]] and "runs/other: passed over" in out
-    sams, cvae = rows_of(out, "model")[:2]
-    metrics = metrics_of(runs[2:])
-    for column, digits, values in (
-            ("test IWELBO", 2, [m["iwelbo"] for m in metrics]),
-            ("R2", 3, [evaluate.score(m, "log_normalised", "all", "model")["r_squared"]
-                       for m in metrics])):
-        assert sams[column] == (
-            f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}")
+    sams, cvae = rows_of(capsys.readouterr().out, "model")[:2]
+    metrics = metrics_of(runs[1:])
+    values = [m["iwelbo"] for m in metrics]
+    assert sams["test IWELBO"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert (sams["model"], sams["runs"], cvae["model"]) == ("sams-vae", "2", "cvae")
     agreement, chance = evaluate.mask_agreement([m["mask"] for m in metrics])
     assert sams["masks agree"] == f"{agreement:.3f} (chance {chance:.3f})"
-    assert cvae["mask F1"] == "-" and "±" not in cvae["test IWELBO"]
-    assert [sams["difference"], cvae["difference"]].count("reference") == 1
-
     evaluate.main(runs)  # without options: whatever is there
-    assert len(counted) == 3 and capsys.readouterr().out.count("| sams-vae") == 1
-    evaluate.main([runs[0], "--library", "21"])
+    assert counted == runs
     evaluate.main([runs[0], "--again", *FEW])
-    assert len(counted) == 5
-    # A damaged run does not keep others from the table, nor do metrics that cannot be read.
-    train_on_screen("damaged", "--steps", "1")
-    for path, content in (("damaged/best.pt", "nonsense"), ("sams0/metrics.json", "{")):
-        with open(f"runs/{path}", "w") as file:
-            file.write(content)
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*runs, "runs/damaged"])
+    assert len(counted) == 4
+    # A damaged run does not keep others from the table.
+    shutil.copy("screen.h5ad", "runs/cvae/best.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main(runs)
     out, errors = capsys.readouterr()
-    assert stopped.value.code == 2 and "error: runs/damaged" in errors and "| sams-vae" in out
-    os.remove("screen.h5ad")
-    with pytest.raises(data.DataError, match="not there any more; --data"):
-        evaluate.main(["runs/sams0", "--again"])
+    assert "error: runs/cvae" in errors and "| sams-vae" in out
 
 
 def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings():
     def run(*options, **changed):
         """What tables know of a run."""
-        config = train.configuration(*train.parse_arguments(["--data", "x.h5ad", *options]))
-        return {"config": config, "fingerprint": "x", "options": {"library": 9}, "done": True,
-                "last_step": 4} | changed
+        return {"config": configuration("--data", "x.h5ad", *options), "fingerprint": "x",
+                "options": {"library": 9}, "done": True, "last_step": 4} | changed
 
     runs = [run(), run("--seed", "1", "--split-seed", "2", "--log-every", "3"), run("--beta", "2"),
             run("--covariate", "batch"),  # of a simulated screen no fingerprint has this
@@ -3143,47 +2317,28 @@ def test_runs_are_averaged_only_over_seeds_and_never_over_data_or_settings():
             run("--split", "norman-ood")]
     assert [[len(row) for row in evaluate.grouped(members, evaluate.settings)]
             for members in evaluate.tables_of(runs)] == [[2, 1, 1, 1], [1], [1], [1]]
-    simulated = train.configuration(*train.parse_arguments([]))
-    runs = [run(config=simulated | {"simulated_seed": seed, "simulated_cells": cells},
-                fingerprint=str((seed, cells))) for seed, cells in ((0, 20), (1, 20), (1, 30))]
-    assert [len(members) for members in evaluate.tables_of(runs)] == [2, 1]
 
 
 def test_norman_runs_are_compared_with_sams_vae_without_combinations_and_every_figure_is_drawn(
-        folder, capsys, monkeypatch):
-    # A dozen evaluations and figures take their time.
-    for model, fraction, seed in (("cvae", "0", "0"), ("cvae", "0", "1"), ("cvae", "1", "0"),
-                                  ("sams-vae", "0", "0"), ("sams-vae", "0", "1")):
+        folder, capsys):
+    for model, fraction in (("cvae", "0"), ("cvae", "1"), ("sams-vae", "0")):
         train.main(["--data", "screen.h5ad", "--preset", "norman-ood", "--layer", "X",
                     "--gene-column", "", "--perturbation-column", "condition", *TINY[4:],
                     "--effect-layers", "1", "--steps", "2", "--model", model,
-                    "--train-combinations", fraction, "--split-seed", seed])
+                    "--train-combinations", fraction])
     runs = sorted(f"runs/{name}" for name in os.listdir("runs"))
-    assert runs[1] == "runs/screen-cvae-f0-split1-seed0"
     evaluate.main([*runs, *FEW])
     rows = {(row["model"], row["f"]): row
             for row in rows_of(capsys.readouterr().out, "model", "guide", "f")}
-    metrics = metrics_of(runs)
-    of_cvae, of_sams = ([m["iwelbo"] for m in some] for some in (metrics[:2], metrics[3:]))
+    of_cvae, _, of_sams = (m["iwelbo"] for m in metrics_of(runs))
     assert rows["sams-vae", "0"]["difference"] == "reference"
     assert float(rows["cvae", "0"]["difference"].split()[0]) == pytest.approx(
-        np.mean(of_cvae) - np.mean(of_sams), abs=0.006)
-    assert rows["additive", "0"]["ATE-Pearson"] != ""
-    counted = evaluate.one_of_each_split(metrics)  # for baselines, whatever the model
-    assert sorted((m["config"]["train_combinations"], m["config"]["split_seed"])
-                  for m in counted) == [(0, 0), (0, 1), (1, 0)]
-
+        of_cvae - of_sams, abs=0.006)
     pytest.importorskip("matplotlib")
-    evaluate.main([*runs[::3], "--figures"])
-    for run in runs[::3]:
-        figures = {"training.png", "effects.png"} | ({"masks.png"} if "cvae" not in run else set())
-        assert figures == {name for name in os.listdir(run) if name.endswith(".png")}
-        for name in figures:
-            assert open(f"{run}/{name}", "rb").read(4) == b"\x89PNG"
-    assert os.path.getsize("runs/norman-ood.png") > 10_000
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(data.DataError, match="pip install matplotlib"):
-        evaluate.main(["runs/any", "--figures"])
+    evaluate.main([*runs[1:], "--figures"])
+    for name in (*(f"{runs[2]}/{figure}.png" for figure in ("training", "effects", "masks")),
+                 f"{runs[1]}/effects.png", "runs/norman-ood.png"):
+        assert open(name, "rb").read(4) == b"\x89PNG"
 
 
 def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, capsys):
@@ -3207,18 +2362,13 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
                                        atol=0.2)
             found = predicted[f"effect_{scale}"][i]
             assert (found == 0).all() or evaluate.pearson(found, treated - without) > 0.97
-    assert (effect[3] == 0).all() and (predicted["effect_counts_low"][3] == 0).all()
-    assert (effect[0] != 0).any() and (effect[2] == 0).all() == (model == "svae+")
+    assert (effect[3] == 0).all() and (effect[0] != 0).any()
     np.testing.assert_allclose(predicted["log2_fold_change"],
                                np.log2(expected / (expected - effect)), atol=1e-3)
-    low, high = (predicted[f"effect_counts_{name}"] for name in ("low", "high"))
-    assert (low <= high).all() and ((low <= effect) & (effect <= high)).mean() > 0.9
-    with h5py.File(f"{run.folder}/predictions.h5ad") as file:
-        n = file["obs/n_training_cells"][()]
-    assert n[1] == ((run.screen.conditions == seen) & (run.screen.split == "train")).sum() > 0
-    assert n[2] == 0 and f"{seen}: {n[1]} training cells" in out
-    assert "P001+P002+P003: no training cells of its own" in out
+    n = ((run.screen.conditions == seen) & (run.screen.split == "train")).sum()
+    assert f"{seen}: {n} training cells" in out
     # Three at once are no label of the data.
+    assert (effect[2] == 0).all() == (model == "svae+")
     assert ("P001+P002+P003 WAS NEVER SEEN: ITS EFFECT IS ZERO" in out) == (model == "svae+")
     # The same whatever else is asked for.
     evaluate.main([run.folder, "--predict", *names[1:3], "--ate-particles", "5000"])
@@ -3226,28 +2376,6 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
     assert all((alone[name] == values[1:3]).all() for name, values in predicted.items())
     with pytest.raises(data.DataError, match="these come near: P0"):
         evaluate.main([run.folder, "--predict", "P01"])
-    if model != "svae+":
-        run.model.n_cells[list(run.model_screen.perturbations).index("P001")] = 0
-        assert "P001 WAS NEVER SEEN: ITS EFFECT IS " + (
-            "ZERO" if model == "cvae" else "THE PRIOR'S") in evaluate.predict(run, ["P001"], 10)
-
-
-NOTHING = torch.zeros(1, 0, dtype=torch.long)  # no covariates
-
-
-def test_an_interval_holds_nine_of_ten_particles():
-    model, d, c = small_model(CPAVAE, n_cells=(5, 3), turned=True), torch.tensor([0, 1]), NOTHING
-    torch.manual_seed(0)
-    low, high = map(torch.from_numpy, evaluate.interval_of_effect(
-        model, d, torch.randn(4000, 3), c.expand(4000, -1)))
-    with torch.no_grad():
-        mask, effect, _, _ = model.sample_globals(torch.arange(2), 4000)
-        z = torch.randn(4000, 1, 3)
-        z_pert = sum_effects(mask, effect, d[None], model.axes)
-        rho, control = (model.log_rho(v, d, c).exp() for v in (z + z_pert, z))
-        difference = 1e4 * (rho - control)[:, 0]
-    share = ((difference > low) & (difference < high)).float().mean(0)
-    assert ((share - 0.9).abs() < 0.03).all()
 
 
 def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(one):
@@ -3264,42 +2392,6 @@ def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_er
     assert not found.keys() & {"control", "P001+P002+P003"}
 
 
-def test_effects_of_the_model_are_averaged_over_covariates_as_the_cells_compared_with_have_them(
-        three, monkeypatch):
-    def by_batch(model, arms, c, library, basal):
-        """An effect of 1 in batch 0 and of 2 in batch 1."""
-        value = 1 + (arms != NONE).any(1, keepdim=True) * (1.0 + c) + torch.zeros(40)
-        return {scale: value.double() for scale in ("log_normalised", "per_10k")}
-
-    monkeypatch.setattr(evaluate, "expected_expression", by_batch)
-    monkeypatch.setattr(evaluate, "write_top_genes", lambda *_: None)
-    screen = three.screen
-    for cells in ("all", "test"):
-        evaluate.evaluate(three, iwelbo_particles=2, effects_from=cells)
-        found = layers_of(three, "effects")["model_log_normalised"][:, 0]
-        chosen = (screen.split == "test") | (cells == "all")
-        for effect, name in zip(found, sorted(set(screen.conditions) - {"control"})):
-            batch = screen.c[chosen & (screen.conditions == name), 0]
-            assert effect == pytest.approx(1 + batch.mean())
-
-
-def test_samples_are_a_screen_of_their_own_with_the_labels_of_the_input(one):
-    names = ["control", next(c for c in one.screen.conditions if "+" in c), "P001+P002+P003"]
-    evaluate.main(["runs/sams-vae", "--predict", *names, "--sample", "3000"])
-    screen = data.read_screen("runs/sams-vae/samples.h5ad", covariate=["batch"])
-    assert collections.Counter(screen.conditions) == dict.fromkeys(names, 3000)
-    x, predicted = screen.counts.dense().astype(float), layers_of(one, "predictions")
-    for i, name in enumerate(names):
-        there, here = (s.conditions == name for s in (one.screen, screen))
-        if i < 2:
-            library = one.screen.library[there]
-            assert x[here].sum(1).mean() == pytest.approx(library.mean(), rel=0.05)
-            assert screen.c[here].mean() == pytest.approx(one.screen.c[there].mean(), abs=0.01)
-        y = 1e4 * x[here] / x[here].sum(1, keepdims=True)  # their means are the expected ones
-        difference = np.abs(y.mean(0) - predicted["expected_counts"][i])
-        assert (difference < 5 * y.std(0) / 3000**0.5).all()
-
-
 def write_controls(name, x, genes, batch):
     """A file of unperturbed cells alone."""
     data.write_h5ad(name, X=x, var={"gene": genes}, obs={
@@ -3307,50 +2399,33 @@ def write_controls(name, x, genes, batch):
         "batch": np.full(len(x), batch)})
 
 
-def test_predictions_for_another_file_are_what_its_control_cells_would_become(three, capsys):
-    run, genes = three, three.screen.gene_names
+def test_predictions_for_another_file_are_what_its_control_cells_would_become(one):
+    run, genes = one, one.screen.gene_names
     x = run.screen.counts.dense()[(run.screen.conditions == "control") & (run.screen.c[:, 0] == 0)]
-    # Those of the run's controls with much of the first gene, genes in another order and one more.
-    x = x[x[:, 0] / x.sum(1) > np.median(x[:, 0] / x.sum(1))]
+    # The controls of one batch, genes in another order and one more.
     order = np.random.default_rng(0).permutation(40)
     write_controls("other.h5ad", np.column_stack([x[:, order], np.ones(len(x), int)]),
                    [*genes[order], "more"], 0)
-    predict = [run.folder, "--predict", "control", "P001", "--sample", "50"]
-    evaluate.main(predict)
-    own = layers_of(run, "predictions")
-    evaluate.main([*predict, "--data", "other.h5ad"])
-    other = layers_of(run, "predictions")
-    assert f"of the {len(x)} control cells of other.h5ad" in capsys.readouterr().out
-    # The decoder sees these cells through q(z_basal | x): nearer to them than the prior's.
-    share, own_share, in_cells = (v[0] / v[0].sum() for v in (
-        other["expected_counts"], own["expected_counts"], x.sum(0, keepdims=True)))
-    assert np.abs(share - in_cells).sum() < np.abs(own_share - in_cells).sum()
-    assert (other["effect_counts"][0] == 0).all() and (other["effect_counts"][1] != 0).any()
+    # Basal states are draws from the cells' posterior.
+    basal, c, library = evaluate.population(run, "P001", 200 * len(x), 0,
+                                            evaluate.controls_of_file(run, "other.h5ad"))
+    with torch.no_grad():
+        loc, var = run.model.encode(torch.from_numpy(x[:1].astype("f4")), torch.zeros(1, 1, 4),
+                                    torch.full((1, 1), NONE), c[:1])
+    draws = basal[library == x[0].sum()]  # of the first cell
+    torch.testing.assert_close(draws.mean(0), loc.reshape(4), rtol=0, atol=0.3)
+    torch.testing.assert_close(draws.var(0), var.reshape(4), rtol=0.5, atol=0)
     # Depth and batch are the other file's.
     write_controls("thin.h5ad", x // 10, genes, 1)
+    predict = [run.folder, "--predict", "control", "P001", "--sample", "50"]
     evaluate.main([*predict, "--data", "thin.h5ad"])
-    with h5py.File(f"{run.folder}/predictions.h5ad") as file:
-        assert file["uns/library"][()] == pytest.approx(np.median((x // 10).sum(1)), rel=0.01)
-        assert file["uns/basal_states"].asstr()[()] == "thin.h5ad"
+    assert (layers_of(run, "predictions")["effect_counts"] == 0).all(1).tolist() == [True, False]
     samples = data.read_h5ad(f"{run.folder}/samples.h5ad")
     assert (samples.obs("batch").astype(int) == 1).all()
     assert samples.counts().dense().sum(1).mean() == pytest.approx((x // 10).sum(1).mean(), rel=0.2)
-    # Basal states are draws from the cells' posterior.
-    controls = evaluate.controls_of_file(run, "other.h5ad")
-    basal, c, library = evaluate.population(run, "P001", 200 * len(x), 0, controls)
-    with torch.no_grad():
-        loc, var = run.model.encode(torch.from_numpy(x[:3].astype("f4")), torch.zeros(1, 3, 4),
-                                    torch.full((3, 1), NONE), c[:3])
-    loc, var = loc.reshape(3, 4), var.reshape(3, 4)
-    for cell in range(3):
-        draws = basal[library == x[cell].sum()]
-        torch.testing.assert_close(draws.mean(0), loc[cell], rtol=0, atol=0.3)
-        torch.testing.assert_close(draws.var(0), var[cell], rtol=0.5, atol=0)
-    for batch, names, words in ((7, genes, "has batch=7, and the run.*batch=0, batch=1"),
-                                (0, ["new", *genes[1:]], "1 of the 40 genes wanted.*G001")):
-        write_controls("other.h5ad", x, names, batch)
-        with pytest.raises(data.DataError, match=words):
-            evaluate.main([*predict, "--data", "other.h5ad"])
+    write_controls("other.h5ad", x, ["new", *genes[1:]], 0)
+    with pytest.raises(data.DataError, match="1 of the 40 genes wanted.*G001"):
+        evaluate.main([*predict, "--data", "other.h5ad"])
 
 
 def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folder):
@@ -3366,81 +2441,46 @@ def test_a_perturbation_s_own_gene_is_left_out_of_its_metrics_and_reported(folde
     train_on_screen("run", "--steps", "2")
     metrics = [evaluation("run", 2, 50, own_targets=counted) for counted in (None, True)]
     change = metrics[0]["on_target"]
-    assert metrics[0]["n_targets"] == 12 and change["data"] < -0.7 and change["additive"] < -0.7
-    assert abs(change["model"]) < 0.2  # after two steps
+    assert metrics[0]["n_targets"] == 12 and change["data"] < -0.7 and abs(change["model"]) < 0.2
     without, counted = (evaluate.score(m, "counts", "all", "own_mean") for m in metrics)
     assert without["r_squared"] < counted["r_squared"]
 
 
-def test_tables_name_the_genes_of_conditions_and_of_latents(folder, monkeypatch, capsys):
-    train_on_screen("run", "--steps", "30", "--lr", "0.01")
-    with open("p.json", "w") as file:
-        json.dump({part: [f"P{i:03d}" for i in range(1 + n, 13, 2)]
-                   for n, part in enumerate(["odd", "even"])}, file)
-    for package in ("sklearn", "sklearn.ensemble"):
-        monkeypatch.setitem(sys.modules, package, None)
-    evaluate.main(["runs/run", *FEW, "--pathways", "p.json"])
-    assert "pip install scikit-learn" in capsys.readouterr().out  # nothing else is missing
-    run, model = evaluate.open_run("runs/run"), evaluate.open_run("runs/run").model
+def test_tables_name_the_genes_of_conditions_and_the_latents_of_masks(folder):
+    train_on_screen("run", "--steps", "10")
+    evaluate.main(["runs/run", *FEW])
+    run = evaluate.open_run("runs/run")
     rows = list(csv.DictReader(open("runs/run/top_genes.csv")))
-    assert len(rows) == 20 * (22 + 4) and rows[-1]["data_effect_log_normalised"] == ""
+    assert len(rows) == 20 * (22 + 4)  # conditions and latents
     layers, genes = layers_of(run, "effects"), list(run.screen.gene_names)
-    first = [row for row in rows if row["name"] == "P001"]
-    effect = layers["model_log_normalised"][0]
-    assert [row["gene"] for row in first[:3]] == [genes[g] for g in np.argsort(-np.abs(effect))[:3]]
-    g = genes.index(first[0]["gene"])
-    for column, layer in (("effect_log_normalised", "model_log_normalised"),
-                          ("data_effect_log_normalised", "data_log_normalised"),
-                          ("data_standard_error", "data_se_log_normalised")):
-        assert float(first[0][column]) == pytest.approx(layers[layer][0, g], rel=1e-4)
-    # A latent dimension: what one more standard deviation of the basal state does along it.
-    z, latent = torch.randn(20_000, 4), 2
-    with torch.no_grad():
-        counts = [model.log_rho(b, torch.tensor([NONE]), NOTHING).exp().mean(0)
-                  for b in (z, z + model.axes[:, latent])]
-    fold = (counts[1] / counts[0]).log2()
-    assert not torch.equal(model.axes, torch.eye(4))
-    for row in (row for row in rows if (row["kind"], row["name"]) == ("latent", str(latent))):
-        assert float(row["log2_fold_change"]) == pytest.approx(
-            fold[genes.index(row["gene"])].item(), abs=0.03)
-    masks, probability = list(csv.DictReader(open("runs/run/masks.csv"))), model.mask_probability()
+    strongest = np.argsort(-np.abs(layers["model_log_normalised"][0]))
+    for row, g in zip(rows[:20], strongest):
+        assert (row["name"], row["gene"]) == ("P001", genes[g])
+        for column, layer in (("effect_log_normalised", "model_log_normalised"),
+                              ("data_effect_log_normalised", "data_log_normalised"),
+                              ("data_standard_error", "data_se_log_normalised")):
+            assert float(row[column]) == pytest.approx(layers[layer][0, g], rel=1e-4)
+    masks, probability = list(csv.DictReader(open("runs/run/masks.csv"))), (
+        run.model.mask_probability())
     assert len(masks) == int((probability > 0.01).sum())
     t, latent = run.screen.perturbations.index(masks[5]["perturbation"]), int(masks[5]["latent"])
     assert float(masks[5]["probability"]) == pytest.approx(probability[t, latent].item(), rel=1e-4)
 
 
 def test_latents_are_written_for_every_cell_with_its_name_and_labels(three):
-    run = three
-    evaluate.main([run.folder, "--latents"])
-    with h5py.File(f"{run.folder}/latents.h5ad") as file:
+    evaluate.main([three.folder, "--latents"])
+    with h5py.File(f"{three.folder}/latents.h5ad") as file:
         z, z_basal = file["obsm/X_z"][()], file["obsm/X_z_basal"][()]
-        uns = {name: file[f"uns/{name}"][()] for name in file["uns"]}
-        condition, split = (data._column(file, "obs", name)[:4] for name in (
+        offset = file["uns/offset"][()] if "offset" in file["uns"] else np.zeros((12, 4))
+        condition, split = (data._column(file, "obs", name) for name in (
             "condition", "sams_vae_split"))
-    assert condition.tolist() == run.screen.obs("condition")[:4].tolist()
-    assert split.tolist() == run.screen.split[:4].tolist()
-    control = run.screen.conditions == "control"
+    assert condition.tolist() == three.screen.obs("condition").tolist()
+    assert split.tolist() == three.screen.split.tolist()
+    control = three.screen.conditions == "control"
     np.testing.assert_allclose(z[control], z_basal[control], atol=1e-5)
-    assert (np.abs(z - z_basal).max() < 1e-6) == (run.config["model"] == "cvae")
-    if run.config["model"] != "cvae":
-        d = run.model_screen.d[~control][0]
-        offset = uns["offset"][d[d != NONE]].sum(0)
-        np.testing.assert_allclose((z - z_basal)[~control][0], offset, atol=1e-5)
-        n = len(run.model_screen.perturbations)
-        assert uns["mask_probability"].shape == uns["effect"].shape == (n, 4)
-
-
-def test_off_a_terminal_a_line_is_printed_at_every_validation(folder, capsys):
-    train_on_screen("run", "--steps", "12")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["5", "6", "6", "10", "12"]
-    assert "axes turned, masks begin: " in lines.pop(2)
-    assert all("loss" in line and "validation" in line for line in lines)
-
-
-def test_the_evaluation_uses_training_and_not_the_other_way_round():
-    code = "import sys, train; sys.exit('evaluate' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+    assert (np.abs(z - z_basal).max() < 1e-6) == (three.config["model"] == "cvae")
+    d = three.model_screen.d[~control][0]
+    np.testing.assert_allclose((z - z_basal)[~control][0], offset[d[d != NONE]].sum(0), atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_a_sentence_and_is_not_saved(folder):
@@ -3460,41 +2500,20 @@ def test_training_starts_from_the_training_cells_unless_a_preset_says_otherwise(
     assert last("zero")["model"]["log_theta"].abs().max() < 1e-6
 
 
-def test_both_commands_simulate_the_same_screen(folder, monkeypatch):
-    started, done = [], types.SimpleNamespace(returncode=0)
-    monkeypatch.setattr(subprocess, "run", lambda command: (started.append(command[2:]), done)[1])
-    few = ["--perturbations", "3", "--cells", "9", "--seed", "4"]
-    data.main(["simulate", "s.h5ad", "--sparse-shift", *few])
-    train.main(["--preset", "sparse-shift", "--name", "a", "--steps", "1", "--n-hidden", "4", *(
-        word.replace("--", "--simulated-") for word in few)])
-    assert data.read_screen("s.h5ad").fingerprint() == last("a")["fixed"]["fingerprint"]
-    assert last("a")["config"]["alpha"] == 1e-30 and started == [["runs/a", "--device", "cpu"]]
-    assert "latent_mcc" in evaluation("a")
-
-
 def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, capfd):
     train.main(["--steps", "30", "--name", "demo", *TINY])
     out = capfd.readouterr().out
     for words in ("test IWELBO, predictive", "test IWELBO, joint", "true masks: precision",
                   "of 30 conditions held out of training", "shrunken mean", "noise limit"):
         assert words in out
-    assert max(len(line) for line in out.splitlines() if line.startswith("|")) <= 100
     metrics = json.load(open("runs/demo/metrics.json"))
-    assert metrics["iwelbo"] < 0 and metrics["iwelbo_joint_per_cell"] < 0
-    library = data.read_screen("runs/demo/simulated.h5ad").library
-    assert metrics["options"]["library"] == int(np.median(library))
-    for key in ("iwelbo_se", "iwelbo_monte_carlo_error", "mask_recall", "mask_f1", "latent_mcc",
-                "basal_r_squared"):
+    for key in ("iwelbo", "iwelbo_joint_per_cell", "iwelbo_se", "mask_f1", "latent_mcc"):
         assert isinstance(metrics[key], float), key
     cells = list(csv.DictReader(open("runs/demo/iwelbo.csv")))
     assert np.mean([float(row["iwelbo"]) for row in cells]) == pytest.approx(metrics["iwelbo"])
-    assert 1 <= metrics["iwelbo_joint_effective_sample_size"] <= 100
     assert {group: evaluate.score(metrics, "counts", group, "model")["n_conditions"]
             for group in ("all", "pairs", "held_out", "test")} == {
         "all": 72, "pairs": 60, "held_out": 30, "test": 72}
-    with h5py.File("runs/demo/effects.h5ad") as file:
-        assert file["layers/model_counts"].shape == file["layers/data_counts"].shape == (72, 200)
-        assert file["obs/condition"].asstr()[0] == "P001"
     assert {*os.listdir("runs/demo")} == {
         "best.pt", "config.json", "effects.h5ad", "iwelbo.csv", "last.pt", "log.jsonl", "masks.csv",
         "metrics.json", "simulated.h5ad", "top_genes.csv"}
@@ -3505,7 +2524,7 @@ def configuration(*arguments):
     return train.configuration(*train.parse_arguments(arguments))
 
 
-def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
+def test_presets_hold_the_settings_of_the_paper_and_flags_override_them():
     common = dict(lr=3e-4, weight_decay=1e-6, batch_size=512, particles=5, n_layers=1, n_hidden=400,
                   mask_b=2.0, axes="learned", start="zero", min_cells=0, correlated_basal=True,
                   correlated_effects=True)
@@ -3523,41 +2542,18 @@ def test_presets_hold_the_settings_of_the_paper_and_every_flag_overrides_them():
     assert of_preset("replogle").items() >= replogle.items()
     for name in ("norman-ood", "norman-data-efficiency"):
         assert of_preset(name).items() >= (norman | {"split": name}).items()
-    changed = of_preset("norman-ood", "--n-latent", "7", "--clip", "0", "--layer", "X", "--split",
-                        "random", "--gene-column", "")
-    assert changed.items() >= dict(n_latent=7, clip=0, layer="X", split="random",
-                                   gene_column="").items()
+    assert of_preset("norman-ood", "--n-latent", "7")["n_latent"] == 7
     # A file's own split, and other labels, take the place of what the preset says.
     changed = of_preset("norman-ood", "--split-column", "fold", "--perturbation-column", "y")
     assert (changed["split"], changed["split_column"]) == ("random", "fold")
     assert (changed["perturbation_column"], changed["one_hot_prefix"]) == ("y", None)
-    changed = of_preset("replogle", "--one-hot-prefix", "guide_")
-    assert changed["perturbation_column"] is None and changed["control"] == []
-    assert configuration("--split", "random")["split_column"] is None
-    for preset, values in train.PRESETS.items():
-        assert values.keys() <= train.DEFAULTS.keys(), preset
-    simulated = configuration("--preset", "sparse-shift", "--simulated-cells", "9", "--seed", "3")
-    assert [simulated[f"simulated_{name}"] for name in ("perturbations", "cells", "pairs", "effect",
-                                                        "seed")] == [100, 9, 0, 5.0, 3]
-
-
-def test_the_replogle_preset_merges_all_non_targeting_guides_into_the_control(tmp_path):
-    path = write_obs(tmp_path / "x.h5ad", gene=["A", "non-targeting", "non-targeting"],
-                     sgID_AB=["A_1|A_2", "non-targeting_7|non-targeting_9", "non-targeting_1"])
-    screen = train.read_screen_of(configuration("--data", path, "--preset", "replogle"))
-    assert list(screen.conditions) == ["A_1|A_2", "control", "control"]
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--axes", "sparsest", "--correlated-effects"], "needs --axes learned"),
     (["--preset", "norman-ood"], "needs --data"),
-    (["--train-combinations", "1.5"], "--train-combinations: must be a fraction"),
     (["--lr", "nan"], "--lr: must be positive and below 2^32, not nan"),
-    (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    (["--alpha", "1"], "--alpha: must be from 1e-30 to 1 - 1e-6, not 1"),
-    (["--adapt", "runs/x"], "--adapt needs --data"),
-    (["--adapt", "runs/x", "--data", "x", "--n-latent", "3"], "come from runs/x"),
-    (["--adapt", "runs/x", "--resume", "runs/x"], "not allowed with argument")])
+    (["--adapt", "runs/x", "--data", "x", "--n-latent", "3"], "come from runs/x")])
 def test_options_that_cannot_be_or_exclude_each_other_are_refused(arguments, words, capsys):
     with pytest.raises((SystemExit, data.DataError)) as refused:
         configuration(*arguments)
@@ -3565,54 +2561,14 @@ def test_options_that_cannot_be_or_exclude_each_other_are_refused(arguments, wor
 
 
 @pytest.mark.parametrize("arguments, axes, basal, effects", [
-    ([], "sparsest", True, False), (["--data", "x"], "sparsest", True, False),
-    (["--axes", "learned"], "learned", True, True),
+    (["--data", "x"], "sparsest", True, False),
     (["--data", "x", "--preset", "replogle"], "learned", True, True),
-    (["--data", "x", "--preset", "norman-ood"], "learned", True, True),
     (["--data", "x", "--preset", "replogle", "--axes", "sparsest"], "sparsest", True, False),
-    (["--data", "x", "--axes", "learned", "--correlated-effects"], "learned", True, True),
-    (["--model", "cpa-vae", "--axes", "sparsest"], "learned", True, True),
     (["--model", "cvae", "--correlated-effects"], "learned", False, False)])
 def test_masks_are_in_the_sparsest_axes_unless_the_paper_the_user_or_the_model_says_otherwise(
         arguments, axes, basal, effects):
     assert configuration(*arguments).items() >= dict(
         axes=axes, correlated_basal=basal, correlated_effects=effects).items()
-
-
-def test_the_log_s_mask_probabilities_are_those_of_perturbations_with_training_cells(tmp_path):
-    model = small_model(n_cells=(5, 0, 2))
-    run = types.SimpleNamespace(folder=str(tmp_path), device="cpu", model=model,
-                                config={"batch_size": 1}, progress=train.Progress())
-    log, probability = train.Log(run), model.mask_probability().detach()
-    run.progress.step = 1
-    expected = probability[[0, 2]].mean().item()
-    assert abs(expected - probability.mean()) > 0.01
-    assert log.means(epoch=0)["mask_probability"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_likelihood_stays_in_single_precision_where_matrix_products_do_not():
-    torch.manual_seed(0)
-    x, results = torch.poisson(torch.full((6, 300), 3.0)), []
-    for lowered in (False, True):
-        log_rho = torch.linspace(-9, -4, 300).expand(2, 6, 300).clone().requires_grad_()
-        log_theta = torch.linspace(-2, 2, 300).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
-            value = nb_log_likelihood(x, log_rho, log_theta, x.sum(1, keepdim=True).log())
-        results.append([value, *torch.autograd.grad(value.sum(), (log_rho, log_theta))])
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
-
-
-def test_matrix_products_in_bfloat16_change_the_objective_little_and_keep_float_gradients():
-    model, (x, d), values = small_model(), small_batch()[:2], []
-    for precision in ("float32", "bf16"):
-        torch.manual_seed(0)
-        values.append(train.objective(model, x, d, NOTHING.expand(len(x), -1), {
-            "precision": precision, "particles": 50})[0])
-    assert values[0] != values[1] and values[0].dtype == values[1].dtype == torch.float32
-    torch.testing.assert_close(values[1], values[0], rtol=1e-2, atol=0)
-    values[1].backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all()
-               for p in model.parameters())
 
 
 def test_wrong_files_and_options_end_with_one_sentence_status_2_and_no_folder(
@@ -3621,8 +2577,7 @@ def test_wrong_files_and_options_end_with_one_sentence_status_2_and_no_folder(
     for main, *arguments in (
             (data.main, log), (train.main, "--data", log), (evaluate.main, "runs/none"),
             (train.main, "--data", "screen.h5ad", "--perturbation-column", "split"),
-            (train.main, "--split", "norman-ood", "--simulated-pairs", "0"),
-            (data.main, "screen.h5ad", "--layer", "raw"), (train.main, "--resume", "runs/none")):
+            (train.main, "--resume", "runs/none")):
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         with pytest.raises(SystemExit) as stopped:
             data.run(main)
@@ -3630,25 +2585,15 @@ def test_wrong_files_and_options_end_with_one_sentence_status_2_and_no_folder(
         assert stopped.value.code == 2 and errors.count("\n") == 1, errors
         assert errors.startswith("error: ")
     assert os.listdir("runs") == []
-
-    def command(name, *arguments):
-        """(Exit status, output, errors) of a script run as a user does."""
-        done = subprocess.run([sys.executable, os.path.join(HERE, name), *arguments],
-                              capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-
-    status, _, errors = command("train.py", "--data", log)
-    assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
-    status, out, errors = command("data.py", "screen.h5ad")
-    assert status == 0 and errors == "" and "12 perturbations, 10 combinations" in out
+    for arguments, status in ((["train.py", "--data", log], 2), (["data.py", "screen.h5ad"], 0)):
+        done = subprocess.run([sys.executable, os.path.join(HERE, arguments[0]), *arguments[1:]],
+                              capture_output=True, text=True)  # as a user does
+        assert (done.returncode, done.stderr.count("\n")) == (status, status // 2), done.stderr
 
 
 def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 512)
-    data.simulate("screen.h5ad", perturbations=12, cells=40, pairs=10, n_genes=40)
-    train.main(["--data", "screen.h5ad", "--stream", "--name", "run", *TINY[4:], "--steps", "4"])
-    assert all((cells.diff() > 0).all()  # neighbours stay neighbours
-               for cells in last("run")["split"].values())
+    train_on_screen("run", "--steps", "4", "--stream")
     found = []
     for stream in (True, False):
         for name in ("last.pt", "best.pt"):
@@ -3658,16 +2603,10 @@ def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
         run = evaluate.open_run("runs/run")
         assert isinstance(run.screen.counts, data.StoredCounts if stream else data.Counts)
         metrics = evaluate.evaluate(run, iwelbo_particles=4, ate_particles=20)
-        evaluate.main(["runs/run", "--latents"])
-        evaluate.main(["runs/run", "--predict", "P001", "--data", "screen.h5ad"])
-        arrays = [*data.read_layers("runs/run/effects.h5ad").values(),
-                  *data.read_layers("runs/run/predictions.h5ad").values()]
+        evaluate.write_latents(run)
         with h5py.File("runs/run/latents.h5ad") as file:
-            arrays += [values[()] for values in file["obsm"].values()]
-        found.append([metrics["iwelbo"], metrics["effects"], arrays])
-    assert found[0][:2] == found[1][:2]
-    for a, b in zip(found[0][2], found[1][2], strict=True):
-        np.testing.assert_array_equal(a, b)
+            found.append([metrics["iwelbo"], metrics["effects"], file["obsm/X_z"][()].tolist()])
+    assert found[0] == found[1]
 
 
 def test_random_numbers_differ_between_processes_seeds_and_steps(monkeypatch):
@@ -3739,9 +2678,6 @@ def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_
     torch.testing.assert_close(last("two")["model"], run.model.state_dict(), rtol=1e-4, atol=1e-5)
     assert_same(*(outcome(f"runs/{name}") for name in ("two", "parts")))
     train.main(["--resume", "runs/two", "--steps", "8"])  # by one
-    monkeypatch.setattr(train, "n_ranks", lambda: 3)
-    with pytest.raises(data.DataError, match="--batch-size 64 is no multiple of the 3 processes"):
-        train.main(["--resume", "runs/two", "--steps", "9"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
@@ -3780,73 +2716,38 @@ with warnings.catch_warnings():
     SLOW = pytest.mark.slow
 
 
-def few_or_many(few, many):
-    """The test's argument n: few, and many where slow tests are asked for."""
-    return pytest.mark.parametrize("n", [few, pytest.param(many, marks=SLOW)])
-
-
-def in_child(function, n_bytes=2**31):
+def in_child(function):
     """How function() ends in a child process with limits of time and memory: "read", "refused",
     "endless" (which HDF5 itself is in some damaged text), or worse."""
-    import resource
+    import resource  # not on Windows
 
     child = os.fork()
     if child == 0:
-        code = 2
         try:
             resource.setrlimit(resource.RLIMIT_CPU, (2, resource.RLIM_INFINITY))
-            if sys.platform == "linux":
-                with open("/proc/self/statm") as file:
-                    n_bytes += int(file.read().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (n_bytes, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_DATA, (2**33, resource.RLIM_INFINITY))
             function()
-            code = 0
+            os._exit(0)
         except data.DataError as error:
-            code = 1 if str(error).isprintable() else 2
+            os._exit(1 if str(error).isprintable() else 2)
         finally:
-            os._exit(code)
+            os._exit(3)
     status = os.waitpid(child, 0)[1]
     return {0: "read", 256: "refused", signal.SIGXCPU: "endless"}.get(status, f"status {status}")
 
 
-def files_to_damage(folder):
-    """Small files of all forms."""
-    def nested(file, write_x):
-        write_x(file)
-        nullable(file["obs"], "perturbation")
-        file["uns/pathways/one"] = text(["X", "Y"])
-
-    forms = ("dense f4", "dense gzip", "csr int64 scrambled", "csc int16")
-    for form, label in zip(forms, (categorical, categorical_0_7, nullable, categorical)):
-        yield write_modern(folder / form, lambda file: nested(file, FORMS[form]), label)
-    yield write_legacy(folder / "legacy", sparse=True)
-    data.simulate(folder / "simulated", perturbations=4, cells=5, n_genes=12, n_controls=9, pairs=2)
-    yield folder / "simulated"
-
-
 def damage(content, rng):
-    """A copy of the bytes with one or two defects, as of disks, downloads and attackers."""
-    content = bytearray(content)
-    for _ in range(rng.integers(1, 3)):
-        start, width = int(rng.integers(len(content) - 8)), int(2 ** rng.integers(10))
-        part, kind = content[start:start + width], rng.integers(6)
-        if kind == 0:
-            content[start] ^= 1 << int(rng.integers(8))
-        elif kind == 1:  # a number, at a place where numbers are
-            number = (0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)[rng.integers(6)]
-            content[start // 8 * 8:start // 8 * 8 + 8] = number.to_bytes(8, "little")
-        elif kind < 4:
-            content[start:start + width] = bytes(len(part)) if kind == 2 else rng.bytes(len(part))
-        elif kind == 4:  # what stood elsewhere
-            other = int(rng.integers(len(content)))
-            content[other:other + width] = part
-        else:
-            del content[max(9, start):]
-    return content
+    """A copy of the bytes with a defect, as of disks, downloads and attackers."""
+    start, part = int(rng.integers(9, len(content))), rng.bytes(2 ** rng.integers(10))
+    if rng.integers(2):  # a number, at a place where numbers are
+        number = (0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)[rng.integers(6)]
+        start, part = start // 8 * 8, number.to_bytes(8, "little")
+    rest = part + content[start + len(part):]
+    return content[:start] + (rest if rng.integers(4) else b"")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
-@few_or_many(60, 20_000)  # 60 forks take some 10 seconds
+@pytest.mark.parametrize("n", [60, pytest.param(20_000, marks=SLOW)])  # 60: some 10 seconds
 def test_every_damaged_file_is_read_or_refused_in_a_sentence(n, tmp_path):
     def use():
         """Read all that can be read; the rest may be refused."""
@@ -3858,7 +2759,11 @@ def test_every_damaged_file_is_read_or_refused_in_a_sentence(n, tmp_path):
                          combination_separator="+")
 
     path, rng, outcomes = tmp_path / "x.h5ad", np.random.default_rng(n), collections.Counter()
-    whole = [open(file, "rb").read() for file in files_to_damage(tmp_path)]
+    data.simulate(path, perturbations=4, cells=5, n_genes=12, n_controls=9, pairs=2)
+    files = [path, write_legacy(tmp_path / "legacy")] + [
+        write_modern(tmp_path / form, FORMS[form])
+        for form in ("dense f4", "dense gzip", "csr int64 scrambled", "csc uint8")]
+    whole = [open(file, "rb").read() for file in files]
     for i in range(-len(whole), n):
         content = whole[i % len(whole)]
         path.write_bytes(content if i < 0 else damage(content, rng))
@@ -3869,25 +2774,18 @@ def test_every_damaged_file_is_read_or_refused_in_a_sentence(n, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills")
-@few_or_many(1, 100)
+@pytest.mark.parametrize("n", [1, pytest.param(100, marks=SLOW)])
 def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folder):
-    rng = np.random.default_rng(n)
-    options = ["--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
-               "--validate-every", "2", "--log-every", "1", "--name"]
-
     def ends(*arguments, seconds=None):
         """Whether a process that trains ends within these seconds; if not, it is killed."""
-        running = subprocess.Popen(
-            [sys.executable, os.path.join(HERE, "train.py"), *arguments],
-            stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        try:
-            assert running.wait(seconds) == 0
-            return True
-        except subprocess.TimeoutExpired:
-            running.kill()
-            return running.wait() is None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.run(
+                [sys.executable, os.path.join(HERE, "train.py"), *arguments], timeout=seconds,
+                check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    began = time.time()
+    rng, began = np.random.default_rng(n), time.time()
+    options = ["--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
+               "--validate-every", "2", "--log-every", "1", "--name"]
     assert ends(*options, "whole")
     seconds, whole = time.time() - began, outcome("runs/whole")
     for i in range(n):
@@ -3901,96 +2799,72 @@ def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folde
         assert not [file for file in os.listdir(f"runs/{i}") if file.endswith(".writing")]
 
 
-from torch.utils._python_dispatch import TorchDispatchMode  # undocumented
+def products_of(function):
+    """A function that repeats the matrix products of function() alone, of random numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode  # undocumented
 
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                pairs.append([torch.rand_like(matrix) for matrix in arguments[-2:]])
+            return operation(*arguments, **(options or {}))
 
-class Products(TorchDispatchMode):
-    """Sees all operations inside of its `with`; repeat() does the matrix products alone again."""
-
-    def __init__(self):
-        super().__init__()
-        self.pairs = []
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.pairs.append([torch.rand_like(matrix) for matrix in arguments[-2:]])
-        return operation(*arguments, **(options or {}))
-
-    def repeat(self):
-        """The products, of random numbers of the same shapes."""
-        for a, b in self.pairs:
+    def repeat():
+        for a, b in pairs:
             a @ b
 
-
-def medians(functions, repeats, device):
-    """Seconds of each, its work on the device included; interleaved, as machines are noisy."""
-    times = {name: [] for name in functions}
-    for name, function in list(functions.items()) * repeats:
-        start = time.perf_counter()
+    pairs = []
+    with Products():
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(t)) for name, t in times.items()}
+    return repeat
 
 
 @SLOW
 def test_speed_of_a_step_and_of_the_iwelbo_beside_their_own_matrix_products():
-    # As in the preset replogle, on random counts: none is 0, as sparse ones are slowest. Step and
-    # IWELBO stand beside the matrix products of their layers alone, repeated with the same shapes
-    # in the same minutes: no code can be faster than those.
+    # As in the preset replogle, on random counts, none 0, as sparse ones are slowest; each beside
+    # the matrix products of its layers alone, in the same minutes: no code can be faster.
     threads = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
     torch.set_num_threads(int(subprocess.check_output(threads)))
-    n_cells, n_genes, n_perturbations, device = 118_461, 1187, 722, train.choose_device(
-        "cuda" if torch.cuda.is_available() else "cpu")
+    device = train.choose_device("cuda" if torch.cuda.is_available() else "cpu")
     config = configuration("--data", "random", "--preset", "replogle")
-    rng, cells = np.random.default_rng(0), np.arange(n_cells)
-    counts = data.Counts(
-        (n_cells, n_genes), rng.integers(1, 9, n_cells * n_genes, dtype=np.uint8),
-        np.tile(np.arange(n_genes, dtype=np.uint16), n_cells), n_genes * np.arange(n_cells + 1))
-    d = rng.integers(0, n_perturbations, (n_cells, 1))
-    batches = data.Batches(types.SimpleNamespace(
-        counts=counts, d=d, c=np.zeros((n_cells, 0), np.int64)), device)
-    shuffle = data.Shuffle(batches, cells, config["batch_size"], 0)
+    rng, n_cells, n_genes, n_perturbations = np.random.default_rng(0), 118_461, 1187, 722
+    counts = data.from_dense(rng.integers(1, 9, (n_cells, n_genes), np.uint8))
+    d, c = rng.integers(0, n_perturbations, (n_cells, 1)), np.zeros((n_cells, 0), np.int64)
+    batches = data.Batches(types.SimpleNamespace(counts=counts, d=d, c=c), device)
+    shuffle = data.Shuffle(batches, np.arange(n_cells), config["batch_size"], 0)
     model = train.MODELS[config["model"]](
         np.bincount(d.ravel()), np.full(n_genes, 1.5), np.full(n_genes, 0.7),
         **{data.option_name(flag): config[data.option_name(flag)]
            for flag, *_ in train.MODEL_OPTIONS}).to(device)
     optimizer = train.new_optimizer(types.SimpleNamespace(
         config=config, device=device, model=model, n_known=None, optimizer_state=None))
-    dosages = torch.arange(50, device=device)[:, None]
 
     def step(*batch):
-        """As in `train`."""
         optimizer.zero_grad()
         (-train.objective(model, *batch, config)[0]).backward()
         optimizer.step()
 
-    launch = train.launch_once(step, device)
+    def iwelbo_of_4000_cells():
+        iwelbo(model, batches.in_order(np.arange(4000)), 100)
+
+    launch, times = train.launch_once(step, device), collections.defaultdict(list)
     for _ in range(5):  # on a GPU, the fifth is the first as in training
         launch(*next(shuffle))
-    often = {"step": lambda: launch(*next(shuffle))}
-    seldom = {"iwelbo": lambda: iwelbo(model, batches.in_order(cells[:4000]), 100),
-              "effects": lambda: average_treatment_effects(model, dosages, 1000)}
-    with Products() as of_step:
-        step(*next(shuffle))
-    with Products() as of_iwelbo:
-        seldom["iwelbo"]()
-    often["products"], seldom["iwelbo_products"] = of_step.repeat, of_iwelbo.repeat
-    import resource  # not on Windows
-
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else  # in bytes
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    result = medians(often, 30, device) | medians(seldom, 3, device)
-    result |= {"step_ratio": result["step"] / result["products"],
-               "iwelbo_ratio": result["iwelbo"] / result["iwelbo_products"],
-               "cells_per_second": config["batch_size"] / result["step"], "peak_memory": peak}
-    print(f"\n{config['model']}, {n_cells:,} cells x {n_genes:,} genes, {n_perturbations:,} "
-          f"perturbations, {config['batch_size']} cells a step, {device}; in seconds and bytes\n"
-          f"(IWELBO: 4,000 cells, 100 particles; effects: {len(dosages)} perturbations, 1,000 "
-          "particles)")
-    print(evaluate.markdown([{"measured": name, "value": f"{value:,.4g}"}
-                             for name, value in result.items()]))
+    for repeats, functions in (
+            (30, {"step": lambda: launch(*next(shuffle)),
+                  "products": products_of(lambda: step(*next(shuffle)))}),
+            (3, {"iwelbo": iwelbo_of_4000_cells,
+                 "iwelbo_products": products_of(iwelbo_of_4000_cells)})):
+        for name, function in [*functions.items()] * repeats:  # in turn, as machines are noisy
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    result = {name: float(np.median(seconds)) for name, seconds in times.items()}
+    result["step_ratio"] = result["step"] / result["products"]
+    result["iwelbo_ratio"] = result["iwelbo"] / result["iwelbo_products"]
+    print(f"\nIn seconds, on {device}:", json.dumps(result, indent=2))
     with open("benchmark.json", "w") as file:
         json.dump({"config": config, "device": str(device)} | result, file, indent=2)
     torch.set_num_threads(1)

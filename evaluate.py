@@ -41,7 +41,7 @@ from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, 
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 10  # of metrics.json; a file of another format is not read
+FORMAT = 11  # of metrics.json; a file of another format is not read
 OURS = (None, "simulated", "sparse-shift")  # presets that are no experiment of the paper
 SCALES = ("log_normalised", "counts")  # see `mean_expression`
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
@@ -350,6 +350,7 @@ class Arms:
         pair = np.append(np.arange(S), condition * S + stratum.reshape(-1))
         arm, cell, of_cell = np.unique(pair, return_index=True, return_inverse=True)
         cell = cell[S:] - S                # the first of each treated arm
+        self.strata = strata               # (S, columns)
         self.names = names[1:]             # (C,) conditions beside the control, sorted
         self.of_cell = of_cell[S:]         # (N,) the arm of every cell
         self.condition = arm[S:] // S - 1  # (A - S,) of each treated arm: they are sorted by it
@@ -570,6 +571,8 @@ OPTIONS = [  # name, default, what is allowed, what it is and where the default 
      "the paper (authors' code), else for the median of the data's cells"),
     ("--effects-from", None, ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1, and with a preset of the paper: all; else test)"),
+    ("--basal", None, ["aggregated", "prior"], "where basal states are from: as they are found in "
+     "treated and in control cells, or N(0, I) for both (paper, and with a preset; else the first)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
 DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS} | {"pathways": None}
@@ -590,6 +593,11 @@ def library_of(run):
     return int(np.median(run.screen.library)) if run.config["preset"] in OURS else 10_000
 
 
+def basal_of(run):
+    """Where basal states are from: with a preset from the prior, as in the paper."""
+    return "aggregated" if run.config["preset"] is None else "prior"
+
+
 def evaluate(run, pathways=None, **options):
     """Evaluate a run, write its metrics.json and tables, and return the metrics, a flat dict:
 
@@ -606,7 +614,7 @@ def evaluate(run, pathways=None, **options):
     ours = run.config["preset"] in OURS
     options = DEFAULTS | {
         "library": library_of(run), "effects_from": "test" if ours else "all",
-        "own_targets": not ours, "pathways": pathways} | {k: v for k, v in options.items() if v}
+        "basal": basal_of(run), "own_targets": not ours, "pathways": pathways} | {k: v for k, v in options.items() if v}
     known_pathways = data.read_pathways(pathways or run.config["data"])  # it may be wrong
     metrics = {"format": FORMAT, "checkpoints": checkpoints(run.folder), "config": run.config,
                "fingerprint": run.fixed["fingerprint"], "options": options,
@@ -686,16 +694,58 @@ def likelihood(run, options):
 
 
 @torch.no_grad()
-def basal_states(run, n, batches=()):
-    """Basal states (n, L): draws of the prior N(0, I) or, of batches of n control cells, a draw of
-    q(z_basal | x) for each cell."""
-    if not batches:
-        return sobol_normal(n, run.model.n_latent, run.device)
-    basal = []
+def q_of_cells(model, batches):
+    """Mean and variance of q(z_basal | x, z_pert) of all cells of the batches, (n, L) each, for one
+    draw of (M, E)."""
+    mask, effect = model.sample_many_globals(model.all_perturbations(), 1)
+    found = []
     for x, d, c in batches:
-        loc, var = run.model.encode(x, x.new_zeros(1, len(x), run.model.n_latent), d, c)
-        basal.append((loc + var.sqrt() * torch.randn_like(loc)).reshape(len(x), -1))
-    return torch.cat(basal)
+        q = model.encode(x, sum_effects(mask, effect, d, model.axes), d, c)
+        found.append([v.reshape(len(x), -1) for v in q])
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+@torch.no_grad()
+def basal_states(run, c, basal, n_most=10_000):
+    """Basal states of treated and of control cells, (n, L) each, with covariates c (n, columns).
+
+    prior        draws of N(0, I), the same for both: what perturbations do to one population, the
+                 ATE of 3.2
+    aggregated   draws of q(z_basal | x, z_pert) of training cells with these covariates (at most
+                 n_most of each kind). Treated cells of every condition, and controls, are drawn
+                 from together, and moved to the mean of the one or the other kind: what perturbed
+                 cells are beside controls, whatever made them so, such as which cells survived
+
+    The difference between the two means is a mean of few controls. So it is shrunken in each
+    dimension, as far as it is noise: by 1 - s^2 / difference^2, or to 0, where s is its standard
+    error. Without training cells of both kinds it is 0, and without any they are the prior's.
+    """
+    treated = sobol_normal(len(c), run.model.n_latent, run.device)
+    control = treated.clone()
+    if basal == "prior":
+        return treated, control
+    rng, train_cells = np.random.default_rng(0), run.split["train"]
+    strata, stratum = np.unique(c, axis=0, return_inverse=True)
+    for s, values in enumerate(strata):
+        cells = rng.permutation(train_cells[(run.screen.c[train_cells] == values).all(1)])
+        is_treated = run.screen.conditions[cells] != "control"
+        cells = np.concatenate([cells[is_treated][:n_most], cells[~is_treated][:n_most]])
+        if not len(cells):
+            continue
+        loc, var = q_of_cells(run.model, run.batches.in_order(cells))
+        is_treated = torch.from_numpy(run.screen.conditions[cells] != "control").to(run.device)
+        kinds = [kind if kind.any() else ~kind for kind in (is_treated, ~is_treated)]
+        mean, mean_of_control = (loc[kind].mean(0) for kind in kinds)
+        centred = loc - torch.where(is_treated[:, None], mean, mean_of_control)
+        difference = mean - mean_of_control
+        s2 = centred.square().mean(0) * sum(1 / kind.sum() for kind in kinds)
+        difference *= (1 - s2 / difference.square().clamp(min=1e-20)).clamp(min=0)
+
+        mine = torch.from_numpy(np.flatnonzero(stratum.ravel() == s)).to(run.device)
+        k = torch.from_numpy(np.resize(rng.permutation(len(cells)), len(mine))).to(run.device)
+        treated[mine] = mean + centred[k] + var[k].sqrt() * torch.randn_like(loc[k])
+        control[mine] = treated[mine] - difference
+    return treated, control
 
 
 def expected(run, d, c, basal, library):
@@ -732,7 +782,10 @@ def effects(run, options):
 
     observed, trained = (mean_expression(run.batches, some, arms)
                          for some in (cells, split["train"]))
-    basal = basal_states(run, options["ate_particles"])
+    treated_of, control_of = zip(*(  # of each of the S sets of covariate values
+        basal_states(run, np.tile(values, (options["ate_particles"], 1)), options["basal"])
+        for values in arms.strata))
+    basal = [*control_of, *(treated_of[stratum] for stratum in arms.control)]
     y = expected(run, arms.d, arms.c, basal, options["library"])
     # Where the data say nothing, the model's arms count by the cells of all the screen.
     share = np.where(known[arms.condition, None], share, share_of_all)
@@ -752,7 +805,7 @@ def effects(run, options):
                     var={"gene": screen.gene_names}, layers=layers,
                     uns={"effects_from": options["effects_from"], "library": options["library"]})
     # What follows is of counts, the last scale.
-    write_top_genes(run, arms.names, np.log2(treated / control), layers, options["library"])
+    write_top_genes(run, arms.names, np.log2(treated / control), layers, options)
     on_target = is_target & known[:, None]
     before = float(arms.compared(observed["counts"].mean, share)[1][on_target].sum())
     alone = arms.dosages[(n_parts == 1) & (n_trained > 0)].max(1)
@@ -768,7 +821,7 @@ def strongest(effect, n):
     return [g for g in np.argsort(-np.abs(effect), kind="stable")[:n] if effect[g] != 0]
 
 
-def write_top_genes(run, names, log2_fold_change, layers, library, n_top=20, n_particles=500):
+def write_top_genes(run, names, log2_fold_change, layers, options, n_top=20, n_particles=500):
     """Write top_genes.csv: for each condition and each latent dimension the n_top genes whose
     log-normalised expression changes most by the model. For a latent, the basal state moves by +1,
     its standard deviation a priori, along this axis of the masks."""
@@ -779,11 +832,11 @@ def write_top_genes(run, names, log2_fold_change, layers, library, n_top=20, n_p
     if model.has_effects:
         nothing = torch.full((1, 1), data.NONE, device=run.device)
         cells = np.resize(np.random.default_rng(0).permutation(len(run.screen.c)), n_particles)
-        c = torch.from_numpy(run.screen.c[cells][None]).to(run.device)
-        basal, moved = basal_states(run, n_particles), []
+        _, basal = basal_states(run, run.screen.c[cells], options["basal"])
+        c, moved = torch.from_numpy(run.screen.c[cells][None]).to(run.device), []
         for move in [0, *model.axes.T]:
             torch.manual_seed(0)  # the same noise for all
-            y = expected(run, nothing, c, basal + move, library)
+            y = expected(run, nothing, c, basal + move, options["library"])
             moved.append([y["log_normalised"][0], np.log2(y["counts"][0])])
         not_by_data = np.full(len(genes), "")
         found += [("latent", latent, *np.subtract(y, moved[0]), not_by_data, not_by_data)
@@ -919,7 +972,8 @@ ROWS = BASELINES | {"noise_limit": "noise limit"}  # what stands below a model
 CAUTION = ("(ATE-Pearson and R2, the paper's, take the control as reference, and what all "
            "conditions share flatters them: the columns before tell conditions apart)")
 OPTIONS_LINE = ("(IWELBO with {options[iwelbo_particles]:,} particles; effects with "
-                "{options[ate_particles]:,} particles, cells of {options[library]:,} counts)")
+                "{options[ate_particles]:,} particles, {options[basal]} basal states, cells of "
+                "{options[library]:,} counts)")
 LINES = {  # of one run: the metric that a line needs, and the line
     "options": OPTIONS_LINE,
     "iwelbo": "test IWELBO, predictive: {iwelbo:.2f} per cell, standard error {iwelbo_se:.2f} over "
@@ -1170,13 +1224,14 @@ def controls_of_file(run, path):
     return screen
 
 
-def population(run, condition, n, seed, other=None):
-    """n cells to receive a condition: basal states (n, L), covariates (n, columns), and library
-    sizes (n,). The same for the same arguments.
+@torch.no_grad()
+def population(run, condition, n, basal, seed, other=None):
+    """n cells to receive a condition: their basal states and those of as many controls (n, L) each,
+    covariates (n, columns), and library sizes (n,). The same for the same arguments.
 
-    Basal states are from the prior, covariates and library sizes from the screen's cells of the
-    condition; if there are none, of one of its perturbations, or of all. With `other` (see
-    `controls_of_file`) all are from its cells, and basal states from q(z_basal | x).
+    Basal states are as in `basal_states`, covariates and library sizes from the screen's cells of
+    the condition; if there are none, of one of its perturbations, or of all. With `other` (see
+    `controls_of_file`) all are from its cells, and both basal states from their q(z_basal | x).
     """
     torch.manual_seed(seed)
     screen = other or run.screen
@@ -1186,41 +1241,49 @@ def population(run, condition, n, seed, other=None):
     chosen = every if other else next(cells for cells in (
         screen.conditions == condition, np.isin(screen.d, parts).any(1), every) if cells.any())
     cells = np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(chosen)), n)
-    basal = basal_states(run, n, data.Batches(other, run.device).in_order(cells) if other else ())
-    return basal, torch.from_numpy(screen.c[cells]).to(run.device), screen.library[cells]
+    if other:
+        loc, var = q_of_cells(run.model, data.Batches(other, run.device).in_order(cells))
+        treated = control = loc + var.sqrt() * torch.randn_like(loc)
+    else:
+        treated, control = basal_states(run, screen.c[cells], basal)
+    treated = control if condition == "control" else treated
+    return treated, control, torch.from_numpy(screen.c[cells]).to(run.device), screen.library[cells]
 
 
 @torch.no_grad()
-def interval_of_effect(model, d, basal, c):
+def interval_of_effect(model, d, treated, control, c):
     """5 % and 95 % quantiles over cells of the effects of d (P,) on expected counts per 10,000,
-    1e4 rho, (G,) each: basal states (K, L), covariates c (K, columns), and a draw of (M, E) each.
-    It is no standard error."""
-    control = model.log_rho(basal, torch.full_like(d, data.NONE), c).exp()
-    difference = 1e4 * (sample_frequencies(model, d, c, basal).exp() - control)  # (K, G)
-    in_order = difference.sort(0).values.cpu().numpy()
-    return in_order[len(basal) // 20], in_order[-1 - len(basal) // 20]
+    1e4 rho, (G,) each: treated and control basal states (K, L), covariates c (K, columns), and a
+    draw of (M, E) each. An effect is what d changes in a cell of the treated basal state, plus the
+    mean difference between treated and control basal states. It is no standard error."""
+    nothing = torch.full_like(d, data.NONE)
+    before, of_control = (model.log_rho(z, nothing, c).exp() for z in (treated, control))
+    effect = sample_frequencies(model, d, c, treated).exp() - before  # (K, G)
+    in_order = 1e4 * (effect + (before - of_control).mean(0)).sort(0).values.cpu().numpy()
+    return in_order[len(in_order) // 20], in_order[-1 - len(in_order) // 20]
 
 
-def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
+def predict(run, conditions, ate_particles=2500, library=0, basal=None, seed=0, other=None):
     """Write predictions.h5ad: expression and effects, (condition, gene), by the model.
 
     Layers: expected_* on both scales (X: log-normalised); effect_*, differences from control cells;
     effect_counts_low and _high, see `interval_of_effect`; log2_fold_change, of expected counts.
-    Counts are per 10,000, in cells of the given library (0: see `library_of`), or of `other`'s
-    control cells, see `controls_of_file`. Each condition's numbers depend on no other one. Returns
-    lines on what is known of each, and a table of its ten strongest effects.
+    Counts are per 10,000, in cells of the given library (0: see `library_of`) and basal states
+    (None: see `basal_of`), or of `other`'s control cells, see `controls_of_file`. Each condition's
+    numbers depend on no other one. Returns lines on what is known of each, and a table of its ten
+    strongest effects.
     """
     dosages, spelled = dosages_of(run, conditions)
     by_data = {} if other else effects_of_data(run, spelled)
-    lines, rows, layers = [], [], {}
+    lines, rows, layers, basal = [], [], {}, basal or basal_of(run)
     for d, name in zip(dosages, spelled):
-        basal, c, libraries = population(run, name, ate_particles, seed, other)
+        treated, control, c, libraries = population(run, name, ate_particles, basal, seed, other)
         depth = library or (int(np.median(libraries)) if other else library_of(run))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
-        y = expected(run, arms, c.expand(2, -1, -1), basal, depth)
-        of_one = {f"expected_{scale}": treated for scale, (_, treated) in y.items()}
-        of_one |= {f"effect_{scale}": treated - control for scale, (control, treated) in y.items()}
-        low, high = interval_of_effect(run.model, d, basal[:1000], c[:1000])
+        y = expected(run, arms, c.expand(2, -1, -1), [control, treated], depth)
+        low, high = interval_of_effect(run.model, d, treated[:1000], control[:1000], c[:1000])
+        of_one = {f"expected_{scale}": after for scale, (_, after) in y.items()}
+        of_one |= {f"effect_{scale}": after - before for scale, (before, after) in y.items()}
         control, counts = y["counts"]
         of_one |= {"effect_counts_low": low, "effect_counts_high": high,
                    "log2_fold_change": np.log2(counts / control)}
@@ -1241,10 +1304,10 @@ def predict(run, conditions, ate_particles=2500, library=0, seed=0, other=None):
         obs={"condition": spelled,
              "n_training_cells": np.array([(trained_on == name).sum() for name in spelled])},
         var={"gene": run.screen.gene_names}, layers={k: np.stack(v) for k, v in layers.items()},
-        uns={"library": depth, "basal_states": other.path if other else "prior"})
+        uns={"library": depth, "basal_states": other.path if other else basal})
     lines.append("\ncounts per 10,000, of the genes of largest effect on log-normalised expression "
-                 f"(cells of {depth:,})" + "; data: all cells, those trained on, too, ± standard "
-                 "error" * (not other) + "\n")
+                 f"({f'{basal} basal states, ' * (not other)}cells of {depth:,})" + "; data: all "
+                 "cells, those trained on, too, ± standard error" * (not other) + "\n")
     return "\n".join([*lines, markdown(rows) if rows else ""])
 
 
@@ -1287,7 +1350,7 @@ def effects_of_data(run, conditions):
     return dict(zip(arms.names[known], found[known]))
 
 
-def sample(run, conditions, n, library=0, seed=0, other=None):
+def sample(run, conditions, n, library=0, basal=None, seed=0, other=None):
     """Write samples.h5ad: counts of n simulated cells of each condition, for scanpy and others.
 
     Cells are as in `population` (but for `library`, if given), each with a draw of (M, E) of its
@@ -1299,11 +1362,11 @@ def sample(run, conditions, n, library=0, seed=0, other=None):
     labels = screen.obs(column) if screen.label_column else screen.conditions
     x, obs = [], {name: [] for name in (index, column, *covariates)}
     for d, name in zip(*dosages_of(run, conditions)):
-        basal, c, libraries = population(run, name, n, seed, other)
+        z_basal, _, c, libraries = population(run, name, n, basal or basal_of(run), seed, other)
         sizes = torch.as_tensor(np.full(n, library) if library else libraries,
                                 dtype=torch.float32, device=run.device)
         for few in torch.arange(n).split(1000):
-            log_rho = sample_frequencies(run.model, d, c[few], basal[few])
+            log_rho = sample_frequencies(run.model, d, c[few], z_basal[few])
             counts = sample_counts(run.model, log_rho, sizes[few])
             x.append(counts.cpu().numpy().astype(np.uint32))
         same = np.flatnonzero(screen.conditions == name)
@@ -1576,7 +1639,8 @@ def use_run(folder, args, options):
     if is_other:
         other = controls_of_file(run, args.data)
         print(f"of the {len(other.d):,} control cells of {args.data}:")
-    how = {"library": options["library"], "seed": options["evaluation_seed"], "other": other}
+    how = {"library": options["library"], "basal": options["basal"], "other": other,
+           "seed": options["evaluation_seed"]}
     if args.predict:
         print(predict(run, args.predict, options["ate_particles"], **how))
         print(f"\nwritten: {folder}/predictions.h5ad")

@@ -849,14 +849,15 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
     (3.2 has the first; the authors' code for Table 1 takes the last. The second is not 1e4 rho.) A
     simulated cell without any count has only the first y; the others leave it out, as a data set
     does. All arms share every latent: z_basal, masks, effects and the noise of the likelihood, so
-    that equal arms give equal results. basal (K, L) are basal states, such as those of given cells,
-    in place of n_particles draws from p. Returns a dict of three (C, G) tensors in double
+    that equal arms give equal results. basal are basal states (K, L), or a list of these for each
+    arm, in place of n_particles draws from p. Returns a dict of three (C, G) tensors in double
     precision. About `chunk` numbers per temporary array (default: `chunk_on`).
     """
     chunk = chunk or chunk_on(model, 2**24)
     t, drawn = draws_for(arms, len(model.n_cells), shared=True)
     basal = sobol_normal(n_particles, model.n_latent, arms.device) if basal is None else basal
-    n_particles, n_genes = len(basal), len(model.log_theta)
+    basal = [basal] * len(arms) if torch.is_tensor(basal) else basal
+    n_particles, n_genes = len(basal[0]), len(model.log_theta)
     c = c if c.ndim == 3 else c[:, None].expand(-1, n_particles, -1)
     theta = model.log_theta.clamp(-20, 20).exp()  # as in nb_log_likelihood
     mean_h, noise = mean_log_of_poisson(library, arms.device), torch.Generator(arms.device)
@@ -864,13 +865,13 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
     n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + n_genes))
     for k in torch.arange(n_particles).split(n_chunk):
         mask, effect, _, _ = model.sample_globals(t, len(k))  # (M, E) ~ q
-        z_basal = basal[k].unsqueeze(1)  # (K, 1, L): the same for every arm
-        z = z_basal + sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
+        z_pert = sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
         gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
         log_scale = gamma.log().add_(math.log(library))
         seed, tenth = int(torch.randint(2**31, ())), -int(k[0]) % 10
         for arm in range(len(arms)):
-            log_rho = model.log_rho(z[:, arm], arms[arm], c[arm, k])  # (K, G)
+            z = basal[arm][k] + z_pert[:, arm]  # eq. 1: (K, L)
+            log_rho = model.log_rho(z, arms[arm], c[arm, k])  # (K, G)
             sums[arm] += sums_of_expression(log_rho, log_scale, library, mean_h, tenth,
                                             noise.manual_seed(seed))  # the same in every arm
     rho, per_10k, h, rest, not_empty = sums.unbind(1)
@@ -887,6 +888,10 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
     for the three y of `expected_expression`, whose arguments these are, in cells of unknown
     covariates; "no perturbation" is the paper's d_0. Returns a dict of three (C, G) tensors.
     Differs from the authors' code, which draws a new z_basal for each arm.
+
+    This is the effect on one population of cells. The difference between perturbed and control
+    cells as they are found in a screen has more in it: which cells survived, say. For that,
+    evaluate.py gives the arms of `expected_expression` basal states of their own (`basal_states`).
     """
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
     no_covariates = arms.new_empty(len(arms), 0)

@@ -892,9 +892,14 @@ def test_any_cells_and_genes_of_every_form_of_a_matrix_are_the_same_counts_in_me
 def test_counts_are_rounded_within_1e_6_and_kept_in_the_narrowest_type(top, tmp_path):
     x = MATRIX.clip(max=1)
     x[4, 2] = top
-    for write in (dense("f8", x), dense("f8", x + 4e-7 * (x == 1)),
+    for write in (dense("f8", x), dense("f8", x + 4e-7), dense("f8", x - 4e-7),
                   lambda file: write_sparse(file, "X", x, scramble=True)):
         assert_counts(data.read_h5ad(write_modern(tmp_path / "x.h5ad", write)).counts(), x)
+
+
+def test_cells_have_the_same_hash_where_they_have_the_same_counts():
+    totals, hashes = data.cell_sums(data.from_dense(np.array([[1, 2], [2, 1], [1, 2]], "u1")))
+    assert totals.tolist() == [3, 3, 3] and hashes[0] == hashes[2] != hashes[1]
 
 
 def test_files_of_anndata_until_0_6_with_compound_tables_read_the_same(tmp_path):
@@ -2230,13 +2235,13 @@ def test_the_true_model_agrees_with_cells_of_any_depth_as_well_as_their_noise_al
     run.fixed["fingerprint"] = data.read_screen("screen.h5ad", split_column="split").fingerprint()
     run.save("best.pt"), run.save("last.pt")
     for cells in ("all", "test"):
-        metrics = evaluation("run", 2, 2000, effects_from=cells)
+        metrics = evaluation("run", 2, 2000, effects_from=cells, basal="prior")
         for scale in evaluate.SCALES:
             model, limit = (evaluate.score(metrics, scale, "all", row)["pearson"]
                             for row in ("model", "noise_limit"))
             assert model == pytest.approx(limit, abs=0.02) and (cells == "test" or model > 0.99)
     # Cells of another depth have other logarithms.
-    metrics = evaluation("run", 2, 2000, library=10**6 // depth, effects_from="all")
+    metrics = evaluation("run", 2, 2000, library=10**6 // depth, effects_from="all", basal="prior")
     assert evaluate.score(metrics, "log_normalised", "all", "model")["pearson"] < 0.97
 
 
@@ -2346,15 +2351,16 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
     seen = next(c for c, part in zip(run.screen.conditions, run.screen.split)
                 if "+" in c and part == "train")
     names = ["P001", "+".join(reversed(seen.split("+"))), "P001+P002+P003", "control"]
-    evaluate.main([run.folder, "--predict", *names, "--ate-particles", "5000"])
+    options = ["--ate-particles", "5000", "--basal", "prior"]
+    evaluate.main([run.folder, "--predict", *names, *options])
     out, predicted = capsys.readouterr().out, layers_of(run, "predictions")
     effect, expected = predicted["effect_counts"], predicted["expected_counts"]
     # By each batch, and averaged as often as real cells of the condition are in it.
     by_batch = [evaluate.expected(run, evaluate.dosages_of(run, names)[0],
-                                  torch.full((4, 1), batch), evaluate.basal_states(run, 5000),
+                                  torch.full((4, 1), batch), torch.randn(5000, 4),
                                   evaluate.library_of(run)) for batch in (0, 1)]
     for i, name in enumerate(names[:1] + [seen] + names[2:]):
-        share = evaluate.population(run, name, 5000, 0)[1].numpy().mean()
+        share = evaluate.population(run, name, 5000, "prior", 0)[2].numpy().mean()
         for scale in evaluate.SCALES:
             without, treated = ((1 - share) * by_batch[0][scale][j] + share * by_batch[1][scale][j]
                                 for j in (3, i))
@@ -2371,11 +2377,51 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
     assert (effect[2] == 0).all() == (model == "svae+")
     assert ("P001+P002+P003 WAS NEVER SEEN: ITS EFFECT IS ZERO" in out) == (model == "svae+")
     # The same whatever else is asked for.
-    evaluate.main([run.folder, "--predict", *names[1:3], "--ate-particles", "5000"])
+    evaluate.main([run.folder, "--predict", *names[1:3], *options])
     alone = layers_of(run, "predictions")
     assert all((alone[name] == values[1:3]).all() for name, values in predicted.items())
     with pytest.raises(data.DataError, match="these come near: P0"):
         evaluate.main([run.folder, "--predict", "P01"])
+
+
+def test_basal_states_of_an_arm_are_draws_of_q_moved_to_the_mean_of_its_own_kind_of_cells(
+        one, monkeypatch):
+    run, screen, train_cells = one, one.screen, one.split["train"]
+    is_treated = screen.conditions != "control"
+
+    def encode(x, z_pert, d, c):
+        """q: treated cells are 1.5 away in the first latent, and none in others, up to noise."""
+        torch.manual_seed(0)
+        loc = torch.randn(len(x), 4) + torch.tensor([1.5, 0, 0, 0]) * (d != NONE).any(1)[:, None]
+        return loc, torch.full_like(loc, 0.25)
+
+    monkeypatch.setattr(run.model, "encode", encode)
+    c = np.repeat([[0], [1]], 5000, axis=0)
+    treated, control = evaluate.basal_states(run, c, "aggregated")
+    for batch in (0, 1):
+        cells = train_cells[screen.c[train_cells, 0] == batch]
+        n_treated, n_control = is_treated[cells].sum(), (~is_treated[cells]).sum()
+        se = math.sqrt(1 / n_treated + 1 / n_control)
+        # The same draws, apart by the difference of means; what is chance in it is taken away.
+        difference = treated[c[:, 0] == batch] - control[c[:, 0] == batch]
+        assert difference.std(0).max() < 1e-5 and abs(difference[0, 0] - 1.5) < 3 * se
+        assert (difference[0, 1:].abs() < 2 * se).all() and (difference[0, 1:] == 0).any()
+        # Around their mean, noise of cells (1) and of q (0.25).
+        assert treated[c[:, 0] == batch].var(0).numpy() == pytest.approx(1.25, rel=0.2)
+    # Values of covariates that no training cell has, and both arms of the prior: draws of N(0, I).
+    for states in (evaluate.basal_states(run, c + 7, "aggregated"),
+                   evaluate.basal_states(run, c, "prior")):
+        assert torch.equal(*states) and abs(states[0].mean()) < 0.01
+    # So a difference that all treated cells share is in their effects, or is not.
+    monkeypatch.setattr(run.model, "mask_probability", lambda: torch.zeros(12, 4))
+    monkeypatch.setattr(run.model, "sample_mask", lambda t, n: (
+        torch.zeros(n, len(t), 4), torch.zeros(len(t))))
+    options = evaluate.DEFAULTS | {"effects_from": "all", "library": 5000, "ate_particles": 500,
+                                   "own_targets": True}
+    for basal, is_there in (("prior", False), ("aggregated", True)):
+        evaluate.effects(run, options | {"basal": basal})
+        effect = layers_of(run, "effects")["model_counts"]
+        assert (np.abs(effect).max(1) > 10).all() == is_there and (effect != 0).any() == is_there
 
 
 def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(one):
@@ -2407,8 +2453,8 @@ def test_predictions_for_another_file_are_what_its_control_cells_would_become(on
     write_controls("other.h5ad", np.column_stack([x[:, order], np.ones(len(x), int)]),
                    [*genes[order], "more"], 0)
     # Basal states are draws from the cells' posterior.
-    basal, c, library = evaluate.population(run, "P001", 200 * len(x), 0,
-                                            evaluate.controls_of_file(run, "other.h5ad"))
+    basal, _, c, library = evaluate.population(run, "P001", 200 * len(x), "", 0,
+                                               evaluate.controls_of_file(run, "other.h5ad"))
     with torch.no_grad():
         loc, var = run.model.encode(torch.from_numpy(x[:1].astype("f4")), torch.zeros(1, 1, 4),
                                     torch.full((1, 1), NONE), c[:1])
@@ -2776,25 +2822,24 @@ def test_every_damaged_file_is_read_or_refused_in_a_sentence(n, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="kills")
 @pytest.mark.parametrize("n", [1, pytest.param(100, marks=SLOW)])
 def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folder):
-    def ends(*arguments, seconds=None):
-        """Whether a process that trains ends within these seconds; if not, it is killed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return subprocess.run(
-                [sys.executable, os.path.join(HERE, "train.py"), *arguments], timeout=seconds,
-                check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    def ends(*arguments, log="", size=math.inf):
+        """Whether a process that trains ends before its log has this size; if not, it is killed."""
+        running = subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "train.py"), *arguments],
+            stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while running.poll() is None and not (os.path.exists(log) and os.path.getsize(log) > size):
+            time.sleep(rng.uniform(0, 0.01))
+        running.kill()
+        return running.wait() == 0
 
-    rng, began = np.random.default_rng(n), time.time()
-    options = ["--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
-               "--validate-every", "2", "--log-every", "1", "--name"]
+    rng, options = np.random.default_rng(n), [
+        "--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
+        "--validate-every", "2", "--log-every", "1", "--name"]
     assert ends(*options, "whole")
-    seconds, whole = time.time() - began, outcome("runs/whole")
-    for i in range(n):
-        if not ends(*options, str(i), seconds=rng.uniform(0.3, 1) * seconds):
-            if os.path.exists(f"runs/{i}/last.pt"):
-                assert ends("--resume", f"runs/{i}")
-            else:  # it was killed before its first checkpoint
-                shutil.rmtree(f"runs/{i}", ignore_errors=True)
-                assert ends(*options, str(i))
+    whole, size = outcome("runs/whole"), os.path.getsize("runs/whole/log.jsonl")
+    for i in map(str, range(n)):
+        assert not ends(*options, i, log=f"runs/{i}/log.jsonl", size=rng.uniform(0.1, 0.8) * size)
+        assert ends("--resume", f"runs/{i}")
         assert_same(outcome(f"runs/{i}"), whole)
         assert not [file for file in os.listdir(f"runs/{i}") if file.endswith(".writing")]
 

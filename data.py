@@ -924,9 +924,9 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     notes.append(f"{len(rows):,} cells x {len(genes):,} genes kept, {is_control.sum():,} cells are "
                  f"controls; {len(perturbations):,} perturbations, {n_pairs:,} combinations; "
                  f"commonest: {_commonest(conditions, 5)}")
-    if not any(gene is not None for gene in targets(perturbations, gene_names)):
-        notes.append("no perturbation is named like a gene, so that none is known by its target: "
-                     "--gene-names names a var column of symbols, --label-pattern genes of guides")
+    if len(gene_names) and gene_names[0].startswith("ENS"):
+        notes.append(f"genes are called {gene_names[0]} and the like: --gene-names COLUMN, if var "
+                     f"has a column of symbols ({', '.join(file.var_columns[:8])})")
     deep = library >= 50  # shallower cells may be equal by chance
     n_twice = int(deep.sum()) - len(np.unique(hashes[deep]))
     if n_twice > 0.01 * len(library):

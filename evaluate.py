@@ -571,8 +571,8 @@ OPTIONS = [  # name, default, what is allowed, what it is and where the default 
      "the paper (authors' code), else for the median of the data's cells"),
     ("--effects-from", None, ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1, and with a preset of the paper: all; else test)"),
-    ("--basal", None, ["aggregated", "prior"], "where basal states are from: as they are found in "
-     "treated and in control cells, or N(0, I) for both (paper, and with a preset; else the first)"),
+    ("--basal", None, ["aggregated", "prior"], "basal states of treated and of control cells: "
+     "as found in each, or N(0, I) for both (paper, and with a preset; else as found)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
 DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS} | {"pathways": None}
@@ -614,7 +614,8 @@ def evaluate(run, pathways=None, **options):
     ours = run.config["preset"] in OURS
     options = DEFAULTS | {
         "library": library_of(run), "effects_from": "test" if ours else "all",
-        "basal": basal_of(run), "own_targets": not ours, "pathways": pathways} | {k: v for k, v in options.items() if v}
+        "basal": basal_of(run), "own_targets": not ours, "pathways": pathways} | {
+        k: v for k, v in options.items() if v}
     known_pathways = data.read_pathways(pathways or run.config["data"])  # it may be wrong
     metrics = {"format": FORMAT, "checkpoints": checkpoints(run.folder), "config": run.config,
                "fingerprint": run.fixed["fingerprint"], "options": options,
@@ -992,8 +993,8 @@ LINES = {  # of one run: the metric that a line needs, and the line
     "{mask_pathway_accuracy_sd:.3f} ({n_annotated:,} annotated; the commonest pathway for all: "
     "{mask_pathway_chance:.3f})",
     "on_target": "targeted genes ({n_targets:,}): counts change by {on_target[data]:+.0%} (data), "
-    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); counted below: "
-    "{options[own_targets]}"}
+    "{on_target[model]:+.0%} (model), {on_target[own_mean]:+.0%} (own mean); below, they are left "
+    "out unless the preset is the paper's"}
 
 
 def markdown(rows):

@@ -1423,10 +1423,11 @@ def panels(path, title, n, size):
 
 
 def heat_map(figure, axis, values, limit, title, **names):
-    """Values (y, x), blue to red from -limit to limit; y and x name rows and columns where there is
-    room for names."""
-    image = axis.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit,
-                        interpolation="nearest")
+    """Values (y, x), from -limit, blue, or 0, white, to limit; y and x name rows and columns where
+    there is room for names."""
+    signed = values.min() < 0
+    image = axis.imshow(values, aspect="auto", cmap="RdBu_r" if signed else "Greys",
+                        vmin=-limit * signed, vmax=limit, interpolation="nearest")
     figure.colorbar(image, ax=axis, shrink=0.5)
     axis.set_title(title)
     for side, of_side in names.items():
@@ -1482,11 +1483,15 @@ def figure_of_masks(run, pathways=None):
     path = os.path.join(run.folder, "masks.png")
     with panels(path, os.path.basename(run.folder), len(shown), (5 * len(shown), 9)) as (
             figure, axes):
+        groups, first = np.unique(pathway[rows], return_index=True)
         for axis, (title, values, limit, which) in zip(axes, shown):
             heat_map(figure, axis, values[rows][:, which], limit, title, y=names[rows], x=which)
-            for group, start in zip(*np.unique(pathway[rows], return_index=True)):
+            axis.set_xlabel("latent dimension")
+            for start in first[1:]:
                 axis.axhline(start - 0.5, color="0.3", linewidth=0.5)
-                axes[0].text(0, start, group, fontsize=7, va="top")
+        if len(groups) > 1:
+            axes[0].set_yticks((first + [*first[1:], len(rows)]) / 2, [
+                group or "no pathway" for group in groups])
     return path
 
 

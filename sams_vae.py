@@ -863,12 +863,13 @@ def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=Non
     mean_h, noise = mean_log_of_poisson(library, arms.device), torch.Generator(arms.device)
     sums = arms.new_zeros(len(arms), 5, n_genes, dtype=torch.float64)
     n_chunk = max(10, chunk // (model.widest * max(len(t), arms.numel()) + n_genes))
-    for k in torch.arange(n_particles).split(n_chunk):
-        mask, effect, _, _ = model.sample_globals(t, len(k))  # (M, E) ~ q
+    for start in range(0, n_particles, n_chunk):
+        k, n = slice(start, start + n_chunk), min(n_chunk, n_particles - start)
+        mask, effect, _, _ = model.sample_globals(t, n)  # (M, E) ~ q
         z_pert = sum_effects(mask, effect, drawn, model.axes)  # (K, C, L)
-        gamma = torch.distributions.Gamma(theta, theta).sample((len(k),))  # (K, G)
+        gamma = torch.distributions.Gamma(theta, theta).sample((n,))  # (K, G)
         log_scale = gamma.log().add_(math.log(library))
-        seed, tenth = int(torch.randint(2**31, ())), -int(k[0]) % 10
+        seed, tenth = int(torch.randint(2**31, ())), -start % 10
         for arm in range(len(arms)):
             z = basal[arm][k] + z_pert[:, arm]  # eq. 1: (K, L)
             log_rho = model.log_rho(z, arms[arm], c[arm, k])  # (K, G)

@@ -36,7 +36,7 @@ GAP = 2**14  # shorter gaps are read and discarded: one long read beats two shor
 
 
 def printable(text):
-    """Text for a line on a terminal, which names in a file could command."""
+    """Text that is safe to print: names in a file could hold commands for a terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in str(text)[:2000])
 
 
@@ -151,7 +151,7 @@ def _keys(group):
 
 
 def _attribute(node, *names):
-    """The values, in a list, of the first of these attributes that is there; else no value."""
+    """The values of the first of these attributes that exists, a list; else []."""
     for name in names:
         if name in node.attrs and not isinstance(node.attrs[name], h5py.Empty):
             return _to_numpy(f"the attribute {name}", node.attrs[name]).tolist()
@@ -456,7 +456,7 @@ class StoredCounts:
 
     @property
     def n_bytes(self):
-        """What these counts would take in memory, about: dense ones are judged by a first block."""
+        """About how many bytes these counts take in memory; if dense, judged by a first block."""
         n_bytes = self.value_type.itemsize + np.min_scalar_type(len(self.genes)).itemsize
         return int(self.density * math.prod(self.shape) * n_bytes + 8 * len(self.rows))
 
@@ -478,7 +478,7 @@ class StoredCounts:
         """Yield the Counts of some rows of the file, a block of whole rows at a time."""
         with _naming(self.path):
             blocks = self._stored_blocks(rows)
-            # Of a matrix by columns, all of them: through memory.
+            # A matrix by columns is read as a whole and transposed in memory.
             yield from blocks if self.order > 0 else [_transposed(_gather(blocks, len(rows)))]
 
     def _stored_blocks(self, rows):
@@ -578,7 +578,7 @@ class H5ad:
             _columns(matrix.file, table) for table in ("obs", var))
 
     def obs(self, column):
-        """The obs column, an array (cells,), a missing label None. DataError where it is none."""
+        """An obs column (cells,), None where missing. DataError if there is no such column."""
         return self._column("obs", column, self.obs_columns, len(self.cell_names))
 
     def var(self, column):
@@ -782,7 +782,7 @@ import itertools
 import json
 
 # Two settings that make a CPU fast, for two of our commands alone, before torch is imported: GNU
-# OpenMP's threads spin 1,000 turns while they wait (many are slow beside other programs, none are
+# OpenMP's threads spin 1,000 turns while they wait (more is slow beside other programs, none is
 # slow alone), and glibc keeps freed arrays (M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1).
 if os.path.basename(sys.argv[0]) in ("train.py", "evaluate.py"):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -828,8 +828,8 @@ READING = {
 LABEL_OPTIONS = list(READING)[:6]
 
 # Labels in the files of others: obs columns, tried in this order where none is named, and labels of
-# controls, in any case of letters. Nothing is split that nobody asked to split, but for `condition`
-# at +: "_" joins combinations in one family and numbers the guides of a gene (ZAP70_1) in another.
+# controls, in any case of letters. Labels are split on request only, but in `condition` also at +:
+# "_" joins combinations in one family and numbers the guides of a gene (ZAP70_1) in another.
 LABEL_COLUMNS = ["sgID_AB",  # the SAMS-VAE paper's file of Replogle et al.
                  "condition",  # GEARS, CPA, PerturBench
                  "perturbation",  # scPerturb
@@ -885,7 +885,7 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     """Read an .h5ad file and turn its labels into dosages. Returns a Screen.
 
     stream          whether the counts stay in the file; by default if they are large
-    genes_of        names of genes, (G,): those of the screen, in this order; all must be there
+    genes_of        names (G,) of the genes to keep, in this order; all must be in the file
     only_controls   keep control cells alone, and do not ask for perturbed ones
     options         see READING; what may be repeated is a list, or one text
 
@@ -1037,7 +1037,7 @@ def _find_labels(file, inside, how, notes):
                         f"labels are {_commonest(labels, 12)}")
     note = f"labels in obs column {column!r}" if column else f"labels in one-hot columns {prefix}*"
     note += f"; control: {', '.join(found[:3])}" + f" and {len(found) - 3} more" * (len(found) > 3)
-    # Whether combinations were taken for what they are decides about everything after: say it.
+    # All that follows depends on whether combinations were recognised, so the note says it.
     joined = [repr(c) for c in "+_|;" if any(c in label for label in different)]
     if separator and column is not None:
         note += f"; combinations are split at {separator!r}"
@@ -1143,8 +1143,8 @@ def _in_subset(file, how):
 def _choose_genes(file, how, genes_of=None):
     """Positions of the genes that are kept and their names, (G,) each.
 
-    With genes_of these names, in this order, by the names asked for, the index of var or one of its
-    columns. Raises DataError where one of them is missing, or there twice."""
+    With genes_of, these genes in this order, found by the names asked for, by var's index or by
+    another of its columns. Raises DataError where one of them is missing, or there twice."""
     asked, genes = how["gene_column"], np.arange(file.shape[1])
     if not asked and "feature_types" in file.var_columns and (
             "Gene Expression" in _texts(file.var("feature_types"))):  # not guides, say
@@ -1199,11 +1199,12 @@ def _read_covariates(file, columns, rows, is_control, notes):
 
 
 def unbalanced(screen, given=()):
-    """Lines on columns of obs, such as a batch, over which controls and perturbed cells are spread
-    unlike: what differs between batches would be taken for what perturbations do. Columns `given`
-    are left out; of a screen with covariates nothing is said, as they may account for the rest.
+    """Lines on columns of obs, such as a batch, in which controls and perturbed cells differ:
+    differences between batches would be mistaken for effects of perturbations. Columns `given` are
+    left out; of a screen with covariates nothing is said, as they may account for the rest.
 
-    Unlike: a total variation distance, among values that controls have, 0.1 above chance."""
+    They differ if, among values that controls have, the total variation distance is 0.1 above
+    chance."""
     notes, perturbed = [], (screen.d != NONE).any(1)
     for column in screen.file.obs_columns if not screen.covariates else ():
         try:
@@ -1281,7 +1282,8 @@ def split_cells(screen, seed=0, split="random", train_combinations=1.0):
     norman-data-efficiency   tests on cells of all combinations, split as in `random`, and trains on
                  the first train_combinations (a fraction) of their training cells.
 
-    All other cells, and training cells without validation, are split 80 / 20 into these two.
+    All other cells, and a file's training cells if it names none for validation, are split 80 / 20
+    into training and validation.
     """
     n_perturbed = (screen.d != NONE).sum(1)  # (N,) perturbations of each cell
 
@@ -1390,7 +1392,7 @@ class Batches:
         fits, self.where = not self.from_file, "in the file" if self.from_file else "in memory"
         if self.device.type == "cuda":
             self.copying = torch.cuda.Stream(self.device)  # one: each keeps memory of its own
-            torch.cuda.empty_cache()  # a screen that this process has read before counts as free
+            torch.cuda.empty_cache()  # frees the memory of any earlier screen
             fits = fits and n_bytes < 0.6 * torch.cuda.mem_get_info(self.device)[0]
             self.where = f"on {self.device}" if fits else self.where
         self.where += f" ({n_bytes / 1e6:,.1f} MB)"
@@ -1514,8 +1516,8 @@ def training_statistics(batches, cells):
     encoder standardises by; log frequency f and log inverse dispersion theta, for `start_from`.
 
     By the likelihood of 2.2 without latents, x ~ NB(mean l f, theta): f is the gene's part of all
-    counts (half a count is added to each gene), and theta the one by which what x varies more than
-    a Poisson count adds up, sum (x - l f)^2 - l f = sum (l f)^2 / theta, from exp(-8) to exp(6).
+    counts (half a count is added to each gene), and theta is such that the variance beyond Poisson
+    adds up, sum (x - l f)^2 - l f = sum (l f)^2 / theta, between exp(-8) and exp(6).
 
     One pass, in double precision. The squares are summed around the mean of a batch and merged: a
     mean of squares minus a squared mean would lose digits.
@@ -1566,8 +1568,8 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     z (N, L); uns `simulation`, the true `mask` and `effect` (T, L) and the decoder (`decode`); uns
     `pathways`, each of ten or more perturbations that share a mask.
 
-    Many perturbations of few cells, as the sparsity of masks says which latent axes are true, and
-    an entry of 1 costs log(1 / alpha) nats for a perturbation, however many cells it has.
+    There are many perturbations of few cells, since only the sparsity of masks says which latent
+    axes are true, and an entry of 1 costs log(1 / alpha) nats however many cells there are.
     """
     rng = np.random.default_rng(seed)
     mask, effect = _random_effects(rng, perturbations, n_latent, effect, sparse_shift)

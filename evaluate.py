@@ -346,7 +346,7 @@ class Arms:
         S = self.n_controls = len(strata)
         label = np.where(screen.conditions == "control", "", screen.conditions).astype(str)
         names, condition = np.unique(label, return_inverse=True)  # "" comes first
-        # All controls stand before the cells, so that an arm of each is found.
+        # Each control arm is listed before the cells, so that none is missing.
         pair = np.append(np.arange(S), condition * S + stratum.reshape(-1))
         arm, cell, of_cell = np.unique(pair, return_index=True, return_inverse=True)
         cell = cell[S:] - S                # the first of each treated arm
@@ -397,7 +397,7 @@ class Means(typing.NamedTuple):
 def mean_expression(batches, cells, arms):
     """Mean expression of cells, positions (n,), by arm: {scale: Means}. counts: 1e4 x / sum x (3.2
     has x). log_normalised: log2(1 + 1e4 x / sum x), as in the authors' code for Table 1. An arm
-    without cells has zeros; one of a single cell has the variance within all arms."""
+    without cells has zeros; one of a single cell has the pooled variance of all arms."""
     n = arms.n_cells(cells)[:, None]
     arm = torch.from_numpy(arms.of_cell[cells]).to(batches.device)
     total = torch.zeros(2, 2, len(n), batches.n_genes, dtype=torch.float64, device=batches.device)
@@ -488,8 +488,8 @@ def effects_by_data(arms, observed, trained, enough):
     seen = arms.have_some(share_trained)
     others = mean_of_others(own, seen)
 
-    # From the mean of others: both sides have the same control cells, those in training where there
-    # are some, so that the controls' noise matters only as far as covariates differ.
+    # Effects minus the mean of others: both terms use the same controls, the training ones if
+    # there are any, so that the controls' noise cancels except where covariates differ.
     has_control = trained.n[:S, None] > 0
     controls = np.where(has_control, trained.mean[:S], observed.mean[:S])
     noise_of_controls = np.where(has_control, trained.variance[:S], observed.variance[:S])
@@ -511,9 +511,9 @@ def shrunken(effect, variance, seen):
     """Effects (C, G) shrunken towards zero, as far as they are noise (empirical Bayes).
 
     Each is multiplied by S / (S + N), the posterior mean if true effects are N(0, S); N is
-    `variance`. S_tg = S_t S_g / S_0: the means of effect^2 - N over genes and over conditions, each
-    no less than 0, and the mean of these over all (of the two, the larger: they are the same where
-    none was negative), of the conditions in seen, (C,) bool. S = 0 where nothing is left."""
+    `variance`. Over the conditions in seen, (C,) bool, S_tg = S_t S_g / S_0: S_t and S_g are means
+    of effect^2 - N over genes and over conditions, 0 where negative, and S_0 is the mean of S_t or
+    of S_g, the larger one (they are equal if none was negative). S = 0 where nothing is left."""
     signal = np.where(seen[:, None], effect**2 - variance, 0)
     of_condition, of_gene = (np.maximum(signal.sum(axis, keepdims=True, dtype=np.float64), 0)
                              for axis in (1, 0))
@@ -788,7 +788,7 @@ def effects(run, options):
         for values in arms.strata))
     basal = [*control_of, *(treated_of[stratum] for stratum in arms.control)]
     y = expected(run, arms.d, arms.c, basal, options["library"])
-    # Where the data say nothing, the model's arms count by the cells of all the screen.
+    # Without cells to compare, the model's arms are weighted by the whole screen's cells.
     share = np.where(known[arms.condition, None], share, share_of_all)
     rows, layers = [], {}
     for scale in SCALES:
@@ -940,7 +940,7 @@ def warnings_of(m):
             found.append(f"the masks of {m['n_empty_masks']:,} of {m['n_trained_perturbations']:,} "
                          "perturbations are empty: they have no effect, too few cells for it, or "
                          "--alpha is too small")
-    source = m["options"]["effects_from"]  # baselines of the cells compared with are no rivals
+    source = m["options"]["effects_from"]  # a baseline made of the compared cells is no rival
     rivals = BASELINES if source == "test" else ("no_change", "perturbed_mean")
     for scale in SCALES:
         words = f"effects ({scale.replace('_', '-')})"
@@ -1161,8 +1161,8 @@ def table_of_runs(runs, scale="log_normalised"):
     """Markdown of the metrics of many runs: a table per screen, split and way of evaluating, a row
     per model and settings, mean ± sd over seeds, and a column of the settings that differ.
 
-    "difference" is `iwelbo_difference`, with its two errors, from the best row, or in the Norman
-    splits from that of Figure 4; there, effects are of conditions with test cells.
+    "difference" is `iwelbo_difference`, with its two errors, from the best row. In the Norman
+    splits it is from Figure 4's reference, and effects are of conditions with test cells.
     """
     tables = []
     for members in tables_of(runs):
@@ -1255,8 +1255,8 @@ def population(run, condition, n, basal, seed, other=None):
 def interval_of_effect(model, d, treated, control, c):
     """5 % and 95 % quantiles over cells of the effects of d (P,) on expected counts per 10,000,
     1e4 rho, (G,) each: treated and control basal states (K, L), covariates c (K, columns), and a
-    draw of (M, E) each. An effect is what d changes in a cell of the treated basal state, plus the
-    mean difference between treated and control basal states. It is no standard error."""
+    draw of (M, E) each. An effect is what d changes in a cell of the treated basal state, plus what
+    the difference in basal states changes in the mean. This is no standard error."""
     nothing = torch.full_like(d, data.NONE)
     before, of_control = (model.log_rho(z, nothing, c).exp() for z in (treated, control))
     effect = sample_frequencies(model, d, c, treated).exp() - before  # (K, G)

@@ -77,8 +77,8 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     x            (B, G)         counts; like log_library, without a gradient
     log_rho      (..., B, G)    log mean, up to
     log_library  (B, 1) or 0    which is added to it
-    log_theta    (G,) or ()     used between -20 and 20: above, it is a Poisson distribution within
-                                floating-point precision; below, a gene that is nearly always zero
+    log_theta    (G,) or ()     clamped to -20 .. 20: beyond 20 it is a Poisson distribution within
+                                floating-point precision, below -20 nearly always zero
     returns      (..., B)       nats
     """
     x, log_theta = x.to(log_rho.dtype), log_theta.to(log_rho.dtype).clamp(-20, 20)
@@ -91,8 +91,8 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
     first_line = (torch.lgamma(x + theta) - torch.lgamma(theta)
                   - torch.lgamma(x.to(exact) + 1)).sum(-1)  # (B,)
     # log sigmoid(-s) is -softplus(s). (And log sigmoid(s) is s - softplus(s), but that loses digits
-    # where theta is small.) Each term is summed before the two are added: fewer large arrays. No
-    # softplus @ theta: where products are in bfloat16, it would be, too.
+    # where theta is small.) Each term is summed before the two are added: fewer large arrays.
+    # softplus @ theta would be a matrix product, in bfloat16 under autocast: hence not used.
     second_line = ((x * F.logsigmoid(s)).sum(-1, dtype=exact)
                    - (F.softplus(s) * theta.to(s.dtype)).sum(-1, dtype=exact))
     return (first_line.to(exact) + second_line).to(s.dtype)
@@ -207,12 +207,12 @@ class SAMSVAE(nn.Module):
     correlated_basal   q(z_basal) sees [x, z_pert] rather than x alone ("correlated encoder", 2.3)
     correlated_effects q(e_t | m_t) = N(f_emb(m_t, t)) rather than free ("correlated embeddings")
     alpha, beta        the priors m ~ Bern(alpha), e ~ N(0, beta I)
-    mask_a, mask_b     of the models below whose mask probabilities have a prior Beta(a, b)
-    n_covariates       values that all covariates have together: c (B, C) holds positions in these,
-                       or NONE. Encoder and decoder see them; effects do not depend on them
+    mask_a, mask_b     for the models below with a prior Beta(a, b) on mask probabilities
+    n_covariates       number of values of all covariates together: c (B, C) holds positions in
+                       these, or NONE. Encoder and decoder see them, and effects do not
 
-    The models below are this one with other versions of a few methods. Callers tell them apart by
-    these flags, never by class.
+    The models below override a few methods of this one. Callers tell them apart by these flags,
+    never by class.
     """
 
     has_mask = True              # which latents a perturbation touches is learned
@@ -250,13 +250,13 @@ class SAMSVAE(nn.Module):
 
     @torch.no_grad()
     def start_from(self, log_frequency, log_theta):
-        """Start training near these (G,). (Ours. Else rho starts from 1 / G and theta from 1; where
-        that is far off, latents explain at first what these two should.)"""
+        """Start training from these values, (G,) each. (Ours. Otherwise rho starts at 1 / G and
+        theta at 1; where that is far off, the latents at first make up for it.)"""
         self.decoder.last.bias.copy_(log_frequency)
         self.log_theta.copy_(log_theta)
 
     def get_extra_state(self):
-        """masks_of_one belongs to the weights: state_dict and load_state_dict call these two."""
+        """Save masks_of_one with the weights: state_dict calls this, load_state_dict the next."""
         return self.masks_of_one
 
     def set_extra_state(self, state):
@@ -339,7 +339,7 @@ class SAMSVAE(nn.Module):
     def sample_globals(self, t, n_particles):
         """Draw (m_t, e_t) ~ q(m_t) q(e_t | m_t), eq. 4 and 5.
 
-        t (U,) perturbations: one that stands there twice is drawn twice.
+        t (U,) perturbations: one that is listed twice is drawn twice.
         Returns mask, effect (K, U, L) and kl_mask (U,), kl_effect (K, U): the KL to the prior,
         summed over latents, in closed form given the sampled mask. For a perturbation without
         training cells q is the prior, its exact posterior, and the KL is zero.
@@ -391,7 +391,7 @@ class SAMSVAE(nn.Module):
         return F.log_softmax(self.decoder(z, c, *self.seen_dosages(d)), dim=-1)
 
     def seen_dosages(self, d):
-        """What encoder and decoder see of dosages, a tuple: nothing, but in the conditional VAE."""
+        """The dosages that encoder and decoder see, a tuple: empty but for the conditional VAE."""
         return ()
 
     def log_likelihood(self, x, z, d, c):
@@ -419,7 +419,7 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
     @torch.no_grad()
     def set_masks(self, logits):
         """E_q[p_tl] = sigmoid(logits), (T, L)."""
-        # The smaller of a and b is 1: of all pairs of this mean nearly the one of least KL.
+        # With the smaller of a and b at 1, the KL is nearly the least for this mean.
         self.mask_log_a.copy_(logits.clamp(min=0))
         self.mask_log_b.copy_((-logits).clamp(min=0))
 
@@ -470,7 +470,7 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 
 
 def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
-    """The orthogonal R (L, L) for which offsets R is sparsest: of the smallest sum of |entries|.
+    """The orthogonal R (L, L) that makes offsets R sparsest: the sum of |entries| is smallest.
 
     offsets (T, L), a row for each perturbation. Why this sum, L1? R leaves the length of every row
     as it is, and of all rows of one length those with a single entry have the smallest sum. Near
@@ -500,8 +500,8 @@ def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
 def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
     """log p(m_tl = 1) / p(m_tl = 0) given q(e_tl) = N(loc, var) of masks of one, all (T, L).
 
-    q(e) is what the prior N(0, beta) and the cells say together. Of the cells alone: they have
-    observed e as y with the variance w, 1/var = 1/w + 1/beta and loc/var = y/w. Under m = 1 that y
+    q(e) combines the prior N(0, beta) with the cells. The cells alone observe e as y, with a
+    variance w: 1/var = 1/w + 1/beta and loc/var = y/w. Under m = 1 that y
     has the distribution N(0, w + beta); under m = 0, where e does not matter and the cells look as
     if it were 0, N(0, w). The log ratio of these two densities at y is added to the prior's. (It is
     the Savage-Dickey ratio, log p(e = 0) / q(e = 0).)
@@ -637,7 +637,7 @@ class ConditionalVAE(SAMSVAE):
 
     def seen_dosages(self, d):
         """d, without perturbations that no training cell received."""
-        # n_cells[NONE] is that of the last perturbation: the result is NONE either way.
+        # n_cells[NONE] reads the last perturbation's entry, but NONE stays NONE either way.
         return (torch.where(self.n_cells[d] > 0, d, NONE),)
 
 
@@ -649,7 +649,7 @@ MODELS = {"sams-vae": SAMSVAE, "sams-vae-beta-bernoulli": BetaBernoulliSAMSVAE, 
 # Unseen perturbations (after Lopez et al. 2023; not in the paper)
 # ============================================================================================
 #
-# What a trained model has learned of cells holds under perturbations that it has not seen, too. New
+# What a trained model knows of cells also holds under perturbations that it has not seen. New
 # perturbations are new rows of the parameters of q(m) and q(e), or new columns of a network's first
 # layer: only these are learned.
 
@@ -658,7 +658,7 @@ EFFECTS = ("effect_loc", "effect_log_var")
 
 
 def perturbation_dims(model):
-    """{name: dim} of all weights that have a place for each perturbation: the last T on dim."""
+    """{name: dim} of all weights with a place per perturbation: the last T places along dim."""
     networks = ("f_emb",) if model.has_effects else ("encoder", "decoder")
     dims = dict.fromkeys(("n_cells", *MASKS, *EFFECTS), 0) | {
         f"{network}.first.weight": 1 for network in networks}
@@ -686,7 +686,7 @@ def continue_from(model, base, known):
 
 
 def learn_others_only(model, n_known):
-    """Let training change only what belongs to other perturbations than the first n_known."""
+    """Let training change only the parameters of perturbations after the first n_known."""
     dims, n_new = perturbation_dims(model), len(model.n_cells) - n_known
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in dims)
@@ -836,8 +836,8 @@ def iwelbo(model, batches, n_particles=100, chunk=None):
 
 @torch.no_grad()
 def expected_expression(model, arms, c, n_particles=2500, library=1e4, chunk=None, basal=None):
-    """Mean expression of cells that receive each row of dosages, arms (C, P), with covariates c
-    (C, columns) or, each particle's own, (C, K, columns).
+    """Mean expression of cells that receive the dosages arms (C, P), a row each. Covariates c are
+    (C, columns), or (C, K, columns) if each particle has its own.
 
     E over z_basal ~ p and (M, E) ~ q of E[y | do(d*)], as in 3.2, where y is one of three functions
     of the counts x of a cell with the given library size:
@@ -891,7 +891,7 @@ def average_treatment_effects(model, dosages, n_particles=2500, library=1e4, chu
     Differs from the authors' code, which draws a new z_basal for each arm.
 
     This is the effect on one population of cells. The difference between perturbed and control
-    cells as they are found in a screen has more in it: which cells survived, say. For that,
+    cells as found in a screen also reflects, say, which cells survived. For that,
     evaluate.py gives the arms of `expected_expression` basal states of their own (`basal_states`).
     """
     arms = F.pad(dosages, (0, 0, 1, 0), value=NONE)  # (1 + C, P): the first is the control
@@ -912,15 +912,15 @@ def sample_frequencies(model, d, c, z_basal):
 
 @torch.no_grad()
 def sample_counts(model, log_rho, library):
-    """x ~ NB(mean library rho, inverse dispersion theta), (K, G), of log_rho (K, G), library (K,):
-    simulated cells, with `sample_frequencies` by the process at the head of this file."""
+    """Draw x ~ NB(mean library rho, inverse dispersion theta), (K, G), given log_rho (K, G) and
+    library (K,): after `sample_frequencies`, the process at the head of this file."""
     theta = model.log_theta.clamp(-20, 20).exp()  # as in nb_log_likelihood
     gamma = torch.distributions.Gamma(theta, theta).sample(library.shape)
     return torch.poisson(library[:, None] * log_rho.exp() * gamma)
 
 
 # ============================================================================================
-# Behind treatment effects: what makes them fast and their noise small
+# Treatment effects, fast and with little noise
 # ============================================================================================
 
 
@@ -954,8 +954,8 @@ def sums_of_expression(log_rho, log_scale, library, mean_h, tenth, noise):
     The mean of y has no closed form. With h = log2(1 + 1e4 x / library), a function of the gene's
     own count alone, E[y] = E[h] + E[y - h]. Given gamma, E[h] depends on the rate alone: a table.
     The rest, y - h, is small, since sum x is near the library: counts of every tenth particle
-    suffice. Both are zero for a cell without counts, of probability exp(-sum of the rates): to
-    divide by the mean probability of not being empty leaves such cells out.
+    suffice. Both are zero for an empty cell, which has probability exp(-sum of the rates), so
+    dividing by the mean probability of not being empty leaves such cells out.
 
     All arms get the same gamma, and the same noise for Poisson draws. (The variance of a
     log-normalised effect was 1.4 to 89 times smaller than by as many cells sampled for each arm;

@@ -142,7 +142,7 @@ def turn_axes(run, optimizer):
 
 @dataclasses.dataclass
 class Progress:
-    """What moves while a run is trained, beside weights and Adam's moments. (The order of cells and
+    """What changes in training, besides weights and Adam's moments. (The order of cells and
     all random numbers follow from the seed and the step.)"""
 
     step: int = 0
@@ -180,7 +180,7 @@ def parameters_of(model, names):
 
 
 def new_optimizer(run):
-    """Adam (A.4) in the run's state; masks and effects have learning rates of their own (ours)."""
+    """Adam (A.4), with the run's moments; masks and effects have rates of their own (ours)."""
     config = run.config
     others = [p for name, p in run.model.named_parameters() if name not in MASKS + EFFECTS]
     own = config["axes"] == "sparsest" or config["adapt"]
@@ -277,7 +277,7 @@ class Log:
         self.sums += torch.stack([*(terms[name] for name in self.TERMS[:-1]), -value.detach()])
 
     def means(self, epoch):
-        """The next line, a dict; begins anew."""
+        """The next line, a dict; resets the sums."""
         model, step = self.run.model, self.run.progress.step
         n, self.step = step - self.step, step
         means = (average(self.sums) / n).tolist()  # waits for a GPU
@@ -309,7 +309,7 @@ class Log:
 
 
 def read_log(folder):
-    """The lines of log.jsonl as dicts, without what a killed run has not written to its end."""
+    """The lines of log.jsonl as dicts, without any line that a killed run left unfinished."""
     lines = []
     with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "log.jsonl")) as file:
         for text in file:
@@ -341,7 +341,7 @@ class Run:
     @classmethod
     def load(cls, folder, name="best.pt", device=None, **changes):
         """Open a run as best.pt or last.pt has it; changes are options: data, steps, precision.
-        Raises DataError where something is missing, damaged or another file."""
+        Raises DataError if a file is missing, damaged or not the one the run was trained on."""
         device, state = choose_device(device), load_checkpoint(folder, name)
         config, fixed = state["config"] | changes, state["fixed"]
         if not os.path.exists(config["data"]):
@@ -367,7 +367,7 @@ class Run:
 
     @functools.cached_property
     def taught_by(self):
-        """The split's cells that teach and validate; with --adapt: with new perturbations."""
+        """The split's cells; with --adapt, only those with perturbations that are new."""
         return {name: cells if self.n_known is None else
                 cells[(self.model_screen.d[cells] >= self.n_known).any(1)]
                 for name, cells in self.split.items()}
@@ -378,8 +378,8 @@ class Run:
         return progress.phase == len(plan) - 1 and progress.is_over(plan[-1])
 
     def save(self, name, optimizer=None):
-        """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer as it began.
-        The file ends with a hash of all before it, over which torch.load passes."""
+        """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer, with the
+        optimizer state that the run began with. torch.load ignores the hash at the end."""
         if rank() > 0:
             return
         buffer = io.BytesIO()
@@ -402,7 +402,7 @@ def hash_of(content):
 
 def load_checkpoint(folder, name):
     """The dict in runs/NAME/best.pt, last.pt or warm.pt; nothing in it is unpickled into code.
-    Raises DataError where it is missing, no checkpoint, or not to the last bit what was saved."""
+    Raises DataError if it is missing, is no checkpoint or differs from what was saved."""
     path = os.path.join(folder, name)
     try:
         with open(path, "rb") as file:
@@ -561,7 +561,7 @@ def begin(folder, config, given, base, device):
     model_screen = as_the_model_sees(screen, config, known)
     batches = data.Batches(model_screen, device)
     config["stream"] = batches.from_file
-    if batches.from_file:  # in which neighbours are read together
+    if batches.from_file:  # neighbours are read together: positions must rise
         split = {name: np.sort(cells) for name, cells in split.items()}
     d = model_screen.d[split["train"]]  # n_t of A.1, here for each t:
     n_cells = torch.from_numpy(np.bincount(d[d != data.NONE],
@@ -594,7 +594,7 @@ def fresh_model(config, given, screen, batches, cells, n_cells):
     model = MODELS[config["model"]](**arguments)
     for value, name in enumerate(screen.covariates):
         if not (screen.c[cells] == value).any():
-            print(f"  {name}: no training cell; its cells are taken as of unknown covariate")
+            print(f"  {name}: no training cell has it; its cells count as of unknown value")
             for network in (model.encoder, model.decoder):
                 network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
@@ -632,7 +632,7 @@ def resumed(args, given, device):
 
 # Every process has the model and makes the same steps with it. All follow one random order of
 # cells: each takes its share of every batch and draws its own latents, masks and effects, and
-# gradients are averaged: as one process does with the same --batch-size, but for these draws. The
+# gradients are averaged: but for these draws, as in one process with the same --batch-size. The
 # first process (rank 0) validates, writes and prints.
 
 
@@ -645,7 +645,7 @@ def begin_processes(device):
     device = choose_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # They wait for each other where the first one validates: let it have the time.
+    # The others wait while the first process validates: a long timeout.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(hours=12))
     if rank() > 0:
@@ -680,7 +680,7 @@ def average(tensor):
 
 
 def average_gradients(model):
-    """Gradients of the whole batch, the means of its shares."""
+    """Average gradients over processes, so that they are those of the whole batch."""
     for parameter in model.parameters():
         if parameter.grad is not None:  # in all processes or in none
             average(parameter.grad)
@@ -787,7 +787,7 @@ PRESETS = {
 ADAPTED = dict(steps=2000, lr=5e-3, effect_lr=0.02, mask_lr=0.03, patience=500, validate_every=100,
                weight_decay=0.0, split="random", train_combinations=1.0, gene_column=None,
                gene_names=None, subset=[], exclude=[], split_column=None, stream=None)
-# An option that is given takes the place of what a preset, or an adapted run, has of its rivals.
+# An option that is given resets its rivals, whether a preset or an adapted run had set them.
 RIVALS = {"split": dict(split_column=None), "split_column": dict(split="random"),
           "perturbation_column": dict(one_hot_prefix=None),
           "one_hot_prefix": dict(perturbation_column=None, control=[], combination_separator=None)}
@@ -836,8 +836,8 @@ def configuration(args, given, base=None):
     config |= given | {"preset": preset, "data": args.data and os.path.abspath(args.data),
                        "adapt": args.adapt, "simulated": args.data is None}
 
-    # Options without meaning for a model: off, so that runs that differ in nothing else are one row
-    # of a table. (In the paper, too, the guides of SVAE+ and the conditional VAE are mean-field.)
+    # Options that mean nothing for a model are off: runs that differ in them alone share a row of
+    # a table. (In the paper, too, the guides of SVAE+ and the conditional VAE are mean-field.)
     model = MODELS[config["model"]]
     if not model.has_correlated_guide:
         config["correlated_basal"] = config["correlated_effects"] = False

@@ -41,7 +41,7 @@ from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, 
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 11  # of metrics.json; a file of another format is not read
+FORMAT = 12  # of metrics.json; a file of another format is not read
 OURS = (None, "simulated", "sparse-shift")  # presets that are no experiment of the paper
 SCALES = ("log_normalised", "counts")  # see `mean_expression`
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
@@ -571,8 +571,8 @@ OPTIONS = [  # name, default, what is allowed, what it is and where the default 
      "the paper (authors' code), else for the median of the data's cells"),
     ("--effects-from", None, ["all", "test"], "cells that data effects are taken from (the paper "
      "does not say; authors' code for Table 1, and with a preset of the paper: all; else test)"),
-    ("--basal", None, ["aggregated", "prior"], "basal states of treated and of control cells: "
-     "as found in each, or N(0, I) for both (paper, and with a preset; else as found)"),
+    ("--basal", None, ["aggregated", "prior"], "basal states: N(0, I) for all cells (paper, and "
+     "with a preset), or with a mean for treated and one for control cells, as found there (else)"),
     ("--evaluation-seed", 0, AT_LEAST_0, "of IWELBO and effects (ours)"),
 ]
 DEFAULTS = {option_name(flag): default for flag, default, *_ in OPTIONS} | {"pathways": None}
@@ -612,10 +612,10 @@ def evaluate(run, pathways=None, **options):
     """
     last = train.load_checkpoint(run.folder, "last.pt")["progress"]
     ours = run.config["preset"] in OURS
+    given = {k: v for k, v in (options | {"pathways": pathways}).items() if v}
     options = DEFAULTS | {
         "library": library_of(run), "effects_from": "test" if ours else "all",
-        "basal": basal_of(run), "own_targets": not ours, "pathways": pathways} | {
-        k: v for k, v in options.items() if v}
+        "basal": basal_of(run), "own_targets": not ours} | given
     known_pathways = data.read_pathways(pathways or run.config["data"])  # it may be wrong
     metrics = {"format": FORMAT, "checkpoints": checkpoints(run.folder), "config": run.config,
                "fingerprint": run.fixed["fingerprint"], "options": options,
@@ -640,11 +640,12 @@ def checkpoints(folder):
 
 
 def evaluated(folder, options):
-    """The metrics of metrics.json, if they are of these checkpoints and options; else None."""
+    """The metrics of metrics.json, if they are of these checkpoints and of the options that are
+    given, whatever the others were; else None."""
     with contextlib.suppress(OSError, ValueError, LookupError):
         metrics = json.loads(pathlib.Path(folder, "metrics.json").read_text())
         if metrics["format"] == FORMAT and metrics["checkpoints"] == checkpoints(folder) and (
-                metrics["options"].items() >= options.items()):
+                metrics["options"].items() >= {k: v for k, v in options.items() if v}.items()):
             return metrics
     return None
 
@@ -695,14 +696,15 @@ def likelihood(run, options):
 
 
 @torch.no_grad()
-def q_of_cells(model, batches):
-    """Mean and variance of q(z_basal | x, z_pert) of all cells of the batches, (n, L) each, for one
-    draw of (M, E)."""
-    mask, effect = model.sample_many_globals(model.all_perturbations(), 1)
+def q_of_cells(model, batches, n_draws=20):
+    """Mean and variance of z_basal ~ q(z_basal | x, z_pert) q(M, E), over n_draws of (M, E), of all
+    cells of the batches, (n, L) each."""
+    mask, effect = model.sample_many_globals(model.all_perturbations(), n_draws)
     found = []
     for x, d, c in batches:
-        q = model.encode(x, sum_effects(mask, effect, d, model.axes), d, c)
-        found.append([v.reshape(len(x), -1) for v in q])
+        z_pert = sum_effects(mask, effect, d, model.axes)  # (draws, B, L)
+        loc, var = (v.expand_as(z_pert) for v in model.encode(x, z_pert, d, c))
+        found.append([loc.mean(0), var.mean(0) + loc.var(0, unbiased=False)])
     return [torch.cat(parts) for parts in zip(*found)]
 
 
@@ -712,14 +714,14 @@ def basal_states(run, c, basal, n_most=10_000):
 
     prior        draws of N(0, I), the same for both: what perturbations do to one population, the
                  ATE of 3.2
-    aggregated   draws of q(z_basal | x, z_pert) of training cells with these covariates (at most
-                 n_most of each kind). Treated cells of every condition, and controls, are drawn
-                 from together, and moved to the mean of the one or the other kind: what perturbed
-                 cells are beside controls, whatever made them so, such as which cells survived
+    aggregated   draws from the posteriors of training cells with these covariates (at most n_most
+                 of each kind), the same cells for both, moved to the mean of treated cells of all
+                 conditions or to the mean of controls: how treated cells differ from controls,
+                 whatever made them differ, such as which cells survived
 
-    The difference between the two means is a mean of few controls. So it is shrunken in each
-    dimension, as far as it is noise: by 1 - s^2 / difference^2, or to 0, where s is its standard
-    error. Without training cells of both kinds it is 0, and without any they are the prior's.
+    The controls may be few, so the difference between the two means is shrunken, in each dimension
+    by 1 - s^2 / difference^2, or to 0, where s is its standard error over cells. It is 0 without
+    cells of both kinds; with fewer than three cells both are the prior's.
     """
     treated = sobol_normal(len(c), run.model.n_latent, run.device)
     control = treated.clone()
@@ -731,21 +733,23 @@ def basal_states(run, c, basal, n_most=10_000):
         cells = rng.permutation(train_cells[(run.screen.c[train_cells] == values).all(1)])
         is_treated = run.screen.conditions[cells] != "control"
         cells = np.concatenate([cells[is_treated][:n_most], cells[~is_treated][:n_most]])
-        if not len(cells):
+        if len(cells) < 3:
             continue
         loc, var = q_of_cells(run.model, run.batches.in_order(cells))
         is_treated = torch.from_numpy(run.screen.conditions[cells] != "control").to(run.device)
         kinds = [kind if kind.any() else ~kind for kind in (is_treated, ~is_treated)]
         mean, mean_of_control = (loc[kind].mean(0) for kind in kinds)
         centred = loc - torch.where(is_treated[:, None], mean, mean_of_control)
+        s2 = centred.square().sum(0) / (len(cells) - 2) * sum(1 / kind.sum() for kind in kinds)
         difference = mean - mean_of_control
-        s2 = centred.square().mean(0) * sum(1 / kind.sum() for kind in kinds)
         difference *= (1 - s2 / difference.square().clamp(min=1e-20)).clamp(min=0)
 
         mine = torch.from_numpy(np.flatnonzero(stratum.ravel() == s)).to(run.device)
         k = torch.from_numpy(np.resize(rng.permutation(len(cells)), len(mine))).to(run.device)
-        treated[mine] = mean + centred[k] + var[k].sqrt() * torch.randn_like(loc[k])
-        control[mine] = treated[mine] - difference
+        draws = loc.mean(0) + centred[k] + var[k].sqrt() * torch.randn_like(loc[k])
+        part = is_treated.float().mean()  # so that the mean over all cells stays where it is
+        treated[mine] = draws + (1 - part) * difference
+        control[mine] = draws - part * difference
     return treated, control
 
 
@@ -1318,8 +1322,8 @@ def known_of(run, d, condition, c):
     cells, model = run.taught_by["train"], run.model
     n, parts = int((run.screen.conditions[cells] == condition).sum()), d[d != data.NONE].tolist()
     words = [f"{n:,} training cells" if n else "no training cells of its own"]
-    never_seen = " WAS NEVER SEEN: ITS EFFECT IS " + (
-        "THE PRIOR'S" if model.has_effects and model.adds_effects else "ZERO")
+    never_seen = " WAS NEVER SEEN: " + ("ITS EFFECT IS DRAWN FROM THE PRIOR" if model.has_effects
+                                        and model.adds_effects else "IT HAS NO EFFECT OF ITS OWN")
     if not parts and condition != "control":  # SVAE+ cannot add effects up
         words.append(condition + never_seen)
     for t in parts:
@@ -1330,7 +1334,7 @@ def known_of(run, d, condition, c):
         if not n:
             words.append(f"{name} has {n_own:,}, alone and in combinations")
         if model.has_mask and model.mask_probability()[t].max() <= 0.5:
-            words.append(f"the mask of {name} is empty: hardly any effect")
+            words.append(f"the mask of {name} is empty: hardly any effect of its own")
         received = cells[(run.model_screen.d[cells] == t).any(1)]
         seen = (c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)).all(2).any(1)
         if len(received) and not seen.all():

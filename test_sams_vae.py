@@ -2375,7 +2375,7 @@ def test_predictions_are_the_effects_of_any_set_of_known_perturbations(three, ca
     assert f"{seen}: {n} training cells" in out
     # Three at once are no label of the data.
     assert (effect[2] == 0).all() == (model == "svae+")
-    assert ("P001+P002+P003 WAS NEVER SEEN: ITS EFFECT IS ZERO" in out) == (model == "svae+")
+    assert ("P003 WAS NEVER SEEN: IT HAS NO EFFECT OF ITS OWN" in out) == (model == "svae+")
     # The same whatever else is asked for.
     evaluate.main([run.folder, "--predict", *names[1:3], *options])
     alone = layers_of(run, "predictions")
@@ -2406,6 +2406,8 @@ def test_basal_states_of_an_arm_are_draws_of_q_moved_to_the_mean_of_its_own_kind
         difference = treated[c[:, 0] == batch] - control[c[:, 0] == batch]
         assert difference.std(0).max() < 1e-5 and abs(difference[0, 0] - 1.5) < 3 * se
         assert (difference[0, 1:].abs() < 2 * se).all() and (difference[0, 1:] == 0).any()
+        both = (n_treated * treated + n_control * control)[c[:, 0] == batch] / len(cells)
+        assert both[:, 0].mean() == pytest.approx(1.5 * n_treated / len(cells), abs=0.2)
         # Around their mean, noise of cells (1) and of q (0.25).
         assert treated[c[:, 0] == batch].var(0).numpy() == pytest.approx(1.25, rel=0.2)
     # Values of covariates that no training cell has, and both arms of the prior: draws of N(0, I).

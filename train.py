@@ -619,9 +619,11 @@ def resumed(args, given, device):
                         " --device and --data can be given")
     changes = given | ({"data": os.path.abspath(args.data)} if args.data else {})
     run = Run.load(args.resume, "last.pt", device, **changes)
+    if "steps" in given and (run.has_ended(run.progress)
+                             or given["steps"] <= run.progress.step):
+        raise DataError(f"{run.folder} is at step {run.progress.step:,}, where --patience may have "
+                        "ended it: --steps must be larger, and patience not at its end")
     if changes and not run.has_ended(run.progress):
-        if run.config["steps"] <= run.progress.step:
-            raise DataError(f"{run.folder} is at step {run.progress.step}: --steps must be larger")
         run.save("last.pt")
     return run
 

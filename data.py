@@ -596,12 +596,16 @@ class H5ad:
     def counts(self, rows=slice(None), genes=slice(None), stored=False):
         """Counts of some cells and genes, all checked: a Counts or, if stored, a StoredCounts.
 
-        rows, genes    a boolean mask, (cells,) or (genes,), or positions in any order, each once
+        rows, genes    a boolean mask, (cells,) or (genes,), or a list of positions in any order,
+                       each once
         """
         with _naming(self.path):
             counts = StoredCounts(self.path, h5py.File(self.path, "r"), self._matrix,
                                   self.cell_names, self.gene_names)
         counts.rows, counts.genes = counts.rows[rows], counts.genes[genes]
+        for positions in (counts.rows, counts.genes):
+            require(positions.ndim == 1 and len(np.unique(positions)) == len(positions),
+                    "counts() needs masks or lists of positions, each position once")
         return counts if stored else counts.take()
 
 
@@ -898,7 +902,7 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     column, sets = read_labels(file, how, notes)
     genes, gene_names = _choose_genes(file, how, genes_of)
     wanted = np.array([names == set() if only_controls else names is not None for names in sets])
-    split = _read_split(file, how["split_column"])
+    split = _read_split(file, how["split_column"], notes)
 
     # Then their counts.
     stored = file.counts(wanted, genes, stored=True)
@@ -924,7 +928,7 @@ def read_screen(path, stream=None, genes_of=None, only_controls=False, **options
     notes.append(f"{len(rows):,} cells x {len(genes):,} genes kept, {is_control.sum():,} cells are "
                  f"controls; {len(perturbations):,} perturbations, {n_pairs:,} combinations; "
                  f"commonest: {_commonest(conditions, 5)}")
-    if len(gene_names) and gene_names[0].startswith("ENS"):
+    if file.var_columns and gene_names[0].startswith("ENS"):
         notes.append(f"genes are called {gene_names[0]} and the like: --gene-names COLUMN, if var "
                      f"has a column of symbols ({', '.join(file.var_columns[:8])})")
     deep = library >= 50  # shallower cells may be equal by chance
@@ -1162,14 +1166,15 @@ def _choose_genes(file, how, genes_of=None):
         name or own for name, own in zip(_texts(file.var(how["gene_names"])[genes]), index))
     if genes_of is None or list(names) == list(genes_of):
         return genes, names
+    wrong = genes_of
     for found in (names, index, *(_texts(file.var(column)[genes]) for column in file.var_columns)):
         n, place = collections.Counter(found), dict(zip(found, genes))
-        wrong = [name for name in genes_of if n[name] != 1]
-        if not wrong:
+        wrong = min(wrong, [name for name in genes_of if n[name] != 1], key=len)
+        if not len(wrong):
             return np.array([place[name] for name in genes_of]), _objects(genes_of)
     raise DataError(f"{file.path}: {len(wrong):,} of the {len(genes_of):,} genes wanted are not "
                     f"there, or more than once, such as {', '.join(wrong[:5])} (the file has "
-                    f"{', '.join(names[:3])}, ...): --gene-names can name another column of var")
+                    f"{', '.join(names[:3])}, ...)")
 
 
 def _read_covariates(file, columns, rows, is_control, notes):
@@ -1246,7 +1251,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "vali
                "validation": "validation", "test": "test", "ood": "test"}  # in any case of letters
 
 
-def _read_split(file, column):
+def _read_split(file, column, notes):
     """The part that an obs column puts each cell in, (cells,), None for other words."""
     if not column:
         return None
@@ -1254,6 +1259,8 @@ def _read_split(file, column):
     split = _objects(SPLIT_WORDS.get(word.lower()) for word in found)
     if "validation" not in split and "ood" in found:  # CPA's: test validates, ood tests
         split[_objects(found) == "test"] = "validation"
+        notes.append(f"obs column {column!r} has ood and no validation, as CPA writes it: test is "
+                     "for validation, ood for testing")
     require({"train", "test"} <= {*split}, f"{file.path}: obs column {column!r} has no cells for "
             f"training or testing: it says {_commonest(found, 8)}; words: {', '.join(SPLIT_WORDS)}")
     return split

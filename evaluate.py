@@ -1098,7 +1098,10 @@ def tables_of(runs):
         return [list(MODELS).index(m["config"]["model"]), *(
             m["config"][k] for k in (*IN_COLUMNS[1:], "split_seed", "seed"))]
 
-    return grouped(sorted(runs, key=place), of_table)
+    # Of runs that differ in nothing, not even in seeds, one counts.
+    different = [same[0] for same in grouped(runs, lambda m: (
+        of_table(m), settings(m), [m["config"].get(k) for k in SEEDS]))]
+    return grouped(sorted(different, key=place), of_table)
 
 
 def of_reference(m):
@@ -1183,9 +1186,10 @@ def table_of_runs(runs, scale="log_normalised"):
             if norman or row != "matching_mean":
                 rows.append({"model": label, "f": f"{of_f[0]['config']['train_combinations']:g}"
                              * norman} | in_columns(one_of_each_split(of_f), scale, group, row))
-        tables.append(f"{os.path.basename(config['data'])}, split {config['split']}; effects of "
-                      f"{group} conditions, {scale.replace('_', '-')}, by the data in {source} "
-                      f"cells\n{OPTIONS_LINE.format(**members[0])}\n\n{markdown(rows)}")
+        covariates = "".join(f", covariate {column}" for column in config["covariate"] or ())
+        tables.append(f"{os.path.basename(config['data'])}, split {config['split']}{covariates}; "
+                      f"effects of {group} conditions, {scale.replace('_', '-')}, by the data in "
+                      f"{source} cells\n{OPTIONS_LINE.format(**members[0])}\n\n{markdown(rows)}")
     return "\n\n".join([*tables, CAUTION])
 
 
@@ -1450,9 +1454,9 @@ def in_order_of_angle(matrix):
 def figure_of_training(folder, step):
     """Loss, KL terms and masks over the steps of log.jsonl; a line at the step of best.pt."""
     log, path = train.read_log(folder), os.path.join(folder, "training.png")
-    with panels(path, os.path.basename(folder), 3, (12, 3)) as (_, axes):
+    with panels(path, os.path.basename(folder), 4, (15, 3)) as (_, axes):
         for axis, names in zip(axes, (("loss", "validation_loss"), (
-                "kl_basal", "kl_mask", "kl_effect"), ("mask_probability", "mask_size"))):
+                "kl_basal", "kl_mask", "kl_effect"), ("mask_probability",), ("mask_size",))):
             for name in names:
                 lines = [line for line in log if name in line]
                 axis.plot([line["step"] for line in lines], [line[name] for line in lines],

@@ -76,7 +76,7 @@ def nb_log_likelihood(x, log_rho, log_theta, log_library=0.0):
 
     x            (B, G)         counts; like log_library, without a gradient
     log_rho      (..., B, G)    log mean, up to
-    log_library  (B, 1) or 0    which is added to it
+    log_library  (B, 1) or 0    which is added to it; finite: a cell must have a count
     log_theta    (G,) or ()     clamped to -20 .. 20: beyond 20 it is a Poisson distribution within
                                 floating-point precision, below -20 nearly always zero
     returns      (..., B)       nats

@@ -2297,8 +2297,9 @@ def test_runs_become_rows_of_one_table_and_are_not_evaluated_twice_unless_asked(
     assert (sams["model"], sams["runs"], cvae["model"]) == ("sams-vae", "2", "cvae")
     agreement, chance = evaluate.mask_agreement([m["mask"] for m in metrics])
     assert sams["masks agree"] == f"{agreement:.3f} (chance {chance:.3f})"
-    evaluate.main(runs)  # without options: whatever is there
+    evaluate.main([*runs, runs[1]])  # without options: whatever is there; a run twice is one
     assert counted == runs
+    assert rows_of(capsys.readouterr().out, "model")[0]["runs"] == "2"
     evaluate.main([runs[0], "--again", *FEW])
     assert len(counted) == 4
     # A damaged run does not keep others from the table.

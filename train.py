@@ -408,8 +408,8 @@ def load_checkpoint(folder, name):
         with open(path, "rb") as file:
             content = file.read()
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: not there; a run is a folder, runs/NAME, that gets a best.pt at "
-                        "its first validation with masks") from None
+        raise DataError(f"{path}: not there; a run's folder gets it at the first validation with "
+                        f"masks, and python train.py --resume {folder} goes on") from None
     if hash_of(content[:-64]) != content[-64:]:
         raise DataError(f"{path}: is damaged, was changed, or is no checkpoint of train.py")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -443,6 +443,9 @@ def known_covariates(screen, columns, known):
     for k, column in enumerate(columns):
         values = [f"{column}={value}" for value in screen.obs(column).astype(str)]
         c[:, k] = [place.get(value, data.NONE) for value in values]
+        unknown = ", ".join(sorted({*values} - {*known})[:5])
+        if unknown and (c[:, k] != data.NONE).any():
+            print(f"{screen.path}: the run knows no {unknown}: cells count as of unknown value")
         if (c[:, k] == data.NONE).all():
             raise DataError(f"{screen.path}: has {values[0]}, and the run was trained on "
                             f"{', '.join(known[:10])}: one of these is needed")

@@ -1063,7 +1063,13 @@ import reader, numpy as np
 reader.write_h5ad("y.h5ad", np.eye(2), {"cell": ["a", "b"], "label": ["p", "q"]}, {"gene": [1, 2]})
 file = reader.read_h5ad("y.h5ad")
 assert (file.counts().dense() == np.eye(2)).all() and list(file.obs("label")) == ["p", "q"]
-assert file.counts([1], stored=True).take().dense().tolist() == [[0, 1]]"""],
+assert file.counts([1], stored=True).take().dense().tolist() == [[0, 1]]
+for rows in ([1, 1], None):  # not once each, and no list
+    try:
+        file.counts(rows)
+    except reader.DataError:
+        continue
+    raise AssertionError(rows)"""],
         cwd=tmp_path, check=True)
 
 

@@ -708,16 +708,39 @@ def q_of_cells(model, batches, n_draws=20):
     return [torch.cat(parts) for parts in zip(*found)]
 
 
-@torch.no_grad()
-def basal_states(run, c, basal, n_most=10_000):
+def cells_of_stratum(run, values, n_most=10_000):
+    """For `basal_states`, the posteriors of training cells with these covariates, always the same:
+    their mean (L,); for each cell the mean, less the mean of its kind, and the variance, (n, L)
+    each; the shrunken difference between the two means; and the part of treated cells. None with
+    fewer than three cells; of each kind at most n_most are taken."""
+    rng, cells = np.random.default_rng(0), run.split["train"]
+    cells = rng.permutation(cells[(run.screen.c[cells] == values).all(1)])
+    is_treated = run.screen.conditions[cells] != "control"
+    cells = rng.permutation(np.append(cells[is_treated][:n_most], cells[~is_treated][:n_most]))
+    if len(cells) < 3:
+        return None
+    with torch.random.fork_rng():  # what is drawn here does not move what is drawn elsewhere
+        torch.manual_seed(0)
+        loc, var = q_of_cells(run.model, run.batches.in_order(cells))
+    is_treated = torch.from_numpy(run.screen.conditions[cells] != "control").to(run.device)
+    kinds = [kind if kind.any() else ~kind for kind in (is_treated, ~is_treated)]
+    mean, mean_of_control = (loc[kind].mean(0) for kind in kinds)
+    centred = loc - torch.where(is_treated[:, None], mean, mean_of_control)
+    s2 = centred.square().sum(0) / (len(cells) - 2) * sum(1 / kind.sum() for kind in kinds)
+    difference = mean - mean_of_control
+    difference *= (1 - s2 / difference.square().clamp(min=1e-20)).clamp(min=0)
+    return loc.mean(0), centred, var, difference, is_treated.float().mean()
+
+
+def basal_states(run, c, basal):
     """Basal states of treated and of control cells, (n, L) each, with covariates c (n, columns).
 
     prior        draws of N(0, I), the same for both: what perturbations do to one population, the
                  ATE of 3.2
-    aggregated   draws from the posteriors of training cells with these covariates (at most n_most
-                 of each kind), the same cells for both, moved to the mean of treated cells of all
-                 conditions or to the mean of controls: how treated cells differ from controls,
-                 whatever made them differ, such as which cells survived
+    aggregated   draws from the posteriors of training cells with these covariates, the same cells
+                 for both, moved to the mean of treated cells of all conditions or to the mean of
+                 controls: how treated cells differ from controls, whatever made them differ, such
+                 as which cells survived
 
     The controls may be few, so the difference between the two means is shrunken, in each dimension
     by 1 - s^2 / difference^2, or to 0, where s is its standard error over cells. It is 0 without
@@ -727,29 +750,18 @@ def basal_states(run, c, basal, n_most=10_000):
     control = treated.clone()
     if basal == "prior":
         return treated, control
-    rng, train_cells = np.random.default_rng(0), run.split["train"]
     strata, stratum = np.unique(c, axis=0, return_inverse=True)
     for s, values in enumerate(strata):
-        cells = rng.permutation(train_cells[(run.screen.c[train_cells] == values).all(1)])
-        is_treated = run.screen.conditions[cells] != "control"
-        cells = np.concatenate([cells[is_treated][:n_most], cells[~is_treated][:n_most]])
-        if len(cells) < 3:
-            continue
-        loc, var = q_of_cells(run.model, run.batches.in_order(cells))
-        is_treated = torch.from_numpy(run.screen.conditions[cells] != "control").to(run.device)
-        kinds = [kind if kind.any() else ~kind for kind in (is_treated, ~is_treated)]
-        mean, mean_of_control = (loc[kind].mean(0) for kind in kinds)
-        centred = loc - torch.where(is_treated[:, None], mean, mean_of_control)
-        s2 = centred.square().sum(0) / (len(cells) - 2) * sum(1 / kind.sum() for kind in kinds)
-        difference = mean - mean_of_control
-        difference *= (1 - s2 / difference.square().clamp(min=1e-20)).clamp(min=0)
-
-        mine = torch.from_numpy(np.flatnonzero(stratum.ravel() == s)).to(run.device)
-        k = torch.from_numpy(np.resize(rng.permutation(len(cells)), len(mine))).to(run.device)
-        draws = loc.mean(0) + centred[k] + var[k].sqrt() * torch.randn_like(loc[k])
-        part = is_treated.float().mean()  # so that the mean over all cells stays where it is
-        treated[mine] = draws + (1 - part) * difference
-        control[mine] = draws - part * difference
+        key = tuple(values.tolist())
+        if key not in run.posteriors:
+            run.posteriors[key] = cells_of_stratum(run, values)
+        if run.posteriors[key]:
+            mean, centred, var, difference, part = run.posteriors[key]
+            mine = torch.from_numpy(np.flatnonzero(stratum.ravel() == s)).to(run.device)
+            k = torch.arange(len(mine), device=run.device) % len(centred)  # in random order
+            draws = mean + centred[k] + var[k].sqrt() * torch.randn_like(centred[k])
+            treated[mine] = draws + (1 - part) * difference  # so that the mean of all cells stays
+            control[mine] = draws - part * difference
     return treated, control
 
 

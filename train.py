@@ -337,6 +337,7 @@ class Run:
     model: torch.nn.Module
     progress: Progress = dataclasses.field(default_factory=Progress)
     optimizer_state: dict | None = None  # at step 0 there is none
+    posteriors: dict = dataclasses.field(default_factory=dict)  # by `basal_states` in evaluate.py
 
     @classmethod
     def load(cls, folder, name="best.pt", device=None, **changes):

@@ -225,7 +225,8 @@ def launch_once(step, device, n_first=3):
         if n_steps > n_first and graph and not inputs:
             inputs.extend(part.clone() for part in batch)
             try:
-                with torch.cuda.graph(graph):
+                # thread_local: another thread may be copying the next cells meanwhile.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     step(*inputs)  # recorded, not computed
             except RuntimeError as error:
                 graph = None
@@ -812,7 +813,7 @@ def parse_arguments(arguments=None):
                        help="go on with this run")
     which.add_argument("--adapt", metavar="runs/NAME", type=os.path.normpath, help="a new run: "
                        "this one's model learns new perturbations of --data (Lopez et al. 2023)")
-    parser.add_argument("--name", help="the run's folder is runs/NAME (default: FILE-MODEL-seedN)")
+    parser.add_argument("--name", help="the run's folder is runs/NAME (default: from the options)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     data.add_screen_options(parser)
     add_options(parser.add_argument_group("the model and its training"),

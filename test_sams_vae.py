@@ -2433,6 +2433,26 @@ def test_basal_states_of_an_arm_are_draws_of_q_moved_to_the_mean_of_its_own_kind
         assert (np.abs(effect).max(1) > 10).all() == is_there and (effect != 0).any() == is_there
 
 
+def test_the_interval_of_an_effect_holds_nine_of_ten_cells_and_moves_with_basal_states(one):
+    model, (d,) = one.model, evaluate.dosages_of(one, ["P001"])[0]
+    treated, c = torch.randn(1000, 4), torch.zeros(1000, 1, dtype=torch.long)
+    rho = {name: model.log_rho(z, torch.full_like(d, NONE), c).exp().detach()
+           for name, z in (("treated", treated), ("control", treated - 1))}
+    low, high = [], []
+    for control in (treated, treated - 1):
+        torch.manual_seed(0)
+        for ends, end in zip((low, high), evaluate.interval_of_effect(model, d, treated, control,
+                                                                      c)):
+            ends.append(end)
+    torch.manual_seed(0)
+    effect = 1e4 * (sample_frequencies(model, d, c, treated).exp() - rho["treated"]).numpy()
+    inside = (effect >= low[0]) & (effect <= high[0])
+    assert inside.mean(0) == pytest.approx(0.9, abs=0.003)
+    shift = 1e4 * (rho["treated"] - rho["control"]).mean(0).numpy()
+    for ends in (low, high):
+        np.testing.assert_allclose(ends[1] - ends[0], shift, atol=0.01)
+
+
 def test_effects_beside_predictions_are_those_of_the_data_with_their_standard_error(one):
     x, (labels, batch) = one.screen.counts.dense().astype(float), (
         one.screen.conditions, one.screen.c[:, 0])

@@ -696,7 +696,8 @@ def _write_table(file, name, columns):
     _write(file, name, {index: names})
     table, order = file[name], []
     for column, values in columns:
-        column = free(column.replace("/", "_"), table)  # HDF5 takes a/b for a path
+        name = column.encode("utf-8", "replace").decode()  # a damaged one may be no text
+        column = free(name.replace("/", "_"), table)  # HDF5 takes a/b for a path
         try:
             _write_column(table, column, np.asarray(values() if callable(values) else values))
             order.append(column)

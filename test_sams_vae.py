@@ -2421,6 +2421,8 @@ def test_basal_states_of_an_arm_are_draws_of_q_moved_to_the_mean_of_its_own_kind
     for states in (evaluate.basal_states(run, c + 7, "aggregated"),
                    evaluate.basal_states(run, c, "prior")):
         assert torch.equal(*states) and abs(states[0].mean()) < 0.01
+    assert [evaluate.basal_of(types.SimpleNamespace(config={"preset": preset}))
+            for preset in (None, "replogle", "simulated")] == ["aggregated", "prior", "prior"]
     # So a difference that all treated cells share is in their effects, or is not.
     monkeypatch.setattr(run.model, "mask_probability", lambda: torch.zeros(12, 4))
     monkeypatch.setattr(run.model, "sample_mask", lambda t, n: (

@@ -1344,14 +1344,13 @@ STRIP = 64  # neighbours in a file that are read together
 
 
 def memory():
-    """Bytes of memory for this process: the machine's or its container's, which the processes of
-    torchrun share."""
+    """Bytes of memory of the machine, or of its container."""
     limit = 2**63
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(ValueError, OSError), open("/sys/fs/cgroup/memory.max") as file:
         limit = min(limit, int(file.read()))
-    return limit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return limit
 
 
 def _tensor(array, device):
@@ -1477,7 +1476,7 @@ class Shuffle:
     """Endless random batches of the given cells: every epoch visits each once, in a new order.
 
     cells (n,) positions. All batches have the same size; one that reaches the end of an epoch goes
-    on in the next. Epoch and position say where it is. Of several processes, each gets its share.
+    on in the next. Epoch and position say where it is.
 
     From a file, an epoch takes strips of 64 neighbours (cells must rise) in random order, and
     shuffles the cells of each piece. In a file sorted by perturbation, the number of a
@@ -1485,10 +1484,10 @@ class Shuffle:
     random order: 1.5 in batches of 512 from pieces of 65,536 cells.
     """
 
-    def __init__(self, batches, cells, size, seed, epoch=0, position=0, rank=0, n_ranks=1):
+    def __init__(self, batches, cells, size, seed, epoch=0, position=0):
         self.batches, self.cells, self.size, self.seed = batches, cells, size, seed
         self.epoch, self.position = epoch, position
-        self.stream = batches.stream(self._shares(rank, n_ranks), size // n_ranks)
+        self.stream = batches.stream(self._pieces(epoch, position), size)
 
     def order(self, epoch):
         """The cells in the order of this epoch, which follows from seed and epoch alone."""
@@ -1502,14 +1501,10 @@ class Shuffle:
             rng.shuffle(piece)  # a view of order
         return self.cells[order]
 
-    def _shares(self, rank, n_ranks):
-        """This process's cells, in the order in which it will need them, a piece at a time."""
-        epoch, start, taken = self.epoch, self.position, 0  # taken: by all processes together
+    def _pieces(self, epoch, start):
+        """The cells in the order in which they are needed, a piece at a time."""
         while True:
-            for cells in self.batches.cut(self.order(epoch), start):
-                places = (taken + np.arange(len(cells))) % self.size  # in their batch
-                taken += len(cells)
-                yield cells[places * n_ranks // self.size == rank]
+            yield from self.batches.cut(self.order(epoch), start)
             epoch, start = epoch + 1, 0
 
     def __next__(self):
@@ -1841,11 +1836,7 @@ def number_within(kind, least, largest, words):
     return parse
 
 
-MACHINE = {  # what a MemoryError or a RuntimeError of torch says, and what it means
-    "MemoryError|out of memory|allocate|(multiplic|calcul)ation overflow":
-        "not enough memory: a smaller model, fewer particles, cells in a batch or genes take less",
-    "Connection (closed|reset|refused)|Broken pipe|remote process|NCCL":
-        "another process has ended: --resume goes on from the last validation, if there was one"}
+OUT_OF_MEMORY = "MemoryError|out of memory|allocate|(multiplic|calcul)ation overflow"
 
 
 def run(main):
@@ -1865,10 +1856,10 @@ def run(main):
         problem = (f"{os.fsdecode(error.filename or 'reading or writing failed')}: "
                    f"{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        found = [text for words, text in MACHINE.items() if re.search(words, repr(error))]
-        if not found:
+        if not re.search(OUT_OF_MEMORY, repr(error)):  # which torch calls a RuntimeError
             raise
-        problem = found[0]
+        problem = ("not enough memory: a smaller model, fewer particles, cells in a batch or genes "
+                   "take less")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {problem}", file=sys.stderr)

@@ -1444,15 +1444,6 @@ def test_every_epoch_visits_every_cell_once_also_across_batches_and_after_a_resu
             next(shuffle)
 
 
-def test_processes_share_every_batch_of_one_order(numbered):
-    alone, *ranks = (data.Shuffle(numbered, np.arange(3, 40), 12, 0, 1, 11, *rank)
-                     for rank in ((0, 1), (0, 3), (1, 3), (2, 3)))
-    for _ in range(20):
-        x, shares = next(alone)[0], [next(rank)[0] for rank in ranks]
-        assert [len(share) for share in shares] == [4, 4, 4]
-        assert torch.equal(torch.cat(shares), x)
-
-
 def test_training_statistics_are_of_log1p_and_find_the_parameters_of_negative_binomial_counts():
     rng = np.random.default_rng(0)
     # A few genes among many, so that the library does not depend on the counts of one.
@@ -2686,75 +2677,13 @@ def test_a_streamed_run_is_evaluated_as_one_in_memory(folder, monkeypatch):
     assert found[0] == found[1]
 
 
-def test_random_numbers_differ_between_processes_seeds_and_steps(monkeypatch):
+def test_random_numbers_differ_between_seeds_and_steps():
     draws = set()
-    for rank, seed, step in itertools.product(range(4), repeat=3):
-        monkeypatch.setattr(train, "rank", lambda: rank)
+    for seed, step in itertools.product(range(4), repeat=2):
         train.seed_from_here(types.SimpleNamespace(
             config={"seed": seed}, progress=train.Progress(step)))
         draws.add(torch.randn(1).item())
-    assert len(draws) == 64
-
-
-# A program for each of two processes: it trains a run, and one more, in which both die in steps 2,
-# 4 and 6, and where the axes turn.
-TWICE = f"""import sys
-sys.path.insert(0, {HERE!r})
-import pytest, test_sams_vae as tests, train
-device, died = train.begin_processes("cpu"), set()
-train.begin_processes, train.dist.destroy_process_group = lambda _: device, lambda: None
-train.main([*sys.argv[1:], "--name", "two"])
-tests.dying(pytest.MonkeyPatch(), {{("elbo", 1), ("begin_masks", 3), ("elbo", 3), ("elbo", 5)
-                                    }}.__contains__, died)
-arguments = [*sys.argv[1:], "--name", "parts"]
-while arguments:
-    try:
-        arguments = train.main(arguments) and None
-    except SystemExit:
-        train.dist.barrier()  # as if both were started anew
-        arguments = ["--resume", "runs/parts"]
-assert len(died) == 4, died
-"""
-
-
-def test_two_processes_train_as_one_does_with_the_batches_of_both_however_often_they_are_killed(
-        folder, monkeypatch):
-    options = ["--data", "screen.h5ad", "--split-column", "split", "--steps", "6", "--clip", "1",
-               "--patience", "100", *TINY[4:], "--validate-every", "3", "--device", "cpu"]
-    # One process does here what the two shall do: the halves of a batch each with its own random
-    # numbers, the mean of their gradients, and, after step 3, the axes.
-    run = train.new_run(*train.parse_arguments([*options, "--name", "one"]), torch.device("cpu"))
-    optimizer = train.new_optimizer(run)
-    shuffles = [data.Shuffle(run.batches, run.split["train"], 64, 0, 0, 0, rank, 2)
-                for rank in range(2)]
-    for step in range(6):
-        if step in (0, 3):
-            run.progress.step, rng = step, []
-            train.phases(run.config)[step // 3].begin(run, optimizer)
-            for rank in range(2):
-                with monkeypatch.context() as changed:
-                    changed.setattr(train, "rank", lambda: rank)
-                    train.seed_from_here(run)
-                rng.append(torch.get_rng_state())
-        optimizer.zero_grad()
-        for rank, shuffle in enumerate(shuffles):
-            torch.set_rng_state(rng[rank])
-            (-train.objective(run.model, *next(shuffle), run.config)[0] / 2).backward()
-            rng[rank] = torch.get_rng_state()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        optimizer.step()
-
-    with open("twice.py", "w") as file:  # slow: two more processes import torch
-        file.write(TWICE)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(20_000 + os.getpid() % 10_000), "twice.py", *options],
-        capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("runs/two: sams-vae") == 1  # the first one speaks
-    torch.testing.assert_close(last("two")["model"], run.model.state_dict(), rtol=1e-4, atol=1e-5)
-    assert_same(*(outcome(f"runs/{name}") for name in ("two", "parts")))
-    train.main(["--resume", "runs/two", "--steps", "8"])  # by one
+    assert len(draws) == 16
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

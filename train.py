@@ -6,14 +6,13 @@
     python train.py --data screen.h5ad --perturbation-column gene --control non-targeting
     python train.py --resume runs/NAME            go on where a run was stopped
     python train.py --adapt runs/NAME --data new.h5ad       what other perturbations do, in minutes
-    torchrun --nproc-per-node 4 train.py --data screen.h5ad        a process for each of 4 GPUs
 
 Defaults in brackets are the paper's where they are not marked as ours; for a file without --preset,
 `own_settings` below replaces many. A run is a folder, runs/NAME: config.json (every option),
 log.jsonl, best.pt (lowest validation loss) and last.pt (to resume). Then: evaluate.py runs/NAME.
 
 In reading order: the loop (`train`), its phases and its pieces; a run and its folder; how a run
-begins, goes on and adapts; several processes; the options and how they become a configuration.
+begins, goes on and adapts; the options and how they become a configuration.
 """
 
 import argparse
@@ -36,7 +35,6 @@ import typing
 import data  # before torch: it sets what makes a CPU fast
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, option_name
 from sams_vae import EFFECTS, MASKS, MODELS, begin_masks, continue_from, elbo, learn_others_only
@@ -58,7 +56,7 @@ def train(run):
     optimizer, log, cells = new_optimizer(run), Log(run), run.taught_by["train"]
     epoch, position = divmod(progress.step * config["batch_size"], len(cells))
     shuffle = data.Shuffle(run.batches, cells, config["batch_size"], config["seed"], epoch,
-                           position, rank(), n_ranks())
+                           position)
     seed_from_here(run)
 
     def step(x, d, c):
@@ -68,7 +66,6 @@ def train(run):
         value, terms = objective(model, x, d, c, config)  # the ELBO: eq. 3, A.1
         (-value).backward()
         torch.set_float32_matmul_precision("highest")  # for validation and axes
-        average_gradients(model)  # of several processes
         if config["clip"]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
         optimizer.step()
@@ -88,7 +85,7 @@ def train(run):
             if validates or progress.step % config["log_every"] == 0:
                 line = log.means(shuffle.epoch)
                 if validates:
-                    loss = from_first(lambda: validation_loss(run))
+                    loss = validation_loss(run)
                     line["validation_loss"] = round(loss, 4)
                     if progress.validated(loss) and phase.file:
                         run.save(phase.file, optimizer)
@@ -127,11 +124,10 @@ def turn_axes(run, optimizer):
     """Turn effects to their sparsest axes, begin masks; with --patience, from the best weights."""
     model, progress = run.model, run.progress
     if run.config["patience"] and progress.best < math.inf:
-        from_first(lambda: None)  # of several processes, the first one has written it
         warm = load_checkpoint(run.folder, "warm.pt")
         model.load_state_dict(warm["model"])
         set_moments(optimizer, warm["optimizer"])
-    torch.manual_seed(run.config["seed"])  # the same axes in all processes
+    torch.manual_seed(run.config["seed"])
     before, after = begin_masks(model)
     for parameter in parameters_of(model, MASKS) + parameters_of(model, EFFECTS):
         optimizer.state.pop(parameter, None)  # Adam's moments are in the old axes
@@ -213,9 +209,9 @@ def launch_once(step, device, n_first=3):
     first steps run as they are (Adam makes its moments in them), the next is recorded, and from
     then on the record is played: the same kernels, on the same memory, with the generator's next
     random numbers. Whatever a step reads or writes must stay in place: batches are copied into
-    `inputs`. On a CPU, in several processes, and where a GPU cannot record, steps run as they are.
+    `inputs`. On a CPU, and where a GPU cannot record, steps run as they are.
     """
-    if device.type != "cuda" or n_ranks() > 1:
+    if device.type != "cuda":
         return step
     graph, inputs, n_steps = torch.cuda.CUDAGraph(), [], 0
 
@@ -241,8 +237,8 @@ def launch_once(step, device, n_first=3):
 
 
 def seed_from_here(run):
-    """From here on, seed, step and process decide what is drawn: a resumed run draws the same."""
-    key = (run.config["seed"], run.progress.step, rank())
+    """From here on, seed and step decide what is drawn: a resumed run draws the same."""
+    key = run.config["seed"], run.progress.step
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -268,10 +264,10 @@ class Log:
         self.sums = torch.zeros(len(self.TERMS), device=run.device)  # nothing waits for a GPU
         self.first = self.step = run.progress.step
         self.began = self.since = time.time()
-        if rank() == 0:  # the steps after last.pt are done again: their lines go
-            kept = [line for line in read_log(run.folder) if line["step"] <= self.step]
-            with data.replacing(self.path) as path, open(path, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+        # The steps after last.pt are done again: their lines go.
+        kept = [line for line in read_log(run.folder) if line["step"] <= self.step]
+        with data.replacing(self.path) as path, open(path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
 
     def add(self, value, terms):
         """A step: the objective and its terms, scalars on the device."""
@@ -281,7 +277,7 @@ class Log:
         """The next line, a dict; resets the sums."""
         model, step = self.run.model, self.run.progress.step
         n, self.step = step - self.step, step
-        means = (average(self.sums) / n).tolist()  # waits for a GPU
+        means = (self.sums / n).tolist()  # waits for a GPU
         self.sums.zero_()
         line = {"step": step, "epoch": epoch} | dict(zip(self.TERMS, (round(v, 4) for v in means)))
         if model.has_mask and not model.masks_of_one:
@@ -298,9 +294,8 @@ class Log:
         if not all(map(math.isfinite, line.values())):
             raise DataError(f"the loss was not finite before step {self.step}: start a new run with"
                             " a lower --lr, or with --clip 100")
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
         if "validation_loss" in line:
             per_step = (self.since - self.began) / (self.step - self.first)
             seconds = round(per_step * (self.run.config["steps"] - self.step))
@@ -382,8 +377,6 @@ class Run:
     def save(self, name, optimizer=None):
         """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer, with the
         optimizer state that the run began with. torch.load ignores the hash at the end."""
-        if rank() > 0:
-            return
         buffer = io.BytesIO()
         torch.save({"config": self.config, "fixed": self.fixed, "model": self.model.state_dict(),
                     "split": {name: torch.from_numpy(v) for name, v in self.split.items()},
@@ -482,29 +475,18 @@ def choose_device(name=None):
 def main(arguments=None):
     """Train: begin a run or go on with one, train, evaluate a simulated one. Returns its folder."""
     args, given = parse_arguments(arguments)
-    device = begin_processes(args.device)  # more than one if torchrun starts this
-    if args.resume:
-        run = resumed(args, given, device)
-    else:  # the first process begins it; the others open what it has written
-        run = new_run(args, given, device) if rank() == 0 else None
-        folder = from_first(lambda: run.folder)
-        run = run or Run.load(folder, "last.pt", device)
-    if run.config["batch_size"] % n_ranks():
-        raise DataError(f"--batch-size {run.config['batch_size']} is no multiple of the "
-                        f"{n_ranks()} processes")
+    device = choose_device(args.device)
+    run = resumed(args, given, device) if args.resume else new_run(args, given, device)
     cells = ", ".join(f"{len(v):,} {name}" for name, v in run.split.items())
-    print(f"{run.folder}: {run.config['model']} on {n_ranks()} x {run.device}; cells: {cells}; "
-          f"counts {run.batches.where}", flush=True)
+    print(f"{run.folder}: {run.config['model']} on {run.device}; cells: {cells}; counts "
+          f"{run.batches.where}", flush=True)
     try:
         train(run)
     except KeyboardInterrupt:
         print("\nstopped; to go on from the last validation: python train.py --resume "
               + run.folder)
         sys.exit(130)
-    is_first = rank() == 0
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if is_first and run.config["simulated"]:
+    if run.config["simulated"]:
         sys.stdout.flush()
         program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "evaluate.py")
         done = subprocess.run([sys.executable, program, run.folder, "--device", str(device)])
@@ -634,66 +616,6 @@ def resumed(args, given, device):
 
 
 # ============================================================================================
-# Several processes: torchrun --nproc-per-node N train.py ...
-# ============================================================================================
-
-# Every process has the model and makes the same steps with it. All follow one random order of
-# cells: each takes its share of every batch and draws its own latents, masks and effects, and
-# gradients are averaged: but for these draws, as in one process with the same --batch-size. The
-# first process (rank 0) validates, writes and prints.
-
-
-def begin_processes(device):
-    """Join the other processes, if torchrun has started several. Returns this one's device."""
-    if not dist.is_torchelastic_launched():
-        return choose_device(device)
-    if device != "cpu" and torch.cuda.is_available():  # a GPU for each
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = choose_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # The others wait while the first process validates: a long timeout.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=12))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def n_ranks():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def from_first(function):
-    """What function() returns in the first process, for all of them."""
-    values = [function() if rank() == 0 else None]
-    if n_ranks() > 1:
-        dist.broadcast_object_list(values, 0)
-    return values[0]
-
-
-def average(tensor):
-    """The mean over processes, in place; returns it."""
-    if n_ranks() > 1:
-        dist.all_reduce(tensor)
-        tensor /= n_ranks()
-    return tensor
-
-
-def average_gradients(model):
-    """Average gradients over processes, so that they are those of the whole batch."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:  # in all processes or in none
-            average(parameter.grad)
-
-
-# ============================================================================================
 # The options: name, default, what is allowed, what it is and where the default comes from
 # ============================================================================================
 
@@ -721,7 +643,7 @@ OPTIONS = [
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
-    ("--batch-size", 512, AT_LEAST_1, "cells per step, of all processes together (paper)"),
+    ("--batch-size", 512, AT_LEAST_1, "cells per step (paper)"),
     ("--particles", 5, AT_LEAST_1, "Monte Carlo samples per step (paper)"),
     ("--lr", 3e-4, POSITIVE, "learning rate of Adam (paper)"),
     ("--mask-lr", 0.03, POSITIVE, "of mask logits with --axes sparsest or --adapt (ours)"),

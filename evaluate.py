@@ -41,9 +41,10 @@ from data import AT_LEAST_0, AT_LEAST_1, DataError, add_options, number_within, 
 from sams_vae import (MODELS, expected_expression, iwelbo, sample_counts, sample_frequencies,
                       sobol_normal, sum_effects)
 
-FORMAT = 12  # of metrics.json; a file of another format is not read
+FORMAT = 13  # of metrics.json; a file of another format is not read
 OURS = (None, "simulated", "sparse-shift")  # presets that are no experiment of the paper
 SCALES = ("log_normalised", "counts")  # see `mean_expression`
+SUPPORTED = 0.8  # the share of warm starts from which on a mask entry may be believed
 BASELINES = {"no_change": "no change", "perturbed_mean": "perturbed mean", "additive": "additive",
              "matching_mean": "matching mean", "own_mean": "own mean",
              "shrunken_mean": "shrunken mean"}
@@ -881,15 +882,17 @@ def probability_and_offset(model):
 
 def masks(run, pathways, truth=None):
     """Metrics of masks, a dict, empty for a model without masks: over perturbations with training
-    cells the mean probability and size, and how many masks are empty; `mask_recovery` on a
-    simulated screen; `mask_pathway_accuracy` with pathways. Writes masks.csv: the entries of
-    probability above 0.01, the likeliest first, with their mean offset E[m e]."""
+    cells the mean probability and size, how many masks are empty, and, after several warm starts,
+    how many entries these support; `mask_recovery` on a simulated screen; `mask_pathway_accuracy`
+    with pathways. Writes masks.csv: the entries of probability above 0.01, the likeliest first,
+    with their mean offset E[m e] and their support (`begin_masks`)."""
     model, names = run.model, run.model_screen.perturbations
     if not model.has_effects:
         return {}
     probability, offset = probability_and_offset(model)
-    write_csv(run, "masks.csv", ["perturbation", "latent", "probability", "offset"], (
-        [names[t], latent, probability[t, latent], offset[t, latent]]
+    support = np.full(probability.shape, "") if run.support is None else run.support.numpy()
+    write_csv(run, "masks.csv", ["perturbation", "latent", "probability", "offset", "support"], (
+        [names[t], latent, probability[t, latent], offset[t, latent], support[t, latent]]
         for t, row in enumerate(probability) for latent in np.argsort(-row, kind="stable")
         if row[latent] > 0.01))
     if not model.has_mask:
@@ -900,6 +903,9 @@ def masks(run, pathways, truth=None):
                "n_empty_masks": int((~mask[trained].any(1)).sum()),
                "mask_mean_size": float(mask[trained].sum(1).mean()),
                "mask": [" ".join(map(str, np.flatnonzero(row))) for row in mask]}
+    if run.support is not None:
+        metrics |= {"n_entries": int(mask[trained].sum()),
+                    "n_supported": int((mask & (support >= SUPPORTED))[trained].sum())}
     true_mask = dict(zip(*truth[:2])) if truth else {}
     if true_mask.keys() >= {*names}:  # (SVAE+ may have labels for pairs)
         found = mask_recovery(np.stack([true_mask[name] for name in names]), mask)
@@ -1001,6 +1007,8 @@ LINES = {  # of one run: the metric that a line needs, and the line
     "{iwelbo_new_before:.2f} before these were learned, {iwelbo_new:.2f} after",
     "mask": "masks: {mask_mean_size:.2f} latent dimensions per perturbation; {n_empty_masks:,} of "
     "{n_trained_perturbations:,} are empty",
+    "n_supported": "of their {n_entries:,} entries, {n_supported:,} have a support of at least "
+    f"{SUPPORTED} by {{config[warm_starts]}} warm starts",
     "mask_f1": "true masks: precision {mask_precision:.3f}, recall {mask_recall:.3f}, "
     "F1 {mask_f1:.3f}",
     "latent_mcc": "latents z: MCC {latent_mcc:.3f}, R2 {latent_r_squared:.3f}",
@@ -1405,7 +1413,7 @@ def write_latents(run):
 
     obsm X_z_basal and X_z = z_basal + z_pert (N, L), posterior means, in the axes of the masks; all
     columns of obs, and sams_vae_condition and sams_vae_split; uns: perturbations, mask_probability,
-    effect = E[e_t] and offset = E[m_t * e_t] (T, L), where the model has them.
+    mask_support, effect = E[e_t] and offset = E[m_t * e_t] (T, L), where the model has them.
     """
     model, screen = run.model, run.screen
     basal, total = posterior_means(run, np.arange(len(screen.d)))
@@ -1421,6 +1429,7 @@ def write_latents(run):
         probability, uns["offset"] = probability_and_offset(model)
         uns["effect"] = drawn_effects(model)[1].mean(0).numpy(force=True)
         uns |= {"mask_probability": probability} if model.has_mask else {}
+        uns |= {} if run.support is None else {"mask_support": run.support.numpy()}
     data.write_h5ad(os.path.join(run.folder, "latents.h5ad"), X=None, obs=obs, uns=uns,
                     var={"gene": screen.gene_names}, obsm={"X_z_basal": basal, "X_z": total})
 
@@ -1463,10 +1472,13 @@ def in_order_of_angle(matrix):
     return np.argsort(np.arctan2(second, first), kind="stable")
 
 
-def figure_of_training(folder, step):
-    """Loss, KL terms and masks over the steps of log.jsonl; a line at the step of best.pt."""
-    log, path = train.read_log(folder), os.path.join(folder, "training.png")
-    with panels(path, os.path.basename(folder), 4, (15, 3)) as (_, axes):
+def figure_of_training(run):
+    """Loss, KL terms and masks over the steps of log.jsonl, without those of other warm starts; a
+    line at the step of best.pt."""
+    progress, path = run.progress, os.path.join(run.folder, "training.png")
+    log, step = train.read_log(run.folder), progress.step
+    log = [line for line in log if line.get("phase", 0) in (progress.start, progress.phase)]
+    with panels(path, os.path.basename(run.folder), 4, (15, 3)) as (_, axes):
         for axis, names in zip(axes, (("loss", "validation_loss"), (
                 "kl_basal", "kl_mask", "kl_effect"), ("mask_probability",), ("mask_size",))):
             for name in names:
@@ -1496,7 +1508,10 @@ def figure_of_masks(run, pathways=None):
     size = np.abs(offset[rows])
     latents = np.argsort(np.arange(len(rows)) @ size / np.maximum(size.sum(0), 1e-30))
     limit = max(1e-6, np.quantile(size, 0.99))
-    shown = [("mask probability", probability, 1, latents)] * model.has_mask + [
+    title = "mask probability"
+    if run.support is not None:  # the more warm starts have an entry, the darker it is
+        title, probability = f"{title} x support", probability * run.support.numpy()
+    shown = [(title, probability, 1, latents)] * model.has_mask + [
         ("mean offset E[m e]", offset, limit, latents),
         ("offset in the networks' axes", offset @ model.axes.numpy(force=True).T, limit,
          np.arange(model.n_latent))]
@@ -1649,7 +1664,7 @@ def evaluate_run(folder, args, options):
         print(f"\n{folder}\n{table(metrics, args.scale)}\n\nmore in {folder}: metrics.json, "
               "effects.h5ad, top_genes.csv")
     if args.figures:
-        figures = [figure_of_training(folder, metrics["step"]), figure_of_effects(run, metrics)]
+        figures = [figure_of_training(run), figure_of_effects(run, metrics)]
         if run.model.has_effects:
             figures.append(figure_of_masks(run, metrics["options"]["pathways"]))
         print("written: " + ", ".join(figures))

@@ -456,7 +456,8 @@ class BetaBernoulliSAMSVAE(SAMSVAE):
 # towards sparser masks needs denser ones first. So we look for the axes where that is easy, between
 # two parts of the training:
 #
-#   1. masks of one, q(m_tl = 1) = 1: the effects e_t are free to be dense, as in CPA-VAE (2.4)
+#   1. masks of one, q(m_tl = 1) = 1: the effects e_t are free to be dense, as in CPA-VAE (2.4);
+#      from one seed or, as chance has a part in them, from several (`--warm-starts`)
 #   2. `begin_masks`: the axes in which these effects are sparsest, and a first mask for each entry
 #   3. SAMS-VAE in these axes, with the paper's objective
 #
@@ -516,25 +517,61 @@ def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
     return prior_logit + 0.5 * (w / (w + beta)).log() + 0.5 * y.square() * (1 / w - 1 / (w + beta))
 
 
-@torch.no_grad()
-def begin_masks(model):
-    """Turn a model that was trained with masks of one to its sparsest axes, and begin its masks.
+def common_axes(offsets, variance, n_rounds=100):
+    """Axes (N, L, L) for each of N models: the sparsest of the mean of their offsets (N, T, L).
 
-    Returns, before and after, how many latents a perturbation with training cells touches: the mean
-    of the effective number (sum |e|)^2 / sum e^2.
+    variance (N, T, L): of the noise in offsets. First, rotations Q_n bring all offsets_n Q_n as
+    near to their mean as rotations can, in the sum of squares: rotations and mean follow in turn
+    (generalised Procrustes analysis). Then R turns the mean, but only in the directions that it
+    occupies: noise can be made sparse, too, and with T near L it would decide. The right singular
+    vectors of the mean, the largest first, are occupied while the singular value is above
+    sqrt(variance) (sqrt(T) + sqrt(L')), about the largest one that noise has in the L' directions
+    left (Marchenko and Pastur). The axes of model n are Q_n R.
     """
-    t, trained = model.all_perturbations(), model.n_cells > 0
+    mean = offsets[0]
+    for _ in range(n_rounds):
+        u, _, vh = torch.linalg.svd(offsets.mT @ mean)
+        Q = u @ vh
+        mean = (offsets @ Q).mean(0)
+    _, size, vh = torch.linalg.svd(mean)
+    noise = (variance @ (Q @ vh.T).square()).mean((0, 1)).sqrt()  # (L,)
+    n_left = torch.arange(len(vh), 0, -1, device=mean.device)
+    largest = noise * (math.sqrt(len(mean)) + n_left.sqrt())
+    n = max(1, int((size > largest[:len(size)]).cumprod(0).sum()))
+    occupied, others = vh.T.split([n, len(vh) - n], dim=1)
+    return Q @ torch.cat([occupied @ sparsest_axes(mean @ occupied), others], dim=1)
 
-    def touched():
-        e = model.effect_posterior(None, t)[0][trained]
-        return (e.abs().sum(1).square() / e.square().sum(1).clamp(min=1e-30)).mean().item()
 
-    before = touched()
-    model.turn(sparsest_axes(model.effect_posterior(None, t)[0][trained]))
-    model.masks_of_one = False
-    log_odds = mask_log_odds(*model.effect_posterior(None, t), model.prior_logit(), model.beta)
-    model.set_masks(log_odds.clamp(-4, 4))  # within what training can still change
-    return before, touched()
+@torch.no_grad()
+def begin_masks(models):
+    """Turn models that were trained with masks of one to their sparsest axes, and begin masks.
+
+    models are N warm starts of one model, from different seeds: latents differ by a rotation, and
+    by chance. Masks begin at the mean of their log odds. Returns which of the models is nearest to
+    the mean of all; the support of mask entries (T, L), the share of models in which log odds are
+    above 0; and, before and after, how many latents a perturbation with training cells touches in
+    that model: the mean of the effective number (sum |e|)^2 / sum e^2.
+    """
+    t, trained = models[0].all_perturbations(), models[0].n_cells > 0
+    loc, var = map(torch.stack, zip(*(model.effect_posterior(None, t) for model in models)))
+    offsets, var = loc[:, trained], var[:, trained]  # (N, T', L)
+    if len(models) == 1:
+        axes = sparsest_axes(offsets[0])[None]
+    else:  # if e_t is 0, its posterior mean has this variance: see `mask_log_odds`
+        axes = common_axes(offsets, var * (1 - var / models[0].beta).clamp(min=0))
+    for model, own_axes in zip(models, axes):
+        model.turn(own_axes)
+    log_odds = torch.stack([mask_log_odds(*model.effect_posterior(None, t), model.prior_logit(),
+                                          model.beta) for model in models])
+    for model in models:
+        model.masks_of_one = False
+        model.set_masks(log_odds.clamp(-4, 4).mean(0))  # within what training can still change
+
+    turned = offsets @ axes
+    nearest = (turned - turned.mean(0)).square().sum((1, 2)).argmin()
+    touched = [(e.abs().sum(1).square() / e.square().sum(1).clamp(min=1e-30)).mean().item()
+               for e in (offsets[nearest], turned[nearest])]
+    return int(nearest), (log_odds > 0).float().mean(0), *touched
 
 
 # ============================================================================================

@@ -36,9 +36,9 @@ import evaluate
 import train
 from sams_vae import (CPAVAE, EFFECTS, MASKS, MLP, NONE, SAMSVAE, BetaBernoulliSAMSVAE,
                       ConditionalVAE, SVAEPlus, average_treatment_effects, begin_masks,
-                      continue_from, elbo, expected_expression, iwelbo, kl_bernoulli, kl_normal,
-                      learn_others_only, mask_log_odds, mean_log_of_poisson, nb_log_likelihood,
-                      perturbation_dims, sample_counts, sample_frequencies,
+                      common_axes, continue_from, elbo, expected_expression, iwelbo, kl_bernoulli,
+                      kl_normal, learn_others_only, mask_log_odds, mean_log_of_poisson,
+                      nb_log_likelihood, perturbation_dims, sample_counts, sample_frequencies,
                       sparsest_axes, straight_through_bernoulli, sum_effects)
 
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring
@@ -312,10 +312,57 @@ def test_masks_begin_where_offsets_are_clear_and_perturbations_without_cells_say
         model.effect_loc[-1] = 1e6  # not trained: whatever it is
         if kind is not SVAEPlus:
             model.effect_log_var.fill_(-4.0)
-    before, after = begin_masks(model)
+    _, _, before, after = begin_masks([model])
     assert before > 1.5 and after == pytest.approx(1, abs=0.05) and not model.masks_of_one
     found = model.mask_probability()[:-1].numpy(force=True) > 0.5
     assert evaluate.mask_recovery(mask[:-1].numpy() > 0, found)["f1"] == 1
+
+
+def warm_starts(mask, noise, rotations, log_var=-4.0):
+    """A model for each rotation: its offsets are 2 mask plus noise, (N, T, L), turned by it."""
+    models = []
+    for own_noise, rotation in zip(noise, rotations):
+        models.append(small_model(n_cells=[50] * len(mask), n_latent=mask.shape[1], effects=False))
+        models[-1].masks_of_one = True
+        with torch.no_grad():
+            models[-1].effect_loc.copy_((2 * mask + own_noise) @ rotation)
+            models[-1].effect_log_var.fill_(log_var)
+    return models
+
+
+def test_warm_starts_are_brought_together_and_noise_in_other_directions_is_not_made_sparse():
+    torch.manual_seed(0)
+    # With 16 perturbations and latents, of which 4 are in use, noise could be made sparse as well.
+    mask, variance = F.pad(torch.eye(4).repeat(4, 1), (0, 12)), math.exp(-3.0)
+    noise = math.sqrt(variance) * torch.randn(3, 16, 16)
+    rotations = torch.linalg.qr(torch.randn(3, 16, 16))[0]
+    offsets = (2 * mask + noise) @ rotations
+    axes = common_axes(offsets, torch.full_like(offsets, variance))
+    torch.testing.assert_close(axes @ axes.mT, torch.eye(16).expand(3, -1, -1), atol=1e-4, rtol=0)
+    turned = (offsets @ axes).mean(0)
+    assert (turned[:, 4:].abs().max() < 0.8) and turned[:, 4:].abs().mean() > 0.05
+    assert torch.equal(turned[:, :4].abs() > 1, mask[:, :4][:, (
+        turned[:4, :4].abs().argmax(0))] > 0)
+    together = offsets @ axes - turned  # but for their own noise
+    assert together.square().mean() < 1.1 * (noise - noise.mean(0)).square().mean()
+
+
+def test_support_is_the_share_of_warm_starts_with_an_entry_and_the_nearest_to_the_mean_goes_on():
+    torch.manual_seed(0)
+    mask = torch.eye(4).repeat(10, 1)
+    noise = torch.tensor([0.1, 0.01, 0.1, 0.1])[:, None, None] * torch.randn(4, 40, 4)
+    noise[:3, 0, 1] += 2  # an entry that the last warm start alone does not have,
+    noise[3, 1, 2] += 2  # and one that it alone has
+    models = warm_starts(mask, noise, torch.linalg.qr(torch.randn(4, 4, 4))[0])
+    nearest, support, before, after = begin_masks(models)
+    column = [support[t].argmax() for t in (2, 3)]  # where latents 2 and 3 have come
+    other = support[0].argmax(), support[1].argmax()
+    assert nearest == 1 and before > 1.5 > after
+    assert [support[0, other[1]], support[1, column[0]]] == [0.75, 0.25]
+    assert sorted(support[4:].flatten().tolist()) == [0] * 108 + [1] * 36
+    for model in models[1:]:  # masks begin alike, the mean of four
+        assert torch.equal(model.mask_logits, models[0].mask_logits)
+    assert -4 < models[0].mask_logits[1, column[0]] < 0 < models[0].mask_logits[0, other[1]] < 4
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
@@ -771,7 +818,7 @@ def test_steps_that_a_gpu_plays_from_a_record_equal_plain_ones_to_the_last_bit(
 
         for begins in (False, True)[:1 + masks_begin]:
             if begins:
-                begin_masks(model)
+                begin_masks([model])
                 for parameter in train.parameters_of(model, MASKS + EFFECTS):
                     optimizer.state.pop(parameter, None)
             launch = launcher(step)
@@ -1896,8 +1943,9 @@ def dying(monkeypatch, is_due, died):
             run[:] = arguments
         elif run and (name != "elbo" or torch.is_grad_enabled()):
             moment = name, run[0].progress.step, *arguments[1:2] * (name == "save")
-            if moment not in died and is_due(moment):
-                died.add(moment)
+            place = *moment, run[0].progress.phase
+            if place not in died and is_due(moment):
+                died.add(place)
                 raise KeyboardInterrupt
         return plain(*arguments)
 
@@ -1909,6 +1957,7 @@ def dying(monkeypatch, is_due, died):
 
 @pytest.mark.parametrize("options", [
     [], ["--stream"], ["--patience", "5"], ["--axes", "learned", "--correlated-effects"],
+    ["--warm-starts", "3"], ["--warm-starts", "2", "--patience", "5"],
     ["--model", "sams-vae-beta-bernoulli"], ["--model", "svae+"], ["--model", "cvae"]])
 def test_a_run_killed_at_any_step_and_resumed_is_bit_identical_to_one_that_was_not(
         folder, options, monkeypatch):
@@ -1992,8 +2041,8 @@ def test_the_checkpoint_describes_the_run_and_loads_without_unpickling(folder):
     assert fixed["arguments"]["n_cells"][0] == (screen.d[train_cells] == 0).sum() > 0
     assert json.load(open("runs/run/config.json")) == run["config"]
     first, *_, end = train.read_log("runs/run")
-    assert first.keys() == {"step", "epoch", "loss", "log_likelihood", "kl_basal", "kl_mask",
-                            "kl_effect", "cells_per_second", "validation_loss"}
+    assert first.keys() == {"phase", "step", "epoch", "loss", "log_likelihood", "kl_basal",
+                            "kl_mask", "kl_effect", "cells_per_second", "validation_loss"}
     assert end.keys() - first.keys() == {"mask_probability", "mask_size"}  # there are masks now
     assert end["validation_loss"] == pytest.approx(run["progress"]["best"], abs=1e-3)
 
@@ -2003,14 +2052,14 @@ def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_do
     # Of validations every 5 steps. With masks of one: the best is at step 10, and 10 steps later
     # masks begin, at step 20, after which the best is at step 30, though worse than the other.
     values, weights, plain = iter([5.0, 1.0, 4.0, 3.5, 9.0, 2.0, 6.0, 7.0]), [], train.begin_masks
-    monkeypatch.setattr(train, "begin_masks", lambda model: (
-        weights.append(copy.deepcopy(model.state_dict())), plain(model))[1])
+    monkeypatch.setattr(train, "begin_masks", lambda models: (
+        weights.append(copy.deepcopy(models[0].state_dict())), plain(models))[1])
     monkeypatch.setattr(train, "validation_loss", lambda run: (
         weights.append(copy.deepcopy(run.model.state_dict())), next(values))[1])
     train_on_screen("run", "--steps", "80", "--patience", "10")
     assert next(values, None) is None
     assert_same(weights[1], weights[4])  # of the second validation; after four
-    best, warm = (train.load_checkpoint("runs/run", name) for name in ("best.pt", "warm.pt"))
+    best, warm = (train.load_checkpoint("runs/run", name) for name in ("best.pt", "warm0.pt"))
     assert best["progress"]["best"] == last("run")["progress"]["best"] == 2
     assert [state["progress"][name] for state in (best, last("run"))
             for name in ("step", "masks_from")] == [30, 20, 40, 20]
@@ -2019,6 +2068,39 @@ def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_do
     assert (train.build_model(best).mask_probability() < 1).all()
     # A run that has ended by patience is as complete as one that made all of its steps.
     assert evaluation("run")["done"]
+
+
+@pytest.mark.parametrize("patience", [[], ["--patience", "10"]])
+def test_warm_starts_are_runs_of_the_next_seeds_and_the_nearest_to_their_mean_goes_on(
+        folder, patience, capsys):
+    options = ["--steps", "40", "--lr", "0.01", *patience]
+    train_on_screen("run", "--warm-starts", "3", "--seed", "4", *options)
+    kept = [train.load_checkpoint("runs/run", f"warm{n}.pt") for n in range(3)]
+    for n, checkpoint in enumerate(kept):
+        train_on_screen(f"alone{n}", "--seed", str(4 + n), *options)
+        alone = train.load_checkpoint(f"runs/alone{n}", "warm0.pt")
+        assert_same(*([c[name] for name in ("model", "optimizer")] for c in (checkpoint, alone)))
+    models, state = [train.build_model(checkpoint) for checkpoint in kept], last("run")
+    torch.manual_seed(4)
+    nearest, support, _, _ = begin_masks(models)
+    assert state["progress"]["start"] == nearest
+    assert_same(state["support"], support)
+    assert torch.equal(state["model"]["axes"], models[nearest].axes)
+    assert state["progress"]["masks_from"] == last(f"alone{nearest}")["progress"]["masks_from"]
+    # What it says of its masks.
+    capsys.readouterr()
+    evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2", "--latents"])
+    evaluate.main(["runs/run", "--iwelbo-particles", "2", "--ate-particles", "2"])
+    run = evaluate.open_run("runs/run")
+    names = run.model_screen.perturbations
+    mask = run.model.mask_probability() > 0.5
+    assert (f"of their {mask.sum()} entries, {(mask & (support >= 0.8)).sum()} have a support of "
+            "at least 0.8 by 3 warm starts") in capsys.readouterr().out
+    for row in csv.DictReader(open("runs/run/masks.csv")):
+        t, latent = names.index(row["perturbation"]), int(row["latent"])
+        assert float(row["support"]) == pytest.approx(support[t, latent].item(), abs=1e-5)
+    with h5py.File("runs/run/latents.h5ad") as file:
+        assert np.array_equal(file["uns/mask_support"][()], support.numpy())
 
 
 def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(folder, capsys):
@@ -2584,7 +2666,7 @@ def test_the_main_job_simulates_trains_evaluates_and_writes_its_results(folder, 
         "all": 72, "pairs": 60, "held_out": 30, "test": 72}
     assert {*os.listdir("runs/demo")} == {
         "best.pt", "config.json", "effects.h5ad", "iwelbo.csv", "last.pt", "log.jsonl", "masks.csv",
-        "metrics.json", "simulated.h5ad", "top_genes.csv"}
+        "metrics.json", "simulated.h5ad", "top_genes.csv", "warm0.pt"}
 
 
 def configuration(*arguments):
@@ -2681,7 +2763,7 @@ def test_random_numbers_differ_between_seeds_and_steps():
     draws = set()
     for seed, step in itertools.product(range(4), repeat=2):
         train.seed_from_here(types.SimpleNamespace(
-            config={"seed": seed}, progress=train.Progress(step)))
+            seed=seed, progress=train.Progress(step)))
         draws.add(torch.randn(1).item())
     assert len(draws) == 16
 

@@ -53,10 +53,7 @@ def train(run):
     config, model, progress = run.config, run.model, run.progress
     if config["adapt"]:
         learn_others_only(model, run.n_known)
-    optimizer, log, cells = new_optimizer(run), Log(run), run.taught_by["train"]
-    epoch, position = divmod(progress.step * config["batch_size"], len(cells))
-    shuffle = data.Shuffle(run.batches, cells, config["batch_size"], config["seed"], epoch,
-                           position)
+    optimizer = new_optimizer(run)
     seed_from_here(run)
 
     def step(x, d, c):
@@ -76,7 +73,7 @@ def train(run):
             phase.begin(run, optimizer)
             progress.enter(number)
             seed_from_here(run)
-        launch = launch_once(step, run.device)
+        shuffle, log, launch = shuffle_from_here(run), Log(run), launch_once(step, run.device)
         while number == progress.phase and not progress.is_over(phase):
             launch(*next(shuffle))
             progress.step += 1
@@ -107,33 +104,55 @@ class Phase(typing.NamedTuple):
 
 
 def phases(config):
-    """The phases of a run, a list. The paper has one; with --axes sparsest (ours) there are two."""
+    """The phases of a run, a list. The paper has one; with --axes sparsest (ours) there are warm
+    starts, from one seed or more, before the one with masks."""
     steps, patience = config["steps"], config["patience"] or math.inf
     if config["axes"] == "learned" or config["adapt"]:
         return [Phase(steps, patience, "best.pt", lambda run, optimizer: None)]
-    return [Phase(steps // 2, patience, "warm.pt" if config["patience"] else None, masks_of_one),
+    return [*(Phase(steps // 2, patience, f"warm{n}.pt" if config["patience"] else None, warm_start)
+              for n in range(config["warm_starts"])),
             Phase(steps, patience, "best.pt", turn_axes)]
 
 
-def masks_of_one(run, optimizer):
-    """All perturbations touch all latents, as in CPA-VAE: see `begin_masks` in sams_vae.py."""
+def warm_start(run, optimizer):
+    """Train with masks of one, as in CPA-VAE: see `begin_masks` in sams_vae.py. The second warm
+    start is what the first would be in a run whose --seed is larger by 1, and so on."""
+    progress = run.progress
+    if progress.phase >= 0:
+        keep_warm_start(run, optimizer)
+        progress.start, progress.step = len(progress.ends), 0
+        model, _ = fresh_model(run.config, run.screen, run.batches, run.split["train"],
+                               run.model.n_cells.cpu(), run.seed)
+        run.model.load_state_dict(model.state_dict())
+        optimizer.state.clear()
     run.model.masks_of_one = True
 
 
+def keep_warm_start(run, optimizer):
+    """Write the warm start that has ended, unless --patience has kept its best weights already."""
+    progress = run.progress
+    if not run.config["patience"] or progress.best == math.inf:
+        run.save(f"warm{progress.start}.pt", optimizer)
+    progress.ends.append(progress.step)
+
+
 def turn_axes(run, optimizer):
-    """Turn effects to their sparsest axes, begin masks; with --patience, from the best weights."""
+    """Turn effects to the sparsest axes of all warm starts and begin masks. The warm start that is
+    nearest to their mean goes on; with --patience, from its best weights."""
+    keep_warm_start(run, optimizer)
     model, progress = run.model, run.progress
-    if run.config["patience"] and progress.best < math.inf:
-        warm = load_checkpoint(run.folder, "warm.pt")
-        model.load_state_dict(warm["model"])
-        set_moments(optimizer, warm["optimizer"])
+    kept = [load_checkpoint(run.folder, f"warm{n}.pt") for n in range(len(progress.ends))]
+    models = [build_model(checkpoint) for checkpoint in kept]
     torch.manual_seed(run.config["seed"])
-    before, after = begin_masks(model)
+    nearest, support, before, after = begin_masks(models)
+    model.load_state_dict(models[nearest].state_dict())
+    set_moments(optimizer, kept[nearest]["optimizer"])
     for parameter in parameters_of(model, MASKS) + parameters_of(model, EFFECTS):
         optimizer.state.pop(parameter, None)  # Adam's moments are in the old axes
-    progress.masks_from = progress.step
+    progress.start, progress.step = nearest, progress.ends[nearest]
+    progress.masks_from, run.support = progress.step, support if len(kept) > 1 else None
     print(f"step {progress.step:,}  axes turned, masks begin: {before:.1f} -> {after:.1f} latents "
-          "per perturbation")
+          f"per perturbation; warm start {nearest + 1} of {len(kept)} goes on")
 
 
 @dataclasses.dataclass
@@ -147,6 +166,8 @@ class Progress:
     best_step: int = 0       # and where it was; at first, where the phase began
     since_best: int = 0      # steps from there to the last validation
     masks_from: int = 0      # where masks began
+    start: int = 0           # the warm start that is trained: its seed is --seed + start
+    ends: list = dataclasses.field(default_factory=list)  # steps where warm starts ended
 
     def enter(self, phase):
         """Begin the phase of this number."""
@@ -238,8 +259,15 @@ def launch_once(step, device, n_first=3):
 
 def seed_from_here(run):
     """From here on, seed and step decide what is drawn: a resumed run draws the same."""
-    key = run.config["seed"], run.progress.step
+    key = run.seed, run.progress.step
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def shuffle_from_here(run):
+    """Random batches of the training cells, from the run's step on."""
+    cells, size = run.taught_by["train"], run.config["batch_size"]
+    epoch, position = divmod(run.progress.step * size, len(cells))
+    return data.Shuffle(run.batches, cells, size, run.seed, epoch, position)
 
 
 @torch.no_grad()
@@ -265,7 +293,9 @@ class Log:
         self.first = self.step = run.progress.step
         self.began = self.since = time.time()
         # The steps after last.pt are done again: their lines go.
-        kept = [line for line in read_log(run.folder) if line["step"] <= self.step]
+        here = run.progress.phase, self.step
+        kept = [line for line in read_log(run.folder)
+                if (line.get("phase", 0), line["step"]) <= here]
         with data.replacing(self.path) as path, open(path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
 
@@ -279,7 +309,8 @@ class Log:
         n, self.step = step - self.step, step
         means = (self.sums / n).tolist()  # waits for a GPU
         self.sums.zero_()
-        line = {"step": step, "epoch": epoch} | dict(zip(self.TERMS, (round(v, 4) for v in means)))
+        line = {"phase": self.run.progress.phase, "step": step, "epoch": epoch} | {
+            name: round(value, 4) for name, value in zip(self.TERMS, means)}
         if model.has_mask and not model.masks_of_one:
             with torch.no_grad():
                 probability = model.mask_probability()[model.n_cells > 0]
@@ -297,8 +328,10 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if "validation_loss" in line:
-            per_step = (self.since - self.began) / (self.step - self.first)
-            seconds = round(per_step * (self.run.config["steps"] - self.step))
+            per_step, config = (self.since - self.began) / (self.step - self.first), self.run.config
+            n_starts = max(0, len(phases(config)) - 2 - self.run.progress.phase)  # warm, to come
+            seconds = round(per_step * (
+                config["steps"] - self.step + n_starts * (config["steps"] // 2)))
             print(f"step {self.step:,}  loss {line['loss']:.2f}  validation "
                   f"{line['validation_loss']:.2f}  {line['cells_per_second']:,} cells/s  "
                   f"{datetime.timedelta(seconds=seconds)} left", flush=True)
@@ -333,6 +366,7 @@ class Run:
     model: torch.nn.Module
     progress: Progress = dataclasses.field(default_factory=Progress)
     optimizer_state: dict | None = None  # at step 0 there is none
+    support: torch.Tensor | None = None  # (T, L) of mask entries, by `begin_masks`
     posteriors: dict = dataclasses.field(default_factory=dict)  # by `basal_states` in evaluate.py
 
     @classmethod
@@ -340,7 +374,7 @@ class Run:
         """Open a run as best.pt or last.pt has it; changes are options: data, steps, precision.
         Raises DataError if a file is missing, damaged or not the one the run was trained on."""
         device, state = choose_device(device), load_checkpoint(folder, name)
-        config, fixed = state["config"] | changes, state["fixed"]
+        config, fixed = DEFAULTS | state["config"] | changes, state["fixed"]
         if not os.path.exists(config["data"]):
             raise DataError(f"{config['data']}: not there any more; --data says where it is now")
         screen = read_screen_of(config, fixed)
@@ -350,12 +384,18 @@ class Run:
         model_screen = as_the_model_sees(screen, config, fixed["perturbations"])
         return cls(folder, config, screen, model_screen, data.Batches(model_screen, device),
                    {name: cells.numpy() for name, cells in state["split"].items()}, fixed,
-                   build_model(state).to(device), Progress(**state["progress"]), state["optimizer"])
+                   build_model(state).to(device), Progress(**state["progress"]), state["optimizer"],
+                   state.get("support"))
 
     @property
     def device(self):
         """Where the model is."""
         return self.batches.device
+
+    @property
+    def seed(self):
+        """What weights and random numbers follow from: --seed, or of a later warm start more."""
+        return self.config["seed"] + self.progress.start
 
     @property
     def n_known(self):
@@ -380,7 +420,7 @@ class Run:
         buffer = io.BytesIO()
         torch.save({"config": self.config, "fixed": self.fixed, "model": self.model.state_dict(),
                     "split": {name: torch.from_numpy(v) for name, v in self.split.items()},
-                    "progress": vars(self.progress),
+                    "progress": vars(self.progress), "support": self.support,
                     "optimizer": optimizer.state_dict() if optimizer else self.optimizer_state},
                    buffer)
         with data.replacing(os.path.join(self.folder, name)) as path, open(path, "wb") as file:
@@ -556,7 +596,12 @@ def begin(folder, config, given, base, device):
     if base:
         model, arguments = adapted_model(config, base, n_cells)
     else:
-        model, arguments = fresh_model(config, given, screen, batches, split["train"], n_cells)
+        if config["preset"] is None:
+            by_size = own_settings(0.64 * len(screen.rows), len(screen.perturbations),
+                                   given.get("n_latent"))
+            config |= {name: given.get(name, value) for name, value in by_size.items()}
+        model, arguments = fresh_model(config, screen, batches, split["train"], n_cells,
+                                       config["seed"])
     fixed = {"fingerprint": screen.fingerprint(), "gene_names": list(screen.gene_names),
              "perturbations": model_screen.perturbations, "covariates": screen.covariates,
              "arguments": arguments, "n_known": len(known) if base else None}
@@ -567,17 +612,13 @@ def begin(folder, config, given, base, device):
     return run
 
 
-def fresh_model(config, given, screen, batches, cells, n_cells):
+def fresh_model(config, screen, batches, cells, n_cells, seed):
     """A new model and its arguments; `cells` are the positions of training cells."""
-    if config["preset"] is None:
-        by_size = own_settings(0.64 * len(screen.rows), len(screen.perturbations),
-                               given.get("n_latent"))
-        config |= {name: given.get(name, value) for name, value in by_size.items()}
     x_mean, x_std, log_frequency, log_theta = data.training_statistics(batches, cells)
     arguments = {option_name(flag): config[option_name(flag)] for flag, *_ in MODEL_OPTIONS} | {
         "n_cells": n_cells, "x_mean": x_mean.cpu(), "x_std": x_std.cpu(),
         "n_covariates": len(screen.covariates)}
-    torch.manual_seed(config["seed"])
+    torch.manual_seed(seed)
     model = MODELS[config["model"]](**arguments)
     for value, name in enumerate(screen.covariates):
         if not (screen.c[cells] == value).any():
@@ -640,6 +681,7 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
 OPTIONS = [
     ("--model", "sams-vae", list(MODELS), "cpa-vae: every mask entry is 1; cvae: conditional VAE"),
     ("--axes", "sparsest", ["learned", "sparsest"], "of masks: learned (paper), sparsest (ours)"),
+    ("--warm-starts", 1, AT_LEAST_1, "seeds from whose mean the sparsest axes are taken (ours)"),
     *MODEL_OPTIONS,
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),

@@ -973,6 +973,31 @@ def renumbered(screen, perturbations):
     return dataclasses.replace(screen, d=index[screen.d], perturbations=list(perturbations))
 
 
+def interactions_of(screen, k, cells, min_cells):
+    """Which perturbations get an effect for which values of covariate column k: pairs [t, v] of
+    positions in the screen's perturbations and covariates that at least min_cells of these cells
+    (positions) have, if a perturbation has two or more."""
+    n = np.zeros((len(screen.perturbations) + 1, len(screen.covariates) + 1), int)
+    np.add.at(n, (screen.d[cells], screen.c[cells, k, None]), 1)  # NONE: the last row and column
+    enough = n[:-1, :-1] >= max(1, min_cells)
+    return np.argwhere(enough & (enough.sum(1, keepdims=True) > 1)).tolist()
+
+
+def interaction_name(screen, t, v):
+    """`NAME @ value` of perturbation t and value v, positions in the screen's names."""
+    return f"{screen.perturbations[t]} @ {screen.covariates[v].split('=', 1)[1]}"
+
+
+def with_interactions(screen, k, pairs):
+    """The same screen; a cell with perturbation t and value v of covariate column k also has the
+    perturbation `interaction_name`, if [t, v] is one of the pairs. d is (N, 2 P)."""
+    place = np.full((len(screen.perturbations) + 1, len(screen.covariates) + 1), NONE)
+    place[tuple(np.transpose(pairs))] = len(screen.perturbations) + np.arange(len(pairs))
+    names = [*screen.perturbations, *(interaction_name(screen, t, v) for t, v in pairs)]
+    return dataclasses.replace(screen, perturbations=names, d=np.concatenate(
+        [screen.d, place[screen.d, screen.c[:, k, None]]], axis=1))
+
+
 def targets(perturbations, gene_names):
     """The gene that each perturbation targets, by its name: a list of positions, or None.
 
@@ -1551,7 +1576,7 @@ SPARSE_SHIFT = dict(  # the arguments of `simulate` for the benchmark of Lopez e
 
 
 def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, batch=0.0,
-             sparse_shift=False, n_latent=6, n_genes=200, n_controls=100, library=5000):
+             contexts=0, sparse_shift=False, n_latent=6, n_genes=200, n_controls=100, library=5000):
     """Simulate a screen from the SAMS-VAE process (Algorithm 1) and write it as an .h5ad file.
 
     Each perturbation alone and random pairs of them, `cells` of each, and n_controls controls.
@@ -1561,37 +1586,53 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     are in `split` test, the others 64/16/20 in train, validation and test. cells and effect may be
     arrays, (perturbations + pairs,) and (perturbations,). With batch > 0 there are two batches, obs
     `batch`: the second, of three in four controls and of half of the perturbed cells, adds
-    N(0, batch^2) to the log frequency of each gene.
+    N(0, batch^2) to the log frequency of each gene. With contexts > 0 each cell is in one of these,
+    obs `context`, which adds N(0, 0.3^2) likewise, and every other perturbation has one more mask
+    and effect in each, called `P002 @ 0` and so on.
 
     sparse_shift is the process of the SVAE+ paper: 1 to 3 latent dimensions of a perturbation,
     drawn with replacement; 2/3 to 4/3 of `cells`; four orthonormal layers, logits of standard
     deviation 1; Poisson counts of frequencies normalised over cells, as in its authors' code.
 
-    Beside the counts are written: obs `condition` and `split`; obsm `X_true_z`, the latent states
-    z (N, L); uns `simulation`, the true `mask` and `effect` (T, L) and the decoder (`decode`); uns
-    `pathways`, each of ten or more perturbations that share a mask.
+    Beside the counts are written: obs `condition` and `split`; obsm `X_true_z`, `X_true_z_basal`,
+    the latent states (N, L); uns `simulation`, the true `mask` and `effect` (T, L) and the decoder
+    (`decode`); uns `pathways`, each of ten or more perturbations that share a mask.
 
     There are many perturbations of few cells, since only the sparsity of masks says which latent
     axes are true, and an entry of 1 costs log(1 / alpha) nats however many cells there are.
     """
     rng = np.random.default_rng(seed)
-    mask, effect = _random_effects(rng, perturbations, n_latent, effect, sparse_shift)
+    names, size = [f"P{t + 1:03d}" for t in range(perturbations)], np.broadcast_to(
+        effect, perturbations)
+    mask, effect = _random_effects(rng, perturbations, n_latent, size, sparse_shift)
     d, held_out = _random_conditions(rng, perturbations, pairs, cells, n_controls, sparse_shift)
+    received, obs = d, {}
+    if contexts:
+        obs["context"] = context = rng.integers(contexts, size=len(d))
+        names += [f"{name} @ {v}" for name in names for v in range(contexts)]
+        more, more_effect = _random_effects(rng, perturbations * contexts, n_latent,
+                                            np.repeat(size, contexts), sparse_shift)
+        more[np.arange(len(more)) // contexts % 2 == 0] = False
+        mask, effect = np.concatenate([mask, more]), np.concatenate([effect, more_effect])
+        received = np.concatenate([d, np.where(
+            d == NONE, NONE, perturbations + d * contexts + context[:, None])], axis=1)
     offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])  # the last row is NONE's
-    z = rng.normal(size=(len(d), n_latent)) + offset[d].sum(axis=1)  # eq. 1
+    z_basal = rng.normal(size=(len(d), n_latent))
+    z = z_basal + offset[received].sum(axis=1)  # eq. 1
     decoder = _random_decoder(rng, z, n_genes, sparse_shift)
-    logits, obs = decode(z, decoder), {}
+    logits = decode(z, decoder)
+    if contexts:
+        logits = logits + rng.normal(0, 0.3, (contexts, n_genes))[context]
     if batch:
         in_second = rng.random((len(d), 1)) < np.where(d == NONE, 0.75, 0.5).min(1, keepdims=True)
-        logits, obs = logits + in_second * rng.normal(0, batch, n_genes), {
-            "batch": in_second[:, 0].astype(int)}
+        logits = logits + in_second * rng.normal(0, batch, n_genes)
+        obs["batch"] = in_second[:, 0].astype(int)
     x = _random_counts(rng, logits, library, sparse_shift)
     split = rng.choice(["train", "validation", "test"], len(d), p=[0.64, 0.16, 0.2])
 
-    names = [f"P{t + 1:03d}" for t in range(perturbations)]
-    pathways = {}
-    for row in np.unique(mask, axis=0):
-        members = [name for name, same in zip(names, (mask == row).all(1)) if same]
+    pathways, own_mask = {}, mask[:perturbations]
+    for row in np.unique(own_mask, axis=0):
+        members = [name for name, same in zip(names, (own_mask == row).all(1)) if same]
         if len(members) >= 10:
             pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
     layers = {f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
@@ -1601,7 +1642,8 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
         obs={"cell": [f"cell{i}" for i in range(len(d))],
              "condition": ["+".join(names[t] for t in row if t != NONE) or "control" for row in d],
              "split": np.where(held_out, "test", split).astype(object)} | obs,
-        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]}, obsm={"X_true_z": z},
+        var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
+        obsm={"X_true_z": z, "X_true_z_basal": z_basal},
         uns={"simulation": {"perturbations": names, "mask": mask, "effect": effect} | layers,
              "pathways": pathways})
 
@@ -1675,14 +1717,14 @@ def _random_counts(rng, logits, library, sparse_shift):
 
 
 def read_simulation(path):
-    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z (cells, L))
-    of a simulated screen; None for other files."""
+    """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z and z_basal
+    (cells, L)) of a simulated screen; None for other files."""
     with _h5_file(path) as file:
         if _member(file, "uns/simulation", required=False) is None:
             return None
-        mask, effect, z = (_member(file, name)[()] for name in (
-            "uns/simulation/mask", "uns/simulation/effect", "obsm/X_true_z"))
-        return list(_read(file, "uns/simulation/perturbations")), mask.astype(bool), effect, z
+        mask, *others = (_member(file, name)[()] for name in (
+            "uns/simulation/mask", "uns/simulation/effect", "obsm/X_true_z", "obsm/X_true_z_basal"))
+        return list(_read(file, "uns/simulation/perturbations")), mask.astype(bool), *others
 
 
 def read_layers(path):
@@ -1790,6 +1832,8 @@ SIMULATION_OPTIONS = [(f"--{name.replace('_', '-')}", _default[name], allowed, t
     ("effect", AT_LEAST_0, "size of its effects, in sd of the basal state"),
     ("batch", AT_LEAST_0, "sd of what its second batch (obs column batch) adds to log frequencies, "
      "0 for one batch"),
+    ("contexts", AT_LEAST_0, "contexts (obs column context); in each, every other perturbation has "
+     "one more effect; 0 for none"),
     ("seed", AT_LEAST_0, "its seed"))]
 
 

@@ -924,11 +924,7 @@ def latents(run, truth):
     """`latent_recovery` in the test cells of a simulated screen, of posterior means in the axes of
     the masks: latent_* of z (as in Lopez et al.), and basal_* of z_basal."""
     test = run.split["test"]
-    names, mask, effect, z = truth
-    z = z[run.screen.rows[test]].astype(float)
-    offset = dict(zip(names, mask * effect))
-    offsets = np.stack([*map(offset.get, run.screen.perturbations), 0 * z[0]])  # NONE: the last
-    z_basal = z - offsets[run.screen.d[test]].sum(1)
+    z, z_basal = (v[run.screen.rows[test]].astype(float) for v in truth[3:])
     basal, total = (v.astype(float) for v in posterior_means(run, test))
     return {f"{of}_{name}": value for of, pair in (
         ("latent", (z, total)), ("basal", (z_basal, basal)))
@@ -1221,7 +1217,8 @@ def table_of_runs(runs, scale="log_normalised"):
 def dosages_of(run, conditions):
     """Dosages (C, P), for the run's model, of conditions such as "B+A" or "control", each once; and
     how the screen spells them, "A+B". Raises DataError for names that the screen does not have."""
-    screen, index = run.screen, {name: t for t, name in enumerate(run.model_screen.perturbations)}
+    screen, index = run.screen, {name: t for t, name in enumerate(run.model_screen.perturbations)
+                                 if t not in further_rows(run)}
     known, rows = {name.upper(): name for name in sorted({*screen.perturbations, *index})}, {}
     for condition in conditions:
         names = [condition] if condition in known.values() else sorted(
@@ -1241,6 +1238,28 @@ def dosages_of(run, conditions):
                         device=run.device), list(rows)
 
 
+def further_rows(run):
+    """The rows `A @ value` of the run's model, a set."""
+    return {row for rows in run.interaction_rows().values() for row in rows.values()}
+
+
+def contexts(run, screen):
+    """The value of the --interactions column in a screen's cells, (N,), a position in the run's
+    covariates; 0 for all without interactions."""
+    column, n = run.config["interactions"], len(screen.d)
+    return screen.c[:, run.config["covariate"].index(column)] if column else np.zeros(n, int)
+
+
+def in_contexts(run, conditions, screen):
+    """Yield every condition in every context of the screen's cells: dosages (P,), the condition,
+    the context, and what to call the condition in it."""
+    table, values = run.interaction_rows(), sorted({*contexts(run, screen)} - {data.NONE})
+    for (d, name), value in itertools.product(zip(*dosages_of(run, conditions)), values):
+        rows = [table[t][value] for t in d.tolist() if value in table.get(t, ())]
+        yield torch.cat([d, d.new_tensor(rows)]), name, value, name if not run.config[
+            "interactions"] else f"{name} @ {run.screen.covariates[value].split('=', 1)[1]}"
+
+
 def controls_of_file(run, path):
     """The control cells of another file: a Screen, with genes and c as in the run. It is read like
     the run's, but for --subset and --exclude."""
@@ -1254,21 +1273,23 @@ def controls_of_file(run, path):
 
 
 @torch.no_grad()
-def population(run, condition, n, basal, seed, other=None):
+def population(run, condition, n, basal, seed, other=None, value=0):
     """n cells to receive a condition: their basal states and those of as many controls (n, L) each,
     covariates (n, columns), and library sizes (n,). The same for the same arguments.
 
     Basal states are as in `basal_states`, covariates and library sizes from the screen's cells of
-    the condition; if there are none, of one of its perturbations, or of all. With `other` (see
-    `controls_of_file`) all are from its cells, and both basal states from their q(z_basal | x).
+    the condition in the context `value`; if there are none, of one of its perturbations, or of
+    all there. With `other` (see `controls_of_file`) all are from its cells, and both basal states
+    from their q(z_basal | x).
     """
     torch.manual_seed(seed)
     screen = other or run.screen
     parts = [t for t, name in enumerate(screen.perturbations)
              if name in condition.split(screen.joiner)]
-    every = np.ones(len(screen.d), bool)
+    every = contexts(run, screen) == value
     chosen = every if other else next(cells for cells in (
-        screen.conditions == condition, np.isin(screen.d, parts).any(1), every) if cells.any())
+        every & (screen.conditions == condition), every & np.isin(screen.d, parts).any(1), every)
+        if cells.any())
     cells = np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(chosen)), n)
     if other:
         loc, var = q_of_cells(run.model, data.Batches(other, run.device).in_order(cells))
@@ -1302,11 +1323,14 @@ def predict(run, conditions, ate_particles=2500, library=0, basal=None, seed=0, 
     numbers depend on no other one. Returns lines on what is known of each, and a table of its ten
     strongest effects.
     """
-    dosages, spelled = dosages_of(run, conditions)
-    by_data = {} if other else effects_of_data(run, spelled)
     lines, rows, layers, basal = [], [], {}, basal or basal_of(run)
-    for d, name in zip(dosages, spelled):
-        treated, control, c, libraries = population(run, name, ate_particles, basal, seed, other)
+    labels, n_training_cells, trained_on = [], [], run.taught_by["train"]
+    predicted = list(in_contexts(run, conditions, other or run.screen))
+    by_data = {value: {} if other else effects_of_data(run, {c for _, c, *_ in predicted}, value)
+               for value in {value for *_, value, _ in predicted}}
+    for d, condition, value, name in predicted:
+        treated, control, c, libraries = population(
+            run, condition, ate_particles, basal, seed, other, value)
         depth = library or (int(np.median(libraries)) if other else library_of(run))
         arms = torch.stack([torch.full_like(d, data.NONE), d])
         y = expected(run, arms, c.expand(2, -1, -1), [control, treated], depth)
@@ -1318,20 +1342,21 @@ def predict(run, conditions, ate_particles=2500, library=0, basal=None, seed=0, 
                    "log2_fold_change": np.log2(counts / control)}
         for layer, values in of_one.items():
             layers.setdefault(layer, []).append(values.astype(np.float32))
-        lines.append(f"{name}: {known_of(run, d, name, c)}")
+        labels.append(name)
+        n_training_cells.append(int(((contexts(run, run.screen) == value) & (
+            run.screen.conditions == condition))[trained_on].sum()))
+        lines.append(f"{name}: {known_of(run, d, condition, n_training_cells[-1], c, value)}")
         for g in strongest(of_one["effect_log_normalised"], 10):
             rows.append({
                 "condition": name, "gene": str(run.screen.gene_names[g]),
                 "control": f"{control[g]:.2f}", "effect": f"{of_one['effect_counts'][g]:+.2f}",
                 "5 % to 95 % of cells": f"{low[g]:+.2f} to {high[g]:+.2f}",
-                "effect by the data": "{:+.2f} ± {:.2f}".format(*by_data[name][:, g])
-                if name in by_data else "-",
+                "effect by the data": "{:+.2f} ± {:.2f}".format(
+                    *by_data[value][condition][:, g]) if condition in by_data[value] else "-",
                 "log2 fold change": f"{of_one['log2_fold_change'][g]:+.2f}"})
-    trained_on = run.screen.conditions[run.taught_by["train"]]
     data.write_h5ad(
         os.path.join(run.folder, "predictions.h5ad"), X=np.stack(layers["expected_log_normalised"]),
-        obs={"condition": spelled,
-             "n_training_cells": np.array([(trained_on == name).sum() for name in spelled])},
+        obs={"condition": labels, "n_training_cells": np.array(n_training_cells)},
         var={"gene": run.screen.gene_names}, layers={k: np.stack(v) for k, v in layers.items()},
         uns={"library": depth, "basal_states": other.path if other else basal})
     lines.append("\ncounts per 10,000, of the genes of largest effect on log-normalised expression "
@@ -1340,11 +1365,11 @@ def predict(run, conditions, ate_particles=2500, library=0, basal=None, seed=0, 
     return "\n".join([*lines, markdown(rows) if rows else ""])
 
 
-def known_of(run, d, condition, c):
-    """What training says of a condition with dosages d (P,) and its parts, in words; c
-    (K, columns) are the covariates that it is predicted for."""
+def known_of(run, d, condition, n, c, value):
+    """What training, on n cells of it, says of a condition with dosages d (P,) and its parts, in
+    words; it is predicted for covariates c (K, columns) and the context `value`."""
     cells, model = run.taught_by["train"], run.model
-    n, parts = int((run.screen.conditions[cells] == condition).sum()), d[d != data.NONE].tolist()
+    parts = [t for t in d.tolist() if t != data.NONE and t not in further_rows(run)]
     words = [f"{n:,} training cells" if n else "no training cells of its own"]
     never_seen = " WAS NEVER SEEN: " + ("ITS EFFECT IS DRAWN FROM THE PRIOR" if model.has_effects
                                         and model.adds_effects else "IT HAS NO EFFECT OF ITS OWN")
@@ -1360,17 +1385,24 @@ def known_of(run, d, condition, c):
         if model.has_mask and model.mask_probability()[t].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect of its own")
         received = cells[(run.model_screen.d[cells] == t).any(1)]
+        if run.config["interactions"]:
+            values = np.unique(contexts(run, run.screen)[received])
+            known = ", ".join(run.screen.covariates[v] for v in values)
+            words.append(f"{name} was seen with {known}"
+                         + ": here its common effect alone" * (value not in values))
+            continue
         seen = (c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)).all(2).any(1)
         if len(received) and not seen.all():
             words.append(f"{1 - seen.mean():.0%} of its cells have covariates unseen with {name}")
     return "; ".join(words)
 
 
-def effects_of_data(run, conditions):
-    """Effects of conditions on counts per 10,000 by all their cells, and standard errors: {name:
-    (2, G)}, without conditions that the data do not have or cannot compare."""
+def effects_of_data(run, conditions, value=0):
+    """Effects of conditions on counts per 10,000 by all their cells in the context `value`, and
+    standard errors: {name: (2, G)}, without those that the data do not have or cannot compare."""
     arms = Arms(run)
-    cells = np.flatnonzero(np.isin(run.screen.conditions, [*conditions, "control"]))
+    cells = np.flatnonzero((contexts(run, run.screen) == value) & np.isin(
+        run.screen.conditions, [*conditions, "control"]))
     means = mean_expression(run.batches, cells, arms)["counts"]
     share = arms.shares(means.n)
     found = np.stack([np.subtract(*arms.compared(means.mean, share)),
@@ -1390,8 +1422,9 @@ def sample(run, conditions, n, library=0, basal=None, seed=0, other=None):
     index = data.free("cell", [column, *covariates])
     labels = screen.obs(column) if screen.label_column else screen.conditions
     x, obs = [], {name: [] for name in (index, column, *covariates)}
-    for d, name in zip(*dosages_of(run, conditions)):
-        z_basal, _, c, libraries = population(run, name, n, basal or basal_of(run), seed, other)
+    for d, name, value, label in in_contexts(run, conditions, other or screen):
+        z_basal, _, c, libraries = population(
+            run, name, n, basal or basal_of(run), seed, other, value)
         sizes = torch.as_tensor(np.full(n, library) if library else libraries,
                                 dtype=torch.float32, device=run.device)
         for few in torch.arange(n).split(1000):
@@ -1399,7 +1432,7 @@ def sample(run, conditions, n, library=0, basal=None, seed=0, other=None):
             counts = sample_counts(run.model, log_rho, sizes[few])
             x.append(counts.cpu().numpy().astype(np.uint32))
         same = np.flatnonzero(screen.conditions == name)
-        obs[index] += [f"{name}-{i + 1}" for i in range(n)]
+        obs[index] += [f"{label}-{i + 1}" for i in range(n)]
         obs[column] += [str(labels[same[0]]) if len(same) else name] * n
         for covariate, values in zip(covariates, c.T.tolist()):
             obs[covariate] += ["" if v == data.NONE else screen.covariates[v].split("=", 1)[1]

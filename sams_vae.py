@@ -498,7 +498,7 @@ def sparsest_axes(offsets, n_starts=3, n_steps=600, eps=0.1):
     return torch.linalg.qr(R[size.argmin()])[0]  # undoes the rounding of so many products
 
 
-def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
+def mask_log_odds(loc, var, prior_logit, beta, largest, misfit=0.1):
     """log p(m_tl = 1) / p(m_tl = 0) given q(e_tl) = N(loc, var) of masks of one, all (T, L).
 
     q(e) combines the prior N(0, beta) with the cells. The cells alone observe e as y, with a
@@ -508,12 +508,12 @@ def mask_log_odds(loc, var, prior_logit, beta, misfit=0.1):
     the Savage-Dickey ratio, log p(e = 0) / q(e = 0).)
 
     The latent space is learned, and bent: an entry that should be zero comes out as some tenth of
-    the largest entry of e_t, with a far smaller w. So w also gets the square of `misfit` times the
-    largest entry of loc.
+    the largest entry of e_t, with a far smaller w. So w also gets the square of `misfit` times
+    `largest` (T, 1), the size of the largest entry of t's offset.
     """
     by_cells = (1 - var / beta).clamp(min=1e-3)  # a perturbation without cells has var = beta
     y, w = loc / by_cells, var / by_cells
-    w = w + (misfit * loc.abs().amax(1, keepdim=True)).square()
+    w = w + (misfit * largest).square()
     return prior_logit + 0.5 * (w / (w + beta)).log() + 0.5 * y.square() * (1 / w - 1 / (w + beta))
 
 
@@ -543,7 +543,7 @@ def common_axes(offsets, variance, n_rounds=100):
 
 
 @torch.no_grad()
-def begin_masks(models):
+def begin_masks(models, interactions=None):
     """Turn models that were trained with masks of one to their sparsest axes, and begin masks.
 
     models are N warm starts of one model, from different seeds: latents differ by a rotation, and
@@ -551,6 +551,10 @@ def begin_masks(models):
     the mean of all; the support of mask entries (T, L), the share of models in which log odds are
     above 0; and, before and after, how many latents a perturbation with training cells touches in
     that model: the mean of the effective number (sum |e|)^2 / sum e^2.
+
+    interactions {t: {value: row}}: cells with t and a value have the effect e_t + e_row. Trained
+    with masks of one, e_t has but a part of what is common to all values. It becomes the median of
+    0 and these sums, entry by entry: then |e_t| plus all |e_row| is smallest.
     """
     t, trained = models[0].all_perturbations(), models[0].n_cells > 0
     loc, var = map(torch.stack, zip(*(model.effect_posterior(None, t) for model in models)))
@@ -559,10 +563,19 @@ def begin_masks(models):
         axes = sparsest_axes(offsets[0])[None]
     else:  # if e_t is 0, its posterior mean has this variance: see `mask_log_odds`
         axes = common_axes(offsets, var * (1 - var / models[0].beta).clamp(min=0))
+    log_odds = []
     for model, own_axes in zip(models, axes):
         model.turn(own_axes)
-    log_odds = torch.stack([mask_log_odds(*model.effect_posterior(None, t), model.prior_logit(),
-                                          model.beta) for model in models])
+        largest = model.effect_posterior(None, t)[0].abs().amax(1, keepdim=True)
+        for own, rows in (interactions or {}).items():
+            rows = list(rows.values())
+            sums = model.effect_loc[own] + model.effect_loc[rows]  # (V, L)
+            common = F.pad(sums, (0, 0, 0, 1)).median(0).values
+            model.effect_loc[own], model.effect_loc[rows] = common, sums - common
+            largest[[own, *rows]] = sums.abs().max()
+        log_odds.append(mask_log_odds(
+            *model.effect_posterior(None, t), model.prior_logit(), model.beta, largest))
+    log_odds = torch.stack(log_odds)
     for model in models:
         model.masks_of_one = False
         model.set_masks(log_odds.clamp(-4, 4).mean(0))  # within what training can still change

@@ -297,8 +297,10 @@ def test_the_mask_log_odds_are_the_posterior_of_a_gaussian_spike_and_slab(misfit
     s = (s2 + (misfit * loc.abs().amax(1, keepdim=True)).square()).sqrt()
     density, prior = torch.distributions.Normal, math.log(alpha / (1 - alpha))
     expected = prior + density(0, (beta + s**2).sqrt()).log_prob(y) - density(0, s).log_prob(y)
-    torch.testing.assert_close(mask_log_odds(loc, var, prior, beta, misfit), expected)
-    without_cells = mask_log_odds(torch.zeros(1, 1), torch.full((1, 1), beta), prior, beta)
+    largest = loc.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(mask_log_odds(loc, var, prior, beta, largest, misfit), expected)
+    zero = torch.zeros(1, 1)
+    without_cells = mask_log_odds(zero, torch.full((1, 1), beta), prior, beta, zero)
     assert without_cells.item() == pytest.approx(prior, abs=0.01)
 
 
@@ -363,6 +365,29 @@ def test_support_is_the_share_of_warm_starts_with_an_entry_and_the_nearest_to_th
     for model in models[1:]:  # masks begin alike, the mean of four
         assert torch.equal(model.mask_logits, models[0].mask_logits)
     assert -4 < models[0].mask_logits[1, column[0]] < 0 < models[0].mask_logits[0, other[1]] < 4
+
+
+def test_what_is_common_to_all_values_begins_as_the_effect_of_the_perturbation_itself():
+    # Of three perturbations, each with two values, rows 3 to 8: a common effect; one effect for one
+    # value alone; and a common effect with, for one value, another one. All offsets are shared out
+    # as N(0, 1) would have it: a third to each row of what is common.
+    torch.manual_seed(0)
+    mask = torch.eye(4).repeat(8, 1)
+    mask[:9] = 0
+    sums = torch.tensor([[[3.0, 0, 0, 0], [3, 0, 0, 0]], [[0, 3, 0, 0], [0, 0, 0, 0]],
+                         [[0, 0, 3, 0], [0, 0, 3, 2]]])
+    offsets = 3 * mask
+    offsets[:3] = sums.sum(1) / 3
+    offsets[3:9] = (sums - offsets[:3, None]).flatten(0, 1)
+    rotation = torch.linalg.qr(torch.randn(1, 4, 4))[0]
+    model, = warm_starts(offsets / 2, torch.zeros(1, 32, 4), rotation)
+    begin_masks([model], {t: {"a": 3 + 2 * t, "b": 4 + 2 * t} for t in range(3)})
+    found = (model.mask_probability() > 0.5)[:9]
+    assert found.sum(1).tolist() == [1, 0, 1, 0, 0, 1, 0, 0, 1]
+    columns = found[[0, 5, 2, 8]].int().argmax(1)
+    assert sorted(columns.tolist()) == [0, 1, 2, 3]
+    assert model.effect_loc[[0, 5, 2, 8], columns].abs().tolist() == pytest.approx(
+        [3, 3, 3, 2], abs=0.05)
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
@@ -1515,7 +1540,7 @@ def test_the_simulated_screen_is_what_it_says(tmp_path):
     path, same = tmp_path / "s.h5ad", dict(seed=3, perturbations=8, cells=30, pairs=6, n_genes=50)
     data.simulate(path, **same)
     screen = data.read_screen(path, split_column="split")
-    names, mask, effect, z = data.read_simulation(path)
+    names, mask, effect, z, _ = data.read_simulation(path)
     assert names == screen.perturbations and mask.shape == effect.shape == (8, 6)
     assert mask.any(1).all() and (np.abs(effect) > 1.5).all() and z.shape == (520, 6)
     sizes = dict(zip(*np.unique(screen.conditions.astype(str), return_counts=True)))
@@ -1532,7 +1557,7 @@ def test_the_simulated_screen_is_what_it_says(tmp_path):
 def test_the_sparse_shift_screen_has_the_moments_that_its_paper_states(tmp_path):
     data.simulate(tmp_path / "s.h5ad", **data.SPARSE_SHIFT, seed=1)
     screen = data.read_screen(tmp_path / "s.h5ad")
-    _, mask, effect, z = data.read_simulation(tmp_path / "s.h5ad")
+    _, mask, effect, z, z_basal = data.read_simulation(tmp_path / "s.h5ad")
     x, d = screen.counts.dense().astype(float), screen.d[:, 0]
     assert x.shape[1] == 100 and z.shape == (len(x), 15) and mask.shape == (100, 15)
     n = np.bincount(d[d >= 0])
@@ -1546,6 +1571,7 @@ def test_the_sparse_shift_screen_has_the_moments_that_its_paper_states(tmp_path)
     basal = z - np.append(mask * effect, np.zeros((1, 15)), axis=0)[d]  # the last row: controls
     assert np.abs(basal.mean(0)).max() < 5 / len(z)**0.5
     np.testing.assert_allclose(np.cov(basal.T), np.eye(15), atol=6 / len(z)**0.5)
+    np.testing.assert_allclose(basal, z_basal, atol=1e-9)
     with h5py.File(tmp_path / "s.h5ad") as file:
         decoder = [[file[f"uns/simulation/{part}_{i}"][()] for part in ("weight", "bias")]
                    for i in (1, 2, 3, 4)]
@@ -1553,6 +1579,40 @@ def test_the_sparse_shift_screen_has_the_moments_that_its_paper_states(tmp_path)
     mean = 1e6 * np.exp(logits) / np.exp(logits).sum(0)  # over cells
     assert logits.std() == pytest.approx(1)
     assert abs(((x - mean) ** 2 / mean).mean() - 1) < 0.01 and abs(x.sum(0) - 1e6).max() < 5e3
+
+
+def test_in_simulated_contexts_every_other_perturbation_has_an_effect_of_its_own(tmp_path):
+    path, same = tmp_path / "s.h5ad", dict(perturbations=4, cells=60, pairs=2, n_genes=20)
+    data.simulate(path, **same, contexts=2)
+    names, mask, effect, z, z_basal = data.read_simulation(path)
+    assert names[3:7] == ["P004", "P001 @ 0", "P001 @ 1", "P002 @ 0"] and len(names) == 12
+    assert mask.any(1).tolist() == [True] * 4 + [False, False, True, True] * 2
+    screen = data.read_screen(path, covariate="context")
+    pairs = data.interactions_of(screen, 0, np.arange(len(screen.d)), 1)
+    screen = data.with_interactions(screen, 0, pairs)
+    assert screen.perturbations == names  # each was seen in both contexts
+    offset = np.append(mask * effect, np.zeros((1, 6)), axis=0)
+    np.testing.assert_allclose((z - z_basal)[screen.rows], offset[screen.d].sum(1), atol=1e-9)
+
+
+def test_interactions_are_of_perturbations_with_enough_cells_of_two_or_more_values(tmp_path):
+    labels = ["A"] * 5 + ["B"] * 4 + ["A+B"] * 2 + ["ctrl"] * 3
+    values = [["x", "u"], ["x", "u"], ["y", "u"], ["y", "u"], ["z", "u"],
+              ["x", "u"], ["x", "v"], ["x", "v"], ["y", "v"], ["y", "v"], [None, "v"],
+              ["x", "u"], ["y", "v"], ["z", "v"]]
+    data.write_h5ad(tmp_path / "s.h5ad", X=np.ones((42, 2), np.uint8), obs={
+        "cell": [str(i) for i in range(42)], "condition": 3 * labels, "one": [
+            v[1] for v in 3 * values], "two": [v[0] for v in 3 * values]}, var={"gene": ["g", "h"]})
+    screen = data.read_screen(tmp_path / "s.h5ad", covariate=["one", "two"])
+    pairs = data.interactions_of(screen, 1, np.arange(42), 6)  # A has z three times
+    found = data.with_interactions(screen, 1, pairs)
+    assert found.perturbations == ["A", "B", "A @ x", "A @ y", "B @ x", "B @ y"]
+    assert found.d[:14].tolist() == [
+        [0, NONE, i, NONE] for i in (2, 2, 3, 3, NONE)] + [
+        [1, NONE, i, NONE] for i in (4, 4, 4, 5)] + [
+        [0, 1, 3, 5], [0, 1, NONE, NONE]] + [[NONE] * 4] * 3
+    assert data.interactions_of(screen, 1, np.arange(5), 3) == []
+    assert [t for t, _ in data.interactions_of(screen, 1, np.arange(5), 2)] == [0, 0]  # of A alone
 
 
 def test_pathways_come_from_the_file_or_from_json(tmp_path):
@@ -1906,7 +1966,7 @@ def folder(tmp_path, monkeypatch):
 
 def train_on_screen(name, *options):
     assert train.main(["--data", "screen.h5ad", "--split-column", "split", "--name", name,
-                       *TINY[4:], *options]) == f"runs/{name}"
+                       "--warm-starts", "1", *TINY[4:], *options]) == f"runs/{name}"
 
 
 def evaluation(name, iwelbo_particles=2, ate_particles=2, **options):
@@ -2101,6 +2161,61 @@ def test_warm_starts_are_runs_of_the_next_seeds_and_the_nearest_to_their_mean_go
         assert float(row["support"]) == pytest.approx(support[t, latent].item(), abs=1e-5)
     with h5py.File("runs/run/latents.h5ad") as file:
         assert np.array_equal(file["uns/mask_support"][()], support.numpy())
+
+
+def test_with_interactions_effects_and_predictions_depend_on_the_context(folder, capsys):
+    data.simulate("screen.h5ad", perturbations=12, cells=40, pairs=10, n_genes=40, contexts=2)
+    options = ["--covariate", "context", "--interactions", "context", "--min-cells", "5"]
+    train_on_screen("run", "--subset", "context=0", "--subset", "context=1", *options, "--exclude",
+                    "P012", "--steps", "60", "--lr", "0.01")
+    run = evaluate.open_run("runs/run")
+    names, arms = run.model_screen.perturbations, evaluate.Arms(run)
+    assert {"P002 @ 0", "P002 @ 1"} < {*names} and len(names) == 11 * 3
+    for arm in (0, 5, 9):
+        value = run.screen.covariates[arms.c[arms.n_controls + arm, 0]].split("=")[1]
+        received = {names[t] for t in arms.d[arms.n_controls + arm].tolist() if t != NONE}
+        own = {*arms.names[arms.condition[arm]].split("+")}
+        assert received == own | {f"{name} @ {value}" for name in own}
+    metrics = evaluation("run", 4, 20)
+    assert {"mask_f1", "latent_mcc"} <= metrics.keys()
+    model, layer = run.model, "effect_log_normalised"
+    with torch.no_grad():  # P001 acts in context 1 alone, P002 alike in both
+        model.set_masks(torch.full((33, 4), -20.0))
+        for name in ("P001 @ 1", "P002"):
+            model.mask_logits[names.index(name)] = 20
+            model.effect_loc[names.index(name)] = 3
+    conditions = ["P001", "P002", "P001+P002", "control"]
+    text = evaluate.predict(run, conditions, ate_particles=50, basal="prior")
+    with h5py.File("runs/run/predictions.h5ad") as file:
+        found = data._names(file, "obs").tolist()
+    labels = [f"{name} @ {v}" for name in conditions for v in (0, 1)]
+    assert found == labels
+    size = dict(zip(labels, np.abs(data.read_layers("runs/run/predictions.h5ad")[layer]).sum(1)))
+    assert size["P001 @ 0"] < 1e-3 < 0.1 < size["P001 @ 1"] and size["control @ 1"] < 1e-6
+    assert size["P002 @ 0"] > 0.1 and size["P001+P002 @ 1"] > 1.2 * size["P001+P002 @ 0"]
+    assert "P001 was seen with context=0, context=1\n" in text
+    evaluate.sample(run, ["P001"], 5)
+    assert data.read_h5ad("runs/run/samples.h5ad").obs("context").tolist() == ["0"] * 5 + ["1"] * 5
+
+    # A perturbation that was seen in one context alone has no effect of its own there, and in the
+    # other context the same.
+    x = data.read_h5ad("screen.h5ad")
+    kept = ~((x.obs("condition") == "P001") & (x.obs("context") == 1))
+    kept &= ~np.array(["P001+" in label for label in x.obs("condition")])
+    obs = {"cell": x.cell_names[kept]} | {
+        column: x.obs(column)[kept] for column in ("condition", "split", "context")}
+    data.write_h5ad("screen.h5ad", X=x.counts(kept).dense(), obs=obs, var={"gene": x.gene_names})
+    train_on_screen("one", *options, "--steps", "10")
+    one = evaluate.open_run("runs/one")
+    assert not [name for name in one.model_screen.perturbations if name.startswith("P001 @")]
+    assert "P001 @ 1: no training cells of its own" in evaluate.predict(one, ["P001"], 20) and (
+        "P001 was seen with context=0: here its common effect alone") in evaluate.predict(
+            one, ["P001"], 20)
+    for wrong in (["--interactions", "context"], [*options, "--model", "svae+"]):
+        with pytest.raises(data.DataError, match="needs the same --covariate and a model that"):
+            train_on_screen("wrong", *wrong)
+    with pytest.raises(data.DataError, match="cannot be adapted"):
+        train.main(["--adapt", "runs/one", "--data", "screen.h5ad"])
 
 
 def test_a_run_that_has_ended_says_so_and_goes_on_if_it_is_given_more_steps(folder, capsys):

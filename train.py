@@ -144,7 +144,7 @@ def turn_axes(run, optimizer):
     kept = [load_checkpoint(run.folder, f"warm{n}.pt") for n in range(len(progress.ends))]
     models = [build_model(checkpoint) for checkpoint in kept]
     torch.manual_seed(run.config["seed"])
-    nearest, support, before, after = begin_masks(models)
+    nearest, support, before, after = begin_masks(models, run.interaction_rows())
     model.load_state_dict(models[nearest].state_dict())
     set_moments(optimizer, kept[nearest]["optimizer"])
     for parameter in parameters_of(model, MASKS) + parameters_of(model, EFFECTS):
@@ -381,7 +381,8 @@ class Run:
         if fixed["fingerprint"] != screen.fingerprint():
             raise DataError(f"{config['data']}: other cells, genes, labels or counts, or another "
                             "order, than the run was trained on; --data names the same file")
-        model_screen = as_the_model_sees(screen, config, fixed["perturbations"])
+        model_screen = as_the_model_sees(screen, config, fixed["perturbations"],
+                                         fixed.get("interactions"))
         return cls(folder, config, screen, model_screen, data.Batches(model_screen, device),
                    {name: cells.numpy() for name, cells in state["split"].items()}, fixed,
                    build_model(state).to(device), Progress(**state["progress"]), state["optimizer"],
@@ -408,6 +409,15 @@ class Run:
         return {name: cells if self.n_known is None else
                 cells[(self.model_screen.d[cells] >= self.n_known).any(1)]
                 for name, cells in self.split.items()}
+
+    def interaction_rows(self):
+        """With --interactions, the rows {t: {value: row}} of `A @ value` beside row t of A, all
+        positions in the model's perturbations; values are positions in the covariates."""
+        row, rows = self.model_screen.perturbations.index, {}
+        for t, v in self.fixed.get("interactions") or ():
+            own = row(self.screen.perturbations[t])
+            rows.setdefault(own, {})[v] = row(data.interaction_name(self.screen, t, v))
+        return rows
 
     def has_ended(self, progress):
         """Whether training that has come as far as `progress` has ended."""
@@ -487,11 +497,15 @@ def known_covariates(screen, columns, known):
     return c
 
 
-def as_the_model_sees(screen, config, known):
+def as_the_model_sees(screen, config, known, interactions=None):
     """The same screen; perturbations that a trained model knows come first, in its order. For a
-    model that adds no effects up (SVAE+), each combination is a perturbation of its own."""
+    model that adds no effects up (SVAE+), each combination is a perturbation of its own. With
+    --interactions, pairs by `data.interactions_of`, these are further perturbations."""
     if not MODELS[config["model"]].adds_effects:
         screen = data.one_label_per_cell(screen)
+    if interactions:
+        column = config["covariate"].index(config["interactions"])
+        screen = data.with_interactions(screen, column, interactions)
     return data.renumbered(screen, [*known, *sorted({*screen.perturbations} - {*known})])
 
 
@@ -585,7 +599,10 @@ def begin(folder, config, given, base, device):
                              config["train_combinations"])
     known = [] if base is None else [  # a perturbation without training cells is not known
         t for t, n in zip(base["fixed"]["perturbations"], base["model"]["n_cells"]) if n > 0]
-    model_screen = as_the_model_sees(screen, config, known)
+    interactions = config["interactions"] and data.interactions_of(
+        screen, config["covariate"].index(config["interactions"]), split["train"],
+        config["min_cells"])
+    model_screen = as_the_model_sees(screen, config, known, interactions)
     batches = data.Batches(model_screen, device)
     config["stream"] = batches.from_file
     if batches.from_file:  # neighbours are read together: positions must rise
@@ -604,7 +621,8 @@ def begin(folder, config, given, base, device):
                                        config["seed"])
     fixed = {"fingerprint": screen.fingerprint(), "gene_names": list(screen.gene_names),
              "perturbations": model_screen.perturbations, "covariates": screen.covariates,
-             "arguments": arguments, "n_known": len(known) if base else None}
+             "interactions": interactions, "arguments": arguments,
+             "n_known": len(known) if base else None}
     run = Run(folder, config, screen, model_screen, batches, split, fixed, model.to(device))
     if not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):  # by --adapt
         raise DataError(f"{config['data']}: has no training or no validation cells with "
@@ -683,6 +701,8 @@ OPTIONS = [
     ("--axes", "sparsest", ["learned", "sparsest"], "of masks: learned (paper), sparsest (ours)"),
     ("--warm-starts", 1, AT_LEAST_1, "seeds from whose mean the sparsest axes are taken (ours)"),
     *MODEL_OPTIONS,
+    ("--interactions", None, "COLUMN", "one of --covariate: a perturbation also has an effect for "
+     "each value that it was seen with, if these are two or more (ours)"),
     # the optimisation (2.3, A.4)
     ("--steps", 150_000, AT_LEAST_1, "training steps (Replogle; Norman 30,000)"),
     ("--batch-size", 512, AT_LEAST_1, "cells per step (paper)"),
@@ -721,13 +741,16 @@ def own_settings(n_cells, n_perturbations, n_latent=None):
 
     Chosen, with the first row of PRESETS, by validation loss and by effects in validation cells, on
     two real files and four simulated screens of 4,000 to 13,000 training cells. Above 50,000 cells
-    or 300 perturbations nothing was measured: settings there lean on the paper.
+    or 300 perturbations nothing was measured: settings there lean on the paper. Four warm starts
+    take 2.5 times as long as one; with 500 perturbations one finds the masks as well.
     """
     epoch = math.ceil(n_cells / 256)  # steps
-    large, n_latent = n_cells > 50_000, n_latent or (30 if n_perturbations <= 300 else 100)
+    large, many = n_cells > 50_000, n_perturbations > 300
+    n_latent = n_latent or (100 if many else 30)
     return dict(n_latent=n_latent, alpha=min(0.5, 3 / n_latent), n_hidden=400 if large else 100,
                 lr=1e-3 if large else 3e-3, steps=min(max(3000, 100 * epoch), 50_000),
-                validate_every=min(max(50, epoch), 500), patience=max(500, 20 * epoch))
+                validate_every=min(max(50, epoch), 500), patience=max(500, 20 * epoch),
+                warm_starts=1 if large or many else 4)
 
 
 # What --preset changes; a flag overrides it. The defaults above are Replogle's already.
@@ -799,13 +822,18 @@ def configuration(args, given, base=None):
         if args.preset or given.keys() & {*of_model, "start", "covariate"}:
             raise DataError(f"the model's options, and covariates, come from {args.adapt} in a run "
                             "that adapts it: leave them out")
-        config = base["config"] | ADAPTED
+        config = DEFAULTS | base["config"] | ADAPTED
     else:
         config = DEFAULTS | PRESETS[preset] | {"simulated_seed": given.get("seed", 0)}
     for name in given:
         config |= RIVALS.get(name, {})
     config |= given | {"preset": preset, "data": args.data and os.path.abspath(args.data),
                        "adapt": args.adapt, "simulated": args.data is None}
+
+    if config["interactions"] and (config["interactions"] not in config["covariate"] or args.adapt
+                                   or not MODELS[config["model"]].adds_effects):
+        raise DataError(f"--interactions {config['interactions']} needs the same --covariate and a "
+                        "model that adds effects up (not svae+), and cannot be adapted")
 
     # Options that mean nothing for a model are off: runs that differ in them alone share a row of
     # a table. (In the paper, too, the guides of SVAE+ and the conditional VAE are mean-field.)

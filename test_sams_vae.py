@@ -2112,8 +2112,8 @@ def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_do
     # Of validations every 5 steps. With masks of one: the best is at step 10, and 10 steps later
     # masks begin, at step 20, after which the best is at step 30, though worse than the other.
     values, weights, plain = iter([5.0, 1.0, 4.0, 3.5, 9.0, 2.0, 6.0, 7.0]), [], train.begin_masks
-    monkeypatch.setattr(train, "begin_masks", lambda models: (
-        weights.append(copy.deepcopy(models[0].state_dict())), plain(models))[1])
+    monkeypatch.setattr(train, "begin_masks", lambda models, *rows: (
+        weights.append(copy.deepcopy(models[0].state_dict())), plain(models, *rows))[1])
     monkeypatch.setattr(train, "validation_loss", lambda run: (
         weights.append(copy.deepcopy(run.model.state_dict())), next(values))[1])
     train_on_screen("run", "--steps", "80", "--patience", "10")

@@ -983,9 +983,9 @@ def interactions_of(screen, k, cells, min_cells):
     return np.argwhere(enough & (enough.sum(1, keepdims=True) > 1)).tolist()
 
 
-def interaction_name(screen, t, v):
-    """`NAME @ value` of perturbation t and value v, positions in the screen's names."""
-    return f"{screen.perturbations[t]} @ {screen.covariates[v].split('=', 1)[1]}"
+def interaction_name(screen, name, v):
+    """`NAME @ value` of a perturbation or condition and covariate v, a position."""
+    return f"{name} @ {screen.covariates[v].split('=', 1)[1]}"
 
 
 def with_interactions(screen, k, pairs):
@@ -993,7 +993,8 @@ def with_interactions(screen, k, pairs):
     perturbation `interaction_name`, if [t, v] is one of the pairs. d is (N, 2 P)."""
     place = np.full((len(screen.perturbations) + 1, len(screen.covariates) + 1), NONE)
     place[tuple(np.transpose(pairs))] = len(screen.perturbations) + np.arange(len(pairs))
-    names = [*screen.perturbations, *(interaction_name(screen, t, v) for t, v in pairs)]
+    names = [*screen.perturbations,
+             *(interaction_name(screen, screen.perturbations[t], v) for t, v in pairs)]
     return dataclasses.replace(screen, perturbations=names, d=np.concatenate(
         [screen.d, place[screen.d, screen.c[:, k, None]]], axis=1))
 
@@ -1602,8 +1603,8 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     axes are true, and an entry of 1 costs log(1 / alpha) nats however many cells there are.
     """
     rng = np.random.default_rng(seed)
-    names, size = [f"P{t + 1:03d}" for t in range(perturbations)], np.broadcast_to(
-        effect, perturbations)
+    names = [f"P{t + 1:03d}" for t in range(perturbations)]
+    size = np.broadcast_to(effect, perturbations)
     mask, effect = _random_effects(rng, perturbations, n_latent, size, sparse_shift)
     d, held_out = _random_conditions(rng, perturbations, pairs, cells, n_controls, sparse_shift)
     received, obs = d, {}
@@ -1720,7 +1721,7 @@ def read_simulation(path):
     """(names of the T perturbations, true mask (T, L) bool, true effect (T, L), true z and z_basal
     (cells, L)) of a simulated screen; None for other files."""
     with _h5_file(path) as file:
-        if _member(file, "uns/simulation", required=False) is None:
+        if _member(file, "obsm/X_true_z_basal", required=False) is None:
             return None
         mask, *others = (_member(file, name)[()] for name in (
             "uns/simulation/mask", "uns/simulation/effect", "obsm/X_true_z", "obsm/X_true_z_basal"))

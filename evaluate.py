@@ -262,10 +262,14 @@ def mask_recovery(true_mask, mask):
 
 def mask_agreement(masks, n_permutations=10):
     """Do several runs find the same masks? Mean F1 between each two, under the best matching of
-    their latents, and by chance, when the perturbations of one are permuted. A mask is a list of T
-    texts such as "0 3", the latents that a perturbation touches (as in metrics.json)."""
-    words = sorted({word for mask in masks for row in mask for word in row.split()}) or ["0"]
-    arrays = [np.array([[word in row.split() for word in words] for row in mask]) for mask in masks]
+    their latents, and by chance, when the perturbations of one are permuted. A mask is a dict of
+    perturbations and texts such as "0 3", the latents that one touches (as in metrics.json); those
+    that all masks have are compared."""
+    words = sorted({word for mask in masks for row in mask.values() for word in row.split()}) or [
+        "0"]
+    names = [name for name in masks[0] if all(name in mask for mask in masks)] if masks else []
+    arrays = [np.array([[word in mask[name].split() for word in words] for name in names])
+              for mask in masks]
     pairs, rng = list(itertools.combinations(arrays, 2)), np.random.default_rng(0)
 
     def mean_f1(pairs):
@@ -898,14 +902,19 @@ def masks(run, pathways, truth=None):
     if not model.has_mask:
         return {}
     trained, mask = model.n_cells.numpy(force=True) > 0, probability > 0.5
+    further = sorted(further_rows(run))
+    trained[further] = False
     metrics = {"mask_mean_probability": float(probability[trained].mean()),
                "n_trained_perturbations": int(trained.sum()),
                "n_empty_masks": int((~mask[trained].any(1)).sum()),
                "mask_mean_size": float(mask[trained].sum(1).mean()),
-               "mask": [" ".join(map(str, np.flatnonzero(row))) for row in mask]}
+               "mask": {name: " ".join(map(str, np.flatnonzero(row)))
+                        for name, row in zip(names, mask)}}
+    if further:
+        metrics |= {"n_interactions": len(further), "n_acting": int(mask[further].any(1).sum())}
     if run.support is not None:
-        metrics |= {"n_entries": int(mask[trained].sum()),
-                    "n_supported": int((mask & (support >= SUPPORTED))[trained].sum())}
+        metrics |= {"n_entries": int(mask.sum()),
+                    "n_supported": int((mask & (support >= SUPPORTED)).sum())}
     true_mask = dict(zip(*truth[:2])) if truth else {}
     if true_mask.keys() >= {*names}:  # (SVAE+ may have labels for pairs)
         found = mask_recovery(np.stack([true_mask[name] for name in names]), mask)
@@ -1003,7 +1012,9 @@ LINES = {  # of one run: the metric that a line needs, and the line
     "{iwelbo_new_before:.2f} before these were learned, {iwelbo_new:.2f} after",
     "mask": "masks: {mask_mean_size:.2f} latent dimensions per perturbation; {n_empty_masks:,} of "
     "{n_trained_perturbations:,} are empty",
-    "n_supported": "of their {n_entries:,} entries, {n_supported:,} have a support of at least "
+    "n_interactions": "interactions with {config[interactions]}: the masks of {n_acting:,} of "
+    "{n_interactions:,} are not empty",
+    "n_supported": "of all {n_entries:,} mask entries, {n_supported:,} have a support of at least "
     f"{SUPPORTED} by {{config[warm_starts]}} warm starts",
     "mask_f1": "true masks: precision {mask_precision:.3f}, recall {mask_recall:.3f}, "
     "F1 {mask_f1:.3f}",
@@ -1087,7 +1098,7 @@ def model_and_guide(config):
 def settings(m):
     """What the runs in one row of a table share, a dict: all options of training but the seeds.
     (How a file was read is in its fingerprint, or does not change the numbers.)"""
-    left_out = {*SEEDS, *NO_MATTER, *data.READING} - {"covariate", "split_column"}
+    left_out = {*SEEDS, *NO_MATTER, *data.READING} - {"covariate", "split_column", "min_cells"}
     config = {k: v for k, v in m["config"].items() if k not in left_out}
     return config | ({} if m["done"] else {"stopped at step": m["last_step"]})
 
@@ -1217,8 +1228,8 @@ def table_of_runs(runs, scale="log_normalised"):
 def dosages_of(run, conditions):
     """Dosages (C, P), for the run's model, of conditions such as "B+A" or "control", each once; and
     how the screen spells them, "A+B". Raises DataError for names that the screen does not have."""
-    screen, index = run.screen, {name: t for t, name in enumerate(run.model_screen.perturbations)
-                                 if t not in further_rows(run)}
+    screen, further = run.screen, further_rows(run)
+    index = {name: t for t, name in enumerate(run.model_screen.perturbations) if t not in further}
     known, rows = {name.upper(): name for name in sorted({*screen.perturbations, *index})}, {}
     for condition in conditions:
         names = [condition] if condition in known.values() else sorted(
@@ -1240,7 +1251,7 @@ def dosages_of(run, conditions):
 
 def further_rows(run):
     """The rows `A @ value` of the run's model, a set."""
-    return {row for rows in run.interaction_rows().values() for row in rows.values()}
+    return {row for rows in run.interaction_rows.values() for row in rows.values()}
 
 
 def contexts(run, screen):
@@ -1253,11 +1264,11 @@ def contexts(run, screen):
 def in_contexts(run, conditions, screen):
     """Yield every condition in every context of the screen's cells: dosages (P,), the condition,
     the context, and what to call the condition in it."""
-    table, values = run.interaction_rows(), sorted({*contexts(run, screen)} - {data.NONE})
+    table, values = run.interaction_rows, sorted({*contexts(run, screen)} - {data.NONE})
     for (d, name), value in itertools.product(zip(*dosages_of(run, conditions)), values):
         rows = [table[t][value] for t in d.tolist() if value in table.get(t, ())]
-        yield torch.cat([d, d.new_tensor(rows)]), name, value, name if not run.config[
-            "interactions"] else f"{name} @ {run.screen.covariates[value].split('=', 1)[1]}"
+        yield torch.cat([d, d.new_tensor(rows)]), name, value, (data.interaction_name(
+            run.screen, name, value) if run.config["interactions"] else name)
 
 
 def controls_of_file(run, path):
@@ -1326,8 +1337,8 @@ def predict(run, conditions, ate_particles=2500, library=0, basal=None, seed=0, 
     lines, rows, layers, basal = [], [], {}, basal or basal_of(run)
     labels, n_training_cells, trained_on = [], [], run.taught_by["train"]
     predicted = list(in_contexts(run, conditions, other or run.screen))
-    by_data = {value: {} if other else effects_of_data(run, {c for _, c, *_ in predicted}, value)
-               for value in {value for *_, value, _ in predicted}}
+    _, names, values, _ = map(set, zip(*predicted))
+    by_data = {value: {} if other else effects_of_data(run, names, value) for value in values}
     for d, condition, value, name in predicted:
         treated, control, c, libraries = population(
             run, condition, ate_particles, basal, seed, other, value)
@@ -1368,8 +1379,8 @@ def predict(run, conditions, ate_particles=2500, library=0, basal=None, seed=0, 
 def known_of(run, d, condition, n, c, value):
     """What training, on n cells of it, says of a condition with dosages d (P,) and its parts, in
     words; it is predicted for covariates c (K, columns) and the context `value`."""
-    cells, model = run.taught_by["train"], run.model
-    parts = [t for t in d.tolist() if t != data.NONE and t not in further_rows(run)]
+    cells, model, further = run.taught_by["train"], run.model, further_rows(run)
+    parts = [t for t in d.tolist() if t != data.NONE and t not in further]
     words = [f"{n:,} training cells" if n else "no training cells of its own"]
     never_seen = " WAS NEVER SEEN: " + ("ITS EFFECT IS DRAWN FROM THE PRIOR" if model.has_effects
                                         and model.adds_effects else "IT HAS NO EFFECT OF ITS OWN")
@@ -1377,21 +1388,21 @@ def known_of(run, d, condition, n, c, value):
         words.append(condition + never_seen)
     for t in parts:
         name, n_own = run.model_screen.perturbations[t], int(model.n_cells[t])
+        rows = [row for v, row in run.interaction_rows.get(t, {}).items() if v == value]
         if not n_own:
             words.append(name + never_seen)
             continue
         if not n:
             words.append(f"{name} has {n_own:,}, alone and in combinations")
-        if model.has_mask and model.mask_probability()[t].max() <= 0.5:
+        if model.has_mask and model.mask_probability()[[t, *rows]].max() <= 0.5:
             words.append(f"the mask of {name} is empty: hardly any effect of its own")
         received = cells[(run.model_screen.d[cells] == t).any(1)]
-        if run.config["interactions"]:
-            values = np.unique(contexts(run, run.screen)[received])
-            known = ", ".join(run.screen.covariates[v] for v in values)
-            words.append(f"{name} was seen with {known}"
-                         + ": here its common effect alone" * (value not in values))
-            continue
         seen = (c.cpu().numpy()[:, None] == np.unique(run.screen.c[received], axis=0)).all(2).any(1)
+        if run.config["interactions"]:
+            values = {*contexts(run, run.screen)[received]} - {data.NONE}
+            known = ", ".join(run.screen.covariates[v] for v in sorted(values))
+            words.append(f"{name} was seen with {known}" + ", and has no effect of its own here"
+                         * (not rows))
         if len(received) and not seen.all():
             words.append(f"{1 - seen.mean():.0%} of its cells have covariates unseen with {name}")
     return "; ".join(words)

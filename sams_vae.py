@@ -523,7 +523,8 @@ def common_axes(offsets, variance, n_rounds=100):
     variance (N, T, L): of the noise in offsets. First, rotations Q_n bring all offsets_n Q_n as
     near to their mean as rotations can, in the sum of squares: rotations and mean follow in turn
     (generalised Procrustes analysis). Then R turns the mean, but only in the directions that it
-    occupies: noise can be made sparse, too, and with T near L it would decide. The right singular
+    occupies: noise can be made sparse, too, and with T near L it would decide. (A single model has
+    all its directions turned.) The right singular
     vectors of the mean, the largest first, are occupied while the singular value is above
     sqrt(variance) (sqrt(T) + sqrt(L')), about the largest one that noise has in the L' directions
     left (Marchenko and Pastur). The axes of model n are Q_n R.
@@ -554,7 +555,8 @@ def begin_masks(models, interactions=None):
 
     interactions {t: {value: row}}: cells with t and a value have the effect e_t + e_row. Trained
     with masks of one, e_t has but a part of what is common to all values. It becomes the median of
-    0 and these sums, entry by entry: then |e_t| plus all |e_row| is smallest.
+    0 and these sums (of two medians the smaller one), entry by entry: then |e_t| plus all |e_row|
+    is smallest.
     """
     t, trained = models[0].all_perturbations(), models[0].n_cells > 0
     loc, var = map(torch.stack, zip(*(model.effect_posterior(None, t) for model in models)))
@@ -570,7 +572,8 @@ def begin_masks(models, interactions=None):
         for own, rows in (interactions or {}).items():
             rows = list(rows.values())
             sums = model.effect_loc[own] + model.effect_loc[rows]  # (V, L)
-            common = F.pad(sums, (0, 0, 0, 1)).median(0).values
+            lower, upper = (s * (s * F.pad(sums, (0, 0, 0, 1))).median(0).values for s in (1, -1))
+            common = torch.where(lower.abs() < upper.abs(), lower, upper)  # of two medians
             model.effect_loc[own], model.effect_loc[rows] = common, sums - common
             largest[[own, *rows]] = sums.abs().max()
         log_odds.append(mask_log_odds(

@@ -337,16 +337,27 @@ def test_warm_starts_are_brought_together_and_noise_in_other_directions_is_not_m
     # With 16 perturbations and latents, of which 4 are in use, noise could be made sparse as well.
     mask, variance = F.pad(torch.eye(4).repeat(4, 1), (0, 12)), math.exp(-3.0)
     noise = math.sqrt(variance) * torch.randn(3, 16, 16)
-    rotations = torch.linalg.qr(torch.randn(3, 16, 16))[0]
-    offsets = (2 * mask + noise) @ rotations
+    offsets = (2 * mask + noise) @ torch.linalg.qr(torch.randn(3, 16, 16))[0]
     axes = common_axes(offsets, torch.full_like(offsets, variance))
     torch.testing.assert_close(axes @ axes.mT, torch.eye(16).expand(3, -1, -1), atol=1e-4, rtol=0)
-    turned = (offsets @ axes).mean(0)
+    together = offsets @ axes
+    turned = together.mean(0)
     assert (turned[:, 4:].abs().max() < 0.8) and turned[:, 4:].abs().mean() > 0.05
     assert torch.equal(turned[:, :4].abs() > 1, mask[:, :4][:, (
         turned[:4, :4].abs().argmax(0))] > 0)
-    together = offsets @ axes - turned  # but for their own noise
-    assert together.square().mean() < 1.1 * (noise - noise.mean(0)).square().mean()
+    assert (together - turned).square().mean() < 1.1 * (noise - noise.mean(0)).square().mean()
+    # No further rotation of one brings it nearer to the mean: these products are symmetric.
+    products = together.mT @ turned
+    torch.testing.assert_close(products, products.mT, atol=1e-3, rtol=0)
+
+
+def test_a_direction_is_occupied_beyond_the_noise_that_it_has_itself():
+    torch.manual_seed(0)
+    mask = F.pad(torch.eye(4).repeat(4, 1), (12, 0))  # the last four latents, with little noise
+    variance = torch.full((3, 16, 16), 0.1)
+    variance[..., 12:] = 0.001
+    axes = common_axes(mask + variance.sqrt() * torch.randn(3, 16, 16), variance)
+    assert (axes[0][12:, :4].abs().amax(0) > 0.8).all()
 
 
 def test_support_is_the_share_of_warm_starts_with_an_entry_and_the_nearest_to_the_mean_goes_on():
@@ -368,26 +379,27 @@ def test_support_is_the_share_of_warm_starts_with_an_entry_and_the_nearest_to_th
 
 
 def test_what_is_common_to_all_values_begins_as_the_effect_of_the_perturbation_itself():
-    # Of three perturbations, each with two values, rows 3 to 8: a common effect; one effect for one
-    # value alone; and a common effect with, for one value, another one. All offsets are shared out
-    # as N(0, 1) would have it: a third to each row of what is common.
+    # The sums of six perturbations for each of three values, and where masks should be: rows of the
+    # perturbation itself, then of its values.
+    cases = [([[3, 0, 0, 0]] * 3, [1, 0, 0, 0]),                            # a common effect
+             ([[0, 3, 0, 0]] + [[0, 0, 0, 0]] * 2, [0, 1, 0, 0]),           # of one value alone
+             ([[0, 0, 3, 0]] * 2 + [[0, 0, 3, 2]], [1, 0, 0, 1]),           # both
+             ([[0, 0, 0, 3]] * 2 + [[0.5, 0, 0, 3]], [1, 0, 0, 0]),         # too small beside 3
+             ([[3, 0, 0, 0], [2.5, 0, 0, 0], [0, 0, 0, 0]], [0, 1, 1, 0]),  # two of three alike,
+             ([[-3, 0, 0, 0], [-2.5, 0, 0, 0], [0, 0, 0, 0]], [0, 1, 1, 0])]  # whatever their sign
     torch.manual_seed(0)
-    mask = torch.eye(4).repeat(8, 1)
-    mask[:9] = 0
-    sums = torch.tensor([[[3.0, 0, 0, 0], [3, 0, 0, 0]], [[0, 3, 0, 0], [0, 0, 0, 0]],
-                         [[0, 0, 3, 0], [0, 0, 3, 2]]])
-    offsets = 3 * mask
-    offsets[:3] = sums.sum(1) / 3
-    offsets[3:9] = (sums - offsets[:3, None]).flatten(0, 1)
+    sums = torch.tensor([case for case, _ in cases])  # (6, V, L)
+    own = sums.sum(1, keepdim=True) / 4  # as N(0, 1) would have it
+    offsets = torch.cat([torch.cat([own, sums - own], 1).flatten(0, 1),
+                         3 * torch.eye(4).repeat(8, 1)])
     rotation = torch.linalg.qr(torch.randn(1, 4, 4))[0]
-    model, = warm_starts(offsets / 2, torch.zeros(1, 32, 4), rotation)
-    begin_masks([model], {t: {"a": 3 + 2 * t, "b": 4 + 2 * t} for t in range(3)})
-    found = (model.mask_probability() > 0.5)[:9]
-    assert found.sum(1).tolist() == [1, 0, 1, 0, 0, 1, 0, 0, 1]
-    columns = found[[0, 5, 2, 8]].int().argmax(1)
-    assert sorted(columns.tolist()) == [0, 1, 2, 3]
-    assert model.effect_loc[[0, 5, 2, 8], columns].abs().tolist() == pytest.approx(
-        [3, 3, 3, 2], abs=0.05)
+    model, = warm_starts(offsets / 2, torch.zeros(1, *offsets.shape), rotation)
+    begin_masks([model], {4 * t: dict(zip("abc", range(4 * t + 1, 4 * t + 4))) for t in range(6)})
+    found = (model.mask_probability() > 0.5)[:24].sum(1).unflatten(0, (6, 4))
+    assert found.tolist() == [expected for _, expected in cases]
+    size = model.effect_loc.abs().amax(1)[[0, 5, 8, 11, 12, 17, 18]]
+    assert size.tolist() == pytest.approx([3, 3, 3, 2, 3, 3, 2.5], abs=0.1)
+    torch.testing.assert_close(model.effect_loc[16:20], -model.effect_loc[20:24])
 
 
 @pytest.mark.parametrize("basal, effects", GUIDES)
@@ -1741,7 +1753,9 @@ def test_mask_recovery_does_not_depend_on_the_order_of_latents_and_counts_every_
     assert evaluate.mask_recovery(true, found) == pytest.approx(
         {"precision": 3 / 4, "recall": 3 / 5, "f1": 2 / 3})
     # Between runs, whose masks are texts:
-    runs = [["0", "1 12", "", "12"], ["3", "0 1", "", "1"], ["0", "0", "", "0"]]
+    runs = [dict(zip("abcd", texts)) for texts in (
+        ["0", "1 12", "", "12"], ["3", "0 1", "", "1"], ["0", "0", "", "0"])]
+    runs[0]["e"] = "7"  # which the others do not have
     assert evaluate.mask_agreement(runs)[0] == pytest.approx((1 + 4 / 7 + 4 / 7) / 3)
 
 
@@ -2154,8 +2168,8 @@ def test_warm_starts_are_runs_of_the_next_seeds_and_the_nearest_to_their_mean_go
     run = evaluate.open_run("runs/run")
     names = run.model_screen.perturbations
     mask = run.model.mask_probability() > 0.5
-    assert (f"of their {mask.sum()} entries, {(mask & (support >= 0.8)).sum()} have a support of "
-            "at least 0.8 by 3 warm starts") in capsys.readouterr().out
+    assert (f"of all {mask.sum()} mask entries, {(mask & (support >= 0.8)).sum()} have a support "
+            "of at least 0.8 by 3 warm starts") in capsys.readouterr().out
     for row in csv.DictReader(open("runs/run/masks.csv")):
         t, latent = names.index(row["perturbation"]), int(row["latent"])
         assert float(row["support"]) == pytest.approx(support[t, latent].item(), abs=1e-5)
@@ -2193,7 +2207,7 @@ def test_with_interactions_effects_and_predictions_depend_on_the_context(folder,
     size = dict(zip(labels, np.abs(data.read_layers("runs/run/predictions.h5ad")[layer]).sum(1)))
     assert size["P001 @ 0"] < 1e-3 < 0.1 < size["P001 @ 1"] and size["control @ 1"] < 1e-6
     assert size["P002 @ 0"] > 0.1 and size["P001+P002 @ 1"] > 1.2 * size["P001+P002 @ 0"]
-    assert "P001 was seen with context=0, context=1\n" in text
+    assert "; P001 was seen with context=0, context=1\n" in text
     evaluate.sample(run, ["P001"], 5)
     assert data.read_h5ad("runs/run/samples.h5ad").obs("context").tolist() == ["0"] * 5 + ["1"] * 5
 
@@ -2206,11 +2220,15 @@ def test_with_interactions_effects_and_predictions_depend_on_the_context(folder,
         column: x.obs(column)[kept] for column in ("condition", "split", "context")}
     data.write_h5ad("screen.h5ad", X=x.counts(kept).dense(), obs=obs, var={"gene": x.gene_names})
     train_on_screen("one", *options, "--steps", "10")
+    train_on_screen("two", *options[:4], "--min-cells", "12", "--steps", "10")  # other interactions
+    evaluate.main(["runs/one", "runs/two", "--iwelbo-particles", "2", "--ate-particles", "2"])
+    assert [row["runs"] for row in rows_of(capsys.readouterr().out, "model")[:2]] == ["1", "1"]
     one = evaluate.open_run("runs/one")
     assert not [name for name in one.model_screen.perturbations if name.startswith("P001 @")]
-    assert "P001 @ 1: no training cells of its own" in evaluate.predict(one, ["P001"], 20) and (
-        "P001 was seen with context=0: here its common effect alone") in evaluate.predict(
-            one, ["P001"], 20)
+    text = evaluate.predict(one, ["P001"], 20)
+    assert "P001 @ 1: no training cells of its own; P001 has " in text and (
+        "P001 was seen with context=0, and has no effect of its own here; 100% of its cells have "
+        "covariates unseen with P001") in text
     for wrong in (["--interactions", "context"], [*options, "--model", "svae+"]):
         with pytest.raises(data.DataError, match="needs the same --covariate and a model that"):
             train_on_screen("wrong", *wrong)
@@ -2448,7 +2466,7 @@ def test_users_are_warned_of_what_is_not_to_be_believed():
         return [{"scale": scale, "group": "all", "row": row, **values}
                 for scale in evaluate.SCALES for row, values in rows.items()]
 
-    good = {"mask": [], "config": {"axes": "sparsest", "adapt": None}, "masks_from": 500,
+    good = {"mask": {}, "config": {"axes": "sparsest", "adapt": None}, "masks_from": 500,
             "step": 900, "mask_mean_probability": 0.1, "n_trained_perturbations": 10,
             "n_empty_masks": 3, "effects": effects(0.6), "options": {"effects_from": "test"}}
     assert evaluate.warnings_of(good) == []

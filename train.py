@@ -116,7 +116,8 @@ def phases(config):
 
 def warm_start(run, optimizer):
     """Train with masks of one, as in CPA-VAE: see `begin_masks` in sams_vae.py. The second warm
-    start is what the first would be in a run whose --seed is larger by 1, and so on."""
+    start is what the first would be in a run whose --seed is larger by 1, and so on: seeds of
+    independent runs are N or more apart."""
     progress = run.progress
     if progress.phase >= 0:
         keep_warm_start(run, optimizer)
@@ -130,9 +131,9 @@ def warm_start(run, optimizer):
 
 def keep_warm_start(run, optimizer):
     """Write the warm start that has ended, unless --patience has kept its best weights already."""
-    progress = run.progress
-    if not run.config["patience"] or progress.best == math.inf:
-        run.save(f"warm{progress.start}.pt", optimizer)
+    progress, name = run.progress, f"warm{run.progress.start}.pt"
+    if not run.config["patience"] or not os.path.exists(os.path.join(run.folder, name)):
+        run.save(name, optimizer)
     progress.ends.append(progress.step)
 
 
@@ -144,7 +145,7 @@ def turn_axes(run, optimizer):
     kept = [load_checkpoint(run.folder, f"warm{n}.pt") for n in range(len(progress.ends))]
     models = [build_model(checkpoint) for checkpoint in kept]
     torch.manual_seed(run.config["seed"])
-    nearest, support, before, after = begin_masks(models, run.interaction_rows())
+    nearest, support, before, after = begin_masks(models, run.interaction_rows)
     model.load_state_dict(models[nearest].state_dict())
     set_moments(optimizer, kept[nearest]["optimizer"])
     for parameter in parameters_of(model, MASKS) + parameters_of(model, EFFECTS):
@@ -295,7 +296,7 @@ class Log:
         # The steps after last.pt are done again: their lines go.
         here = run.progress.phase, self.step
         kept = [line for line in read_log(run.folder)
-                if (line.get("phase", 0), line["step"]) <= here]
+                if (line.get("phase", here[0]), line["step"]) <= here]
         with data.replacing(self.path) as path, open(path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
 
@@ -410,13 +411,14 @@ class Run:
                 cells[(self.model_screen.d[cells] >= self.n_known).any(1)]
                 for name, cells in self.split.items()}
 
+    @functools.cached_property
     def interaction_rows(self):
         """With --interactions, the rows {t: {value: row}} of `A @ value` beside row t of A, all
         positions in the model's perturbations; values are positions in the covariates."""
-        row, rows = self.model_screen.perturbations.index, {}
+        row, rows = {name: t for t, name in enumerate(self.model_screen.perturbations)}, {}
         for t, v in self.fixed.get("interactions") or ():
-            own = row(self.screen.perturbations[t])
-            rows.setdefault(own, {})[v] = row(data.interaction_name(self.screen, t, v))
+            name = self.screen.perturbations[t]
+            rows.setdefault(row[name], {})[v] = row[data.interaction_name(self.screen, name, v)]
         return rows
 
     def has_ended(self, progress):
@@ -425,7 +427,7 @@ class Run:
         return progress.phase == len(plan) - 1 and progress.is_over(plan[-1])
 
     def save(self, name, optimizer=None):
-        """Write best.pt, warm.pt or last.pt, whole or not at all; without an optimizer, with the
+        """Write best.pt, last.pt or warm0.pt, whole or not at all; without an optimizer, with the
         optimizer state that the run began with. torch.load ignores the hash at the end."""
         buffer = io.BytesIO()
         torch.save({"config": self.config, "fixed": self.fixed, "model": self.model.state_dict(),
@@ -446,7 +448,7 @@ def hash_of(content):
 
 
 def load_checkpoint(folder, name):
-    """The dict in runs/NAME/best.pt, last.pt or warm.pt; nothing in it is unpickled into code.
+    """The dict in runs/NAME/best.pt, last.pt or warm0.pt; nothing in it is unpickled into code.
     Raises DataError if it is missing, is no checkpoint or differs from what was saved."""
     path = os.path.join(folder, name)
     try:
@@ -602,6 +604,9 @@ def begin(folder, config, given, base, device):
     interactions = config["interactions"] and data.interactions_of(
         screen, config["covariate"].index(config["interactions"]), split["train"],
         config["min_cells"])
+    if interactions == []:
+        raise DataError(f"{config['data']}: no perturbation has {config['min_cells']} training "
+                        f"cells (--min-cells) with each of two values of {config['interactions']}")
     model_screen = as_the_model_sees(screen, config, known, interactions)
     batches = data.Batches(model_screen, device)
     config["stream"] = batches.from_file
@@ -617,6 +622,8 @@ def begin(folder, config, given, base, device):
             by_size = own_settings(0.64 * len(screen.rows), len(screen.perturbations),
                                    given.get("n_latent"))
             config |= {name: given.get(name, value) for name, value in by_size.items()}
+        if config["axes"] == "learned":
+            config["warm_starts"] = 1
         model, arguments = fresh_model(config, screen, batches, split["train"], n_cells,
                                        config["seed"])
     fixed = {"fingerprint": screen.fingerprint(), "gene_names": list(screen.gene_names),
@@ -624,6 +631,9 @@ def begin(folder, config, given, base, device):
              "interactions": interactions, "arguments": arguments,
              "n_known": len(known) if base else None}
     run = Run(folder, config, screen, model_screen, batches, split, fixed, model.to(device))
+    if interactions:
+        print(f"  {len(run.interaction_rows)} perturbations have {len(interactions)} interactions "
+              f"with {config['interactions']}")
     if not (len(run.taught_by["train"]) and len(run.taught_by["validation"])):  # by --adapt
         raise DataError(f"{config['data']}: has no training or no validation cells with "
                         "perturbations that are new to the run")
@@ -640,7 +650,8 @@ def fresh_model(config, screen, batches, cells, n_cells, seed):
     model = MODELS[config["model"]](**arguments)
     for value, name in enumerate(screen.covariates):
         if not (screen.c[cells] == value).any():
-            print(f"  {name}: no training cell has it; its cells count as of unknown value")
+            if seed == config["seed"]:  # the first time
+                print(f"  {name}: no training cell has it; its cells count as of unknown value")
             for network in (model.encoder, model.decoder):
                 network.first.weight.data[:, network.part_sizes[0] + value] = 0
     if config["start"] == "data":
@@ -665,10 +676,10 @@ def resumed(args, given, device):
                         " --device and --data can be given")
     changes = given | ({"data": os.path.abspath(args.data)} if args.data else {})
     run = Run.load(args.resume, "last.pt", device, **changes)
-    if "steps" in given and (run.has_ended(run.progress)
-                             or given["steps"] <= run.progress.step):
-        raise DataError(f"{run.folder} is at step {run.progress.step:,}, where --patience may have "
-                        "ended it: --steps must be larger, and patience not at its end")
+    step = max([run.progress.step, *run.progress.ends])
+    if "steps" in given and (run.has_ended(run.progress) or given["steps"] <= step):
+        raise DataError(f"{run.folder} is at step {step:,}, where --patience may have ended it: "
+                        "--steps must be larger, and patience not at its end")
     if changes and not run.has_ended(run.progress):
         run.save("last.pt")
     return run
@@ -699,7 +710,8 @@ MODEL_OPTIONS = [  # 2.1 to 2.4: the arguments of SAMSVAE
 OPTIONS = [
     ("--model", "sams-vae", list(MODELS), "cpa-vae: every mask entry is 1; cvae: conditional VAE"),
     ("--axes", "sparsest", ["learned", "sparsest"], "of masks: learned (paper), sparsest (ours)"),
-    ("--warm-starts", 1, AT_LEAST_1, "seeds from whose mean the sparsest axes are taken (ours)"),
+    ("--warm-starts", 1, AT_LEAST_1, "runs of the first half of the steps, of seeds --seed, --seed "
+     "+ 1, ..., whose mean decides on the sparsest axes and on the support of masks (ours)"),
     *MODEL_OPTIONS,
     ("--interactions", None, "COLUMN", "one of --covariate: a perturbation also has an effect for "
      "each value that it was seen with, if these are two or more (ours)"),
@@ -811,8 +823,8 @@ def parse_arguments(arguments=None):
 
 
 def configuration(args, given, base=None):
-    """Every option of a new run: DEFAULTS, what the preset changes, what was given. (`fresh_model`
-    adds `own_settings`, which need the screen.) With --adapt the options of model and labels are
+    """Every option of a new run: DEFAULTS, what the preset changes, what was given. (`begin` adds
+    `own_settings`, which need the screen.) With --adapt the options of model and labels are
     the other run's, whose best.pt is `base`."""
     preset = args.preset or (None if args.data else "simulated")
     if args.data is None and (args.adapt or preset not in ("simulated", "sparse-shift")):

@@ -3008,8 +3008,8 @@ def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(n, folde
         return running.wait() == 0
 
     rng, options = np.random.default_rng(n), [
-        "--data", "screen.h5ad", "--split-column", "split", *TINY[4:], "--steps", "200",
-        "--validate-every", "2", "--log-every", "1", "--name"]
+        "--data", "screen.h5ad", "--split-column", "split", "--warm-starts", "1", *TINY[4:],
+        "--steps", "200", "--validate-every", "2", "--log-every", "1", "--name"]
     assert ends(*options, "whole")
     whole, size = outcome("runs/whole"), os.path.getsize("runs/whole/log.jsonl")
     for i in map(str, range(n)):

@@ -523,11 +523,11 @@ def common_axes(offsets, variance, n_rounds=100):
     variance (N, T, L): of the noise in offsets. First, rotations Q_n bring all offsets_n Q_n as
     near to their mean as rotations can, in the sum of squares: rotations and mean follow in turn
     (generalised Procrustes analysis). Then R turns the mean, but only in the directions that it
-    occupies: noise can be made sparse, too, and with T near L it would decide. (A single model has
-    all its directions turned.) The right singular
+    occupies: noise can be made sparse, too, and with T near L it would decide. The right singular
     vectors of the mean, the largest first, are occupied while the singular value is above
     sqrt(variance) (sqrt(T) + sqrt(L')), about the largest one that noise has in the L' directions
-    left (Marchenko and Pastur). The axes of model n are Q_n R.
+    left (Marchenko and Pastur). The axes of model n are Q_n R. (A single model is turned in all
+    directions: `begin_masks`.)
     """
     mean = offsets[0]
     for _ in range(n_rounds):

@@ -1611,12 +1611,12 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     if contexts:
         obs["context"] = context = rng.integers(contexts, size=len(d))
         names += [f"{name} @ {v}" for name in names for v in range(contexts)]
-        more, more_effect = _random_effects(rng, perturbations * contexts, n_latent,
-                                            np.repeat(size, contexts), sparse_shift)
-        more[np.arange(len(more)) // contexts % 2 == 0] = False
-        mask, effect = np.concatenate([mask, more]), np.concatenate([effect, more_effect])
         received = np.concatenate([d, np.where(
             d == NONE, NONE, perturbations + d * contexts + context[:, None])], axis=1)
+        more = _random_effects(rng, perturbations * contexts, n_latent, np.repeat(size, contexts),
+                               sparse_shift)
+        more[0][np.arange(perturbations * contexts) // contexts % 2 == 0] = False
+        mask, effect = map(np.concatenate, zip((mask, effect), more))
     offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])  # the last row is NONE's
     z_basal = rng.normal(size=(len(d), n_latent))
     z = z_basal + offset[received].sum(axis=1)  # eq. 1
@@ -1631,11 +1631,6 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     x = _random_counts(rng, logits, library, sparse_shift)
     split = rng.choice(["train", "validation", "test"], len(d), p=[0.64, 0.16, 0.2])
 
-    pathways, own_mask = {}, mask[:perturbations]
-    for row in np.unique(own_mask, axis=0):
-        members = [name for name, same in zip(names, (own_mask == row).all(1)) if same]
-        if len(members) >= 10:
-            pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
     layers = {f"{name}_{i + 1}": value for i, layer in enumerate(decoder)
               for name, value in zip(("weight", "bias"), layer)}
     write_h5ad(
@@ -1646,7 +1641,17 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
         var={"gene": [f"G{g + 1:03d}" for g in range(n_genes)]},
         obsm={"X_true_z": z, "X_true_z_basal": z_basal},
         uns={"simulation": {"perturbations": names, "mask": mask, "effect": effect} | layers,
-             "pathways": pathways})
+             "pathways": _pathways_of_masks(names[:perturbations], mask[:perturbations])})
+
+
+def _pathways_of_masks(names, mask):
+    """{pathway: names} of each ten or more perturbations that share a mask, (T, L)."""
+    pathways = {}
+    for row in np.unique(mask, axis=0):
+        members = [name for name, same in zip(names, (mask == row).all(1)) if same]
+        if len(members) >= 10:
+            pathways["latent " + " and ".join(map(str, np.flatnonzero(row) + 1))] = members
+    return pathways
 
 
 def _random_effects(rng, n_perturbations, n_latent, effect, sparse_shift):

@@ -2146,7 +2146,9 @@ def test_masks_begin_from_the_best_weights_and_training_ends_where_validation_do
 
 @pytest.mark.parametrize("patience", [[], ["--patience", "10"]])
 def test_warm_starts_are_runs_of_the_next_seeds_and_the_nearest_to_their_mean_goes_on(
-        folder, patience, capsys):
+        folder, patience, capsys, monkeypatch):
+    few = functools.partial(sparsest_axes, n_steps=30)
+    monkeypatch.setattr(sys.modules["sams_vae"], "sparsest_axes", few)  # faster
     options = ["--steps", "40", "--lr", "0.01", *patience]
     train_on_screen("run", "--warm-starts", "3", "--seed", "4", *options)
     kept = [train.load_checkpoint("runs/run", f"warm{n}.pt") for n in range(3)]
@@ -2177,7 +2179,10 @@ def test_warm_starts_are_runs_of_the_next_seeds_and_the_nearest_to_their_mean_go
         assert np.array_equal(file["uns/mask_support"][()], support.numpy())
 
 
-def test_with_interactions_effects_and_predictions_depend_on_the_context(folder, capsys):
+def test_with_interactions_effects_and_predictions_depend_on_the_context(
+        folder, capsys, monkeypatch):
+    few = functools.partial(sparsest_axes, n_steps=30)
+    monkeypatch.setattr(sys.modules["sams_vae"], "sparsest_axes", few)  # faster
     data.simulate("screen.h5ad", perturbations=12, cells=40, pairs=10, n_genes=40, contexts=2)
     options = ["--covariate", "context", "--interactions", "context", "--min-cells", "5"]
     train_on_screen("run", "--subset", "context=0", "--subset", "context=1", *options, "--exclude",

@@ -1611,11 +1611,7 @@ def simulate(path, seed=0, perturbations=500, cells=25, pairs=60, effect=4.0, ba
     if contexts:
         obs["context"] = context = rng.integers(contexts, size=len(d))
         names += [f"{name} @ {v}" for name in names for v in range(contexts)]
-        received = np.concatenate([d, np.where(
-            d == NONE, NONE, perturbations + d * contexts + context[:, None])], axis=1)
-        more = _random_effects(rng, perturbations * contexts, n_latent, np.repeat(size, contexts),
-                               sparse_shift)
-        more[0][np.arange(perturbations * contexts) // contexts % 2 == 0] = False
+        received, *more = _in_contexts(rng, d, context, contexts, size, n_latent, sparse_shift)
         mask, effect = map(np.concatenate, zip((mask, effect), more))
     offset = np.concatenate([mask * effect, np.zeros((1, n_latent))])  # the last row is NONE's
     z_basal = rng.normal(size=(len(d), n_latent))
@@ -1667,6 +1663,16 @@ def _random_effects(rng, n_perturbations, n_latent, effect, sparse_shift):
         mask[np.arange(n_perturbations), rng.integers(n_latent, size=n_perturbations)] = True
     size = np.broadcast_to(effect, n_perturbations)[:, None]
     return mask, rng.choice([-1, 1], mask.shape) * rng.normal(size, 0.5, mask.shape)
+
+
+def _in_contexts(rng, d, context, n_contexts, size, n_latent, sparse_shift):
+    """With a context for each cell (N,): d (N, 2 P), of perturbations and of these in the context,
+    and masks and effects of the latter, of every other perturbation."""
+    n = len(size) * n_contexts
+    mask, effect = _random_effects(rng, n, n_latent, np.repeat(size, n_contexts), sparse_shift)
+    mask[np.arange(n) // n_contexts % 2 == 0] = False
+    further = np.where(d == NONE, NONE, len(size) + d * n_contexts + context[:, None])
+    return np.concatenate([d, further], axis=1), mask, effect
 
 
 def _random_conditions(rng, n_perturbations, n_pairs, cells, n_controls, sparse_shift):
